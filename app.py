@@ -1,0 +1,97 @@
+"""Tunebooth: `uv run app.py` serves page, Gradio API and REST on one port."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import webbrowser
+from typing import Any
+
+from trainer.guard import Guard
+from trainer.settings import Settings, command_line
+from trainer.store import InUse, Store
+
+IN_USE_EXIT_CODE = 75  # EX_TEMPFAIL: another process has this outputs folder
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    settings = command_line()
+    listening = listen(settings)
+    settings = settings.model_copy(update={"port": listening.getsockname()[1]})
+    try:
+        store = Store(settings.outputs)
+    except InUse as problem:
+        print(f"Tunebooth: {problem}. Stop it, or give this one another --outputs.", file=sys.stderr)
+        sys.exit(IN_USE_EXIT_CODE)
+    import uvicorn  # after the port is taken: a browser that is early waits instead of being refused
+
+    studio = Studio(settings, store)
+    guard = Guard(settings, load=studio.load, begin=studio.begin, unload=studio.close)
+    config = uvicorn.Config(guard, log_level="warning", ws="none")
+    print(f"Tunebooth is at {settings.base_url}", flush=True)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+class Studio:
+    """Everything behind the guard: imported and started while `/health` answers already."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        from trainer.worker import Worker
+
+        self._settings = settings
+        self._store = store
+        self._worker = Worker(settings, store)
+
+    def load(self) -> Any:
+        """Build the web app."""
+        from trainer import ui  # first: `import gradio` is the longest wait
+        from trainer.api import create_app
+        from trainer.files import sweep
+        from trainer.images import Decoder
+        from trainer.jobs import Jobs
+
+        sweep(self._settings.outputs)
+        self._decoder = Decoder(self._settings)
+        self._jobs = Jobs(self._settings, self._store, self._decoder)
+        return ui.mount(create_app(self._jobs), self._jobs)
+
+    def begin(self) -> None:
+        """Start working, now that the page is up: importing torch would have made it wait."""
+        self._decoder.warm()
+        self._worker.start()
+        if self._settings.open:
+            webbrowser.open(self._settings.base_url)
+        if self._settings.demo:
+            from trainer.demo import queue_demo
+
+            queue_demo(self._jobs)
+
+    def close(self) -> None:
+        """Put a running job aside, its state saved, and let go of the outputs folder."""
+        self._worker.stop()
+        self._decoder.close()
+        self._store.close()
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Take the port before anything slow happens; a taken one is told in words."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    if os.name == "posix":
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host, settings.port))
+    except OSError as problem:
+        print(
+            f"Tunebooth cannot listen on {settings.host}:{settings.port}: {problem.strerror}. Try --port.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    return listening
+
+
+if __name__ == "__main__":
+    main()

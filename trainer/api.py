@@ -1,0 +1,328 @@
+"""REST: routes, bodies and errors. No rules."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from trainer import __version__
+from trainer.files import PARTIAL
+from trainer.jobs import Jobs
+from trainer.links import open_link
+from trainer.schema import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    Prompt,
+    PromptRequest,
+    Tune,
+    TuneRequest,
+    Upload,
+)
+
+MAX_FIELDS = 5000
+MAX_JSON_BYTES = 2**20
+KEY = re.compile(r"^(\w+)((?:\[\w*\])*)$")
+
+
+class Malformed(Exception):
+    """A body that cannot be read. Answered with 400."""
+
+
+def create_app(jobs: Jobs) -> FastAPI:
+    """All REST routes over the shared verbs."""
+    app = FastAPI(title="Tunebooth", version=__version__, redirect_slashes=False)
+    app.add_middleware(JsonSuffix)
+    _add_error_answers(app)
+
+    tune_body = {"requestBody": {"content": _body_schema("tune", TuneRequest)}}
+    prompt_body = {"requestBody": {"content": _body_schema("prompt", PromptRequest)}}
+
+    @app.post("/tunes", status_code=201, response_model=Tune, openapi_extra=tune_body)
+    async def create_tune(request: Request) -> JSONResponse:
+        """Create a tune and queue it. 200 where the title has one already."""
+        work = jobs.settings.outputs / "incoming" / f"{PARTIAL}upload-{uuid.uuid4().hex[:12]}"
+        try:
+            data = await read_body(request, "tune", jobs.settings.max_images, work)
+            uploads = data.pop("images", None) or []
+            if not isinstance(uploads, list) or not all(isinstance(upload, Upload) for upload in uploads):
+                message = "must be files in multipart/form-data; addresses go into image_urls"
+                raise InvalidRequest({"images": [message]})
+            tune, created = await run_in_threadpool(jobs.create_tune, data, uploads)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return JSONResponse(tune.model_dump(), 201 if created else 200)
+
+    @app.get("/tunes")
+    def list_tunes(
+        limit: Annotated[int, Query(ge=1, le=120)] = 20,
+        offset: Annotated[int, Query(ge=0)] = 0,
+        before_id: int | None = None,
+        title: str | None = None,
+        branch: str | None = None,
+        model_type: str | None = None,
+    ) -> list[Tune]:
+        """Tunes, newest first."""
+        return jobs.list_tunes(limit, offset, before_id, title, branch, model_type)
+
+    @app.get("/tunes/{tune_id}")
+    def get_tune(tune_id: int) -> Tune:
+        return jobs.get_tune(tune_id)
+
+    @app.delete("/tunes/{tune_id}")
+    def delete_tune(tune_id: int) -> dict[str, str]:
+        """Remove a tune, its prompts and its files; a running one is stopped first."""
+        jobs.delete_tune(tune_id)
+        return {"message": "Tune successfully deleted"}
+
+    @app.post("/tunes/{tune_id}/cancel")
+    def cancel_tune(tune_id: int) -> Tune:
+        return jobs.cancel_tune(tune_id)
+
+    @app.post("/tunes/{tune_id}/resume")
+    def resume_tune(tune_id: int) -> Tune:
+        return jobs.resume_tune(tune_id)
+
+    @app.get("/tunes/{tune_id}/model")
+    def get_model(tune_id: int) -> RedirectResponse:
+        """Leads to the trained file."""
+        link = jobs.get_tune(tune_id).ckpt_url
+        if link is None:
+            raise NotFound(f"tune {tune_id} has no model yet")
+        return RedirectResponse(link)
+
+    @app.post("/tunes/{tune_id}/prompts", status_code=201, openapi_extra=prompt_body)
+    async def create_prompt(tune_id: int, request: Request) -> Prompt:
+        """Render a prompt with a tune."""
+        data = await read_body(request, "prompt", 0, Path())
+        return await run_in_threadpool(jobs.create_prompt, tune_id, data)
+
+    @app.get("/tunes/{tune_id}/prompts")
+    def list_tune_prompts(
+        tune_id: int, limit: Annotated[int, Query(ge=1, le=120)] = 20, offset: Annotated[int, Query(ge=0)] = 0
+    ) -> list[Prompt]:
+        return jobs.list_prompts(tune_id, limit, offset)
+
+    @app.get("/prompts")
+    def list_prompts(
+        limit: Annotated[int, Query(ge=1, le=120)] = 20, offset: Annotated[int, Query(ge=0)] = 0
+    ) -> list[Prompt]:
+        return jobs.list_prompts(None, limit, offset)
+
+    @app.get("/prompts/{prompt_id}")
+    def get_prompt(prompt_id: int) -> Prompt:
+        return jobs.get_prompt(prompt_id)
+
+    @app.get("/tunes/{tune_id}/prompts/{prompt_id}")
+    def get_tune_prompt(tune_id: int, prompt_id: int) -> Prompt:
+        prompt = jobs.get_prompt(prompt_id)
+        if prompt.tune_id != tune_id:
+            raise NotFound(f"tune {tune_id} has no prompt {prompt_id}")
+        return prompt
+
+    @app.get("/gallery/tunes")
+    def list_base_tunes(branch: str | None = None) -> list[dict[str, Any]]:
+        """Base models that a tune can start from."""
+        return jobs.list_base_tunes(branch)
+
+    @app.get("/presets")
+    def list_presets() -> list[str]:
+        return jobs.list_presets()
+
+    @app.get("/files/{path:path}", include_in_schema=False)
+    def get_file(path: str, signature: str = "", expires: int = 0) -> FileResponse:
+        file = open_link(jobs.settings, path, expires, signature)
+        if file is None:
+            raise NotFound("this link is wrong, over, or its file is gone")
+        name = file.name if file.suffix != ".safetensors" else f"tune-{path.partition('/')[0]}-{file.name}"
+        picture = file.suffix in (".png", ".jpg")
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=86400"}
+        return FileResponse(
+            file, filename=name, content_disposition_type="inline" if picture else "attachment", headers=headers
+        )
+
+    return app
+
+
+class JsonSuffix:
+    """`/tunes/1.json` is `/tunes/1`, everywhere but in files."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path.endswith(".json") and path.startswith(("/tunes", "/prompts", "/gallery/", "/presets")):
+            scope = {**scope, "path": path.removesuffix(".json")}
+        await self._app(scope, receive, send)
+
+
+async def read_body(request: Request, root: str, max_files: int, work: Path) -> dict[str, Any]:
+    """The object under `root` in a JSON, multipart or urlencoded body; files are written into `work`.
+
+    Raises Malformed for a body that cannot be read, InvalidRequest for one without the object.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        data = parse_json(await request.body())
+    elif kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        data = await _read_form(request, max_files, work)
+    else:
+        raise HTTPException(415, "send application/json, multipart/form-data or application/x-www-form-urlencoded")
+    unknown = [name for name in data if name != root]
+    if unknown:
+        raise InvalidRequest({name: [f"unknown parameter; everything goes under {root}"] for name in unknown})
+    inner = data.get(root)
+    if not isinstance(inner, dict):
+        raise InvalidRequest({root: ["is required, and must be an object"]})
+    if isinstance(inner.get("characteristics"), str) and inner["characteristics"].strip():
+        inner["characteristics"] = parse_json(inner["characteristics"].encode(), "characteristics")
+    return {name: value for name, value in inner.items() if not (name == "characteristics" and not value)}
+
+
+def parse_json(body: bytes, what: str = "the body") -> dict[str, Any]:
+    """A JSON object; refuses doubled names, and numbers that JSON does not have."""
+
+    def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        if len(seen) != len(pairs):
+            raise Malformed(f"{what} gives a name twice")
+        return seen
+
+    def no_constant(name: str) -> Any:
+        raise Malformed(f"{what} has {name}, which is not JSON")
+
+    if len(body) > MAX_JSON_BYTES:
+        raise Malformed(f"{what} is larger than {MAX_JSON_BYTES} bytes")
+    try:
+        data = json.loads(body.decode("utf-8"), object_pairs_hook=no_doubles, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"{what} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest({"base": [f"{what} must be a JSON object"]})
+    return data
+
+
+async def _read_form(request: Request, max_files: int, work: Path) -> dict[str, Any]:
+    tail = b""
+    plain_receive = request.receive
+
+    async def receive() -> Any:
+        nonlocal tail
+        message = await plain_receive()
+        tail = (tail + message.get("body", b""))[-256:]
+        return message
+
+    request = Request(request.scope, receive)
+    items: list[tuple[str, str | Upload]] = []
+    async with request.form(max_files=2 * max_files + 10, max_fields=MAX_FIELDS, max_part_size=2**20) as form:
+        boundary = re.search(r'boundary="?([^";]+)', request.headers["content-type"])
+        if boundary and b"--" + boundary[1].encode() + b"--" not in tail:  # Starlette takes a body that was cut off
+            raise Malformed("the body ends before its closing boundary; it was cut off on the way")
+        for number, (key, value) in enumerate(form.multi_items()):
+            if isinstance(value, UploadFile):
+                work.mkdir(parents=True, exist_ok=True)
+                path = work / f"{number:04d}"
+                with path.open("wb") as file:
+                    while chunk := await value.read(2**20):
+                        file.write(chunk)
+                items.append((key, Upload(Path(value.filename or "file").name, path)))
+            else:
+                items.append((key, value))
+    return nest(items)
+
+
+def nest(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Rails' form names: `a[b]=1&a[c][]=2&a[d][][e]=3` -> {"a": {"b": "1", "c": ["2"], "d": [{"e": "3"}]}}.
+
+    A list of objects goes on to its next object when a name comes again; `[0]`, `[1]` say it outright.
+    Raises Malformed where a name is no such name, is given twice, or is two kinds of thing.
+    """
+    root: dict[str, Any] = {}
+    for key, value in items:
+        match = KEY.match(key)
+        parts = [match[1], *re.findall(r"\[(\w*)\]", match[2])] if match else []
+        if not match or len(parts) > 5:
+            raise Malformed(f"{key[:100]!r} is not a name that this API has")
+        place: Any = root
+        for part, following in zip(parts, [*parts[1:], None], strict=True):
+            place = _step_into(place, part, following, key, value, parts)
+    return root
+
+
+def _step_into(place: Any, part: str, following: str | None, key: str, value: Any, parts: list[str]) -> Any:
+    fresh: Any = value if following is None else [] if following == "" or following.isdigit() else {}
+    if isinstance(place, list):
+        if part.isdigit():
+            if int(part) > len(place):
+                raise Malformed(f"{key!r} leaves out a number before {part}")
+            if int(part) == len(place):
+                place.append(fresh)
+            elif following is None:
+                raise Malformed(f"{key!r} is given twice")
+            return place[int(part)]
+        last = place[-1] if place else None
+        if following and isinstance(last, dict) and (following not in last or isinstance(last[following], list | dict)):
+            return last
+        place.append(fresh)
+        return fresh
+    if not isinstance(place, dict) or part == "":
+        raise Malformed(f"{key!r} is used for two kinds of thing")
+    if part in place:
+        if following is None or type(place[part]) is not type(fresh):
+            raise Malformed(f"{key!r} is given twice, or used for two kinds of thing")
+        return place[part]
+    place[part] = fresh
+    return fresh
+
+
+def _add_error_answers(app: FastAPI) -> None:
+    def error(status: int) -> Any:
+        return lambda _request, problem: JSONResponse({"error": str(problem)}, status)
+
+    def invalid(_request: Request, problem: Exception) -> JSONResponse:
+        assert isinstance(problem, InvalidRequest)
+        return JSONResponse(problem.problems, 422)
+
+    def http(_request: Request, problem: Exception) -> JSONResponse:
+        assert isinstance(problem, HTTPException)
+        return JSONResponse({"error": str(problem.detail)}, problem.status_code, headers=problem.headers)
+
+    def arguments(_request: Request, problem: Exception) -> JSONResponse:
+        assert isinstance(problem, RequestValidationError)
+        if any(entry["loc"][0] == "path" for entry in problem.errors()):
+            return JSONResponse({"error": "there is nothing of that id"}, 404)
+        return JSONResponse({str(entry["loc"][-1]): [entry["msg"]] for entry in problem.errors()}, 422)
+
+    app.add_exception_handler(InvalidRequest, invalid)
+    app.add_exception_handler(NotFound, error(404))
+    app.add_exception_handler(Conflict, error(409))
+    app.add_exception_handler(Malformed, error(400))
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, arguments)
+    app.add_exception_handler(Exception, lambda _request, _problem: JSONResponse({"error": "internal error"}, 500))
+
+
+def _body_schema(root: str, model: type[TuneRequest] | type[PromptRequest]) -> dict[str, Any]:
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+    wrapped = json.loads(
+        json.dumps({"type": "object", "required": [root], "properties": {root: schema}}).replace(
+            '"#/$defs/PromptRequest"', '"#/properties/tune/properties/prompts_attributes/items"'
+        )
+    )
+    if "PromptRequest" in definitions:
+        wrapped["properties"][root]["properties"]["prompts_attributes"]["items"] = definitions["PromptRequest"]
+    return {kind: {"schema": wrapped} for kind in ("application/json", "multipart/form-data")}

@@ -1,0 +1,346 @@
+"""The verbs that REST, the Gradio API and the page share: create, get, list, cancel, resume, delete."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import bases, presets
+from trainer.files import discard, fsync, read_json_lines
+from trainer.images import Decoder, intake
+from trainer.links import MODEL_LINK_SECONDS, make_link
+from trainer.schema import (
+    ENDED,
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    Photo,
+    Progress,
+    Prompt,
+    PromptRequest,
+    Tune,
+    TuneRequest,
+    Upload,
+    check_model_type,
+    nearest,
+    parse_request,
+    words,
+)
+from trainer.settings import Settings
+from trainer.store import Row, Store
+
+FEW_PHOTOS = 4
+API_NUM_IMAGES = 8  # the hosted service's default; the page asks for 4
+HOSTED_PRESETS = ("flux-lora-focus", "flux-lora-portrait", "flux-lora-fast")
+STOP_SECONDS = 120.0  # a step of the largest model on the slowest card, and saving it
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Everything that a door needs."""
+
+    settings: Settings
+    store: Store
+    decoder: Decoder
+
+    # Tunes
+
+    def create_tune(self, data: Mapping[str, Any], uploads: Sequence[Upload]) -> tuple[Tune, bool]:
+        """Queue a tune; False beside it: there was one of that title already (setting `idempotency`).
+
+        data: the tune parameters but `images`, whose files are the uploads. Raises InvalidRequest with all problems;
+        nothing is kept then.
+        """
+        problems: dict[str, list[str]] = {}
+        urls = data.get("image_urls")
+        count = sum(not u.name.lower().endswith(".txt") for u in uploads) + (len(urls) if isinstance(urls, list) else 0)
+        if count == 0:
+            problems["images"] = ["must contain at least one image"]
+        if count > self.settings.max_images:
+            problems["images"] = [f"must contain at most {self.settings.max_images} images, got {count}"]
+        try:
+            request = parse_request(TuneRequest, data)
+        except InvalidRequest as invalid:
+            raise InvalidRequest(problems | invalid.problems) from None
+        if existing := self._same_title(request.title):
+            return existing, False
+        if len(request.prompts_attributes) > self.settings.max_prompts:
+            problems["prompts_attributes"] = [f"must contain at most {self.settings.max_prompts} prompts"]
+        try:
+            values = self._settle(request, max(1, count))
+        except InvalidRequest as invalid:
+            problems |= invalid.problems
+        if problems and (request.image_urls or "images" in problems):
+            raise InvalidRequest(problems)  # nothing is fetched for a request that is refused anyway
+        try:
+            with intake(self.settings, self.decoder, uploads, request.image_urls) as (work, photos):
+                if problems:
+                    raise InvalidRequest({})
+                return self._insert(request, values, work, photos)
+        except InvalidRequest as invalid:
+            raise InvalidRequest(problems | invalid.problems) from None
+
+    def get_tune(self, tune_id: int) -> Tune:
+        """Raises NotFound."""
+        return self._tune(self._row("tunes", tune_id))
+
+    def list_tunes(
+        self,
+        limit: int = 20,
+        offset: int = 0,
+        before_id: int | None = None,
+        title: str | None = None,
+        branch: str | None = None,
+        model_type: str | None = None,
+    ) -> list[Tune]:
+        """Newest first."""
+        rows = self.store.find(
+            "tunes", limit=limit, offset=offset, before_id=before_id, title=title, branch=branch, model_type=model_type
+        )
+        return [self._tune(row) for row in rows]
+
+    def cancel_tune(self, tune_id: int) -> Tune:
+        """Stop a tune: at once while it waits, within one step while it trains. Raises NotFound, Conflict."""
+        row = self._row("tunes", tune_id)
+        if row["status"] in ENDED:
+            raise Conflict(f"tune {tune_id} is {row['status']} already")
+        if not self.store.take_off_queue(tune_id):
+            self.store.update("tunes", tune_id, cancel=1)
+        return self.get_tune(tune_id)
+
+    def resume_tune(self, tune_id: int) -> Tune:
+        """Queue a tune again that was canceled or has failed; it goes on from its state. Raises NotFound, Conflict."""
+        row = self._row("tunes", tune_id)
+        if row["status"] not in ("canceled", "failed"):
+            raise Conflict(f"tune {tune_id} is {row['status']}; only a canceled or failed one can be resumed")
+        self.store.requeue_tune(tune_id)
+        self.store.changed.set()
+        return self.get_tune(tune_id)
+
+    def delete_tune(self, tune_id: int) -> None:
+        """Remove a tune with its prompts and files; a running one is stopped first. Raises NotFound, Conflict."""
+        self._row("tunes", tune_id)
+        deadline = time.monotonic() + STOP_SECONDS
+        self.store.take_off_queue(tune_id)
+        while self._busy(tune_id):
+            if time.monotonic() > deadline:
+                raise Conflict(f"tune {tune_id} does not stop; try again later")
+            time.sleep(0.1)
+        self.store.delete_tune(tune_id)
+        discard(self.folder(tune_id))
+
+    def _busy(self, tune_id: int) -> bool:
+        """Whether the worker is at the tune or at one of its prompts, which are then asked to stop."""
+        busy = False
+        if self._row("tunes", tune_id)["status"] == "training":
+            self.store.update("tunes", tune_id, cancel=1)
+            busy = True
+        for prompt in self.store.find("prompts", tune_id=tune_id, status="rendering"):
+            self.store.update("prompts", prompt["id"], cancel=1)
+            busy = True
+        return busy
+
+    # Prompts
+
+    def create_prompt(self, tune_id: int, data: Mapping[str, Any]) -> Prompt:
+        """Queue a prompt on a tune that has, or is getting, a model. Raises NotFound, InvalidRequest."""
+        tune = self._row("tunes", tune_id)
+        request = parse_request(PromptRequest, data)
+        if tune["status"] in ("failed", "canceled", "expired"):
+            raise InvalidRequest({"tune_id": [f"tune {tune_id} is {tune['status']}; it has no model"]})
+        prompt_id = self.store.add_prompt(self._prompt_values(tune_id, request))
+        self.store.changed.set()
+        return self.get_prompt(prompt_id)
+
+    def get_prompt(self, prompt_id: int) -> Prompt:
+        """Raises NotFound."""
+        return self._prompt(self._row("prompts", prompt_id))
+
+    def list_prompts(self, tune_id: int | None = None, limit: int = 20, offset: int = 0) -> list[Prompt]:
+        """Newest first. Raises NotFound for an unknown tune."""
+        if tune_id is not None:
+            self._row("tunes", tune_id)
+        return [self._prompt(row) for row in self.store.find("prompts", tune_id=tune_id, limit=limit, offset=offset)]
+
+    # Lists
+
+    def list_base_tunes(self, branch: str | None = None) -> list[dict[str, Any]]:
+        """All base models, those of the models folder among them; `error` says why one cannot be used."""
+        return [
+            {
+                "id": base.id,
+                "title": base.title,
+                "branch": base.branch or None,
+                "repository": base.repository,
+                "error": base.error,
+            }
+            for base in bases.list_bases(self.settings)
+            if branch in (None, base.branch)
+        ]
+
+    def list_presets(self) -> list[str]:
+        return presets.list_presets(self.settings.presets)
+
+    def loss_curve(self, tune_id: int) -> list[tuple[int, float]]:
+        """(step, mean loss of the last steps) as far as a tune has come."""
+        log = self.folder(tune_id) / "log.jsonl"
+        lines = read_json_lines(log) if log.exists() else []
+        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+    def folder(self, tune_id: int) -> Path:
+        return self.settings.outputs / "tunes" / str(tune_id)
+
+    # From a request to rows
+
+    def _settle(self, request: TuneRequest, photos: int) -> Row:
+        """Fix everything that has a default, and refuse what does not go together; all problems at once."""
+        base = bases.resolve(self.settings, request.base_tune_id, request.branch)
+        asked_preset, warnings = request.preset, self._warnings(request, photos, base)
+        problems: dict[str, list[str]] = {}
+        known_presets = (*self.list_presets(), *HOSTED_PRESETS)
+        if base.branch == "fast":
+            preset = None
+        elif asked_preset is not None and asked_preset not in self.list_presets():
+            known = words(self.list_presets()) or "none"
+            hint = nearest(asked_preset, known_presets)
+            problems["preset"] = [f"there is no preset {asked_preset!r} for {base.branch}{hint}; known: {known}"]
+            preset = None
+        else:
+            preset = asked_preset
+        default = presets.default_model_type(self.settings.presets, base.branch)
+        method, args = "", None
+        try:
+            method = check_model_type(request.model_type or default, request.model_type, base.branch)
+            config = presets.resolve(
+                self.settings.presets,
+                branch=base.branch,
+                model_type=method,
+                preset=preset,
+                photos=photos,
+                steps=request.steps,
+                args=request.args,
+            )
+            args = presets.as_args(config)
+        except InvalidRequest as invalid:
+            problems |= invalid.problems
+        if problems:
+            raise InvalidRequest(problems)
+        return {
+            "title": request.title,
+            "name": request.name.strip(),
+            "token": request.token or presets.default_token(self.settings.presets, base.branch),
+            "branch": base.branch,
+            "model_type": request.model_type,
+            "method": method,
+            "preset": asked_preset,
+            "base_tune_id": request.base_tune_id,
+            "base_id": base.id,
+            "steps": request.steps,
+            "args": args,
+            "face_crop": request.face_crop,
+            "training_face_correct": bool(request.training_face_correct),
+            "auto_extend": bool(request.auto_extend),
+            "callback": request.callback,
+            "characteristics": request.characteristics,
+            "warnings": warnings,
+        }
+
+    def _warnings(self, request: TuneRequest, photos: int, base: bases.Base) -> list[str]:
+        """What was asked for and is not done, in words."""
+        told = [f"{name} is accepted and has no effect" for name in request.ignored]
+        if photos < FEW_PHOTOS:
+            told.append(f"{photos} photos are few: with {FEW_PHOTOS} or more a tune learns its subject better")
+        if base.branch == "fast":
+            if request.base_tune_id is not None:
+                told.append(f"branch fast has a base of its own: base_tune_id {request.base_tune_id} is not used")
+            if request.preset is not None:
+                told.append(f"branch fast has settings of its own: preset {request.preset} is not used")
+        if request.face_crop:
+            told.append("face_crop is not here yet: photos are used as they are")
+        if request.training_face_correct:
+            told.append("training_face_correct is not here yet: photos are used as they are")
+        if request.callback:
+            told.append("callback is not here yet: nothing is posted to it")
+        if request.auto_extend:
+            told.append("auto_extend has no effect: tunes do not expire here")
+        return told
+
+    def _insert(self, request: TuneRequest, values: Row, work: Path, photos: list[Photo]) -> tuple[Tune, bool]:
+        with self.store.transaction():
+            if existing := self._same_title(request.title):  # made by somebody else meanwhile
+                return existing, False
+            tune_id = self.store.add_tune({**values, "photos": [photo.model_dump() for photo in photos]})
+            for prompt in request.prompts_attributes:
+                self.store.add_prompt(self._prompt_values(tune_id, prompt))
+            (work / "request.json").write_text(request.model_dump_json(exclude={"images"}, indent=1))
+            target = self.folder(tune_id)
+            target.parent.mkdir(exist_ok=True)
+            discard(target)  # left by a crash between the rename and the commit, so that its number came again
+            for path in work.rglob("*"):
+                fsync(path)
+            work.rename(target)
+            fsync(target.parent)
+        self.store.changed.set()
+        return self.get_tune(tune_id), True
+
+    def _prompt_values(self, tune_id: int, request: PromptRequest) -> Row:
+        return {
+            "tune_id": tune_id,
+            "text": request.text,
+            "negative_prompt": request.negative_prompt,
+            "num_images": request.num_images or API_NUM_IMAGES,
+            "seed": request.seed,
+            "steps": request.steps,
+            "cfg_scale": request.cfg_scale,
+            "w": request.w,
+            "h": request.h,
+            "warnings": [f"{name} is accepted and has no effect yet" for name in request.ignored],
+        }
+
+    def _same_title(self, title: str) -> Tune | None:
+        if not self.settings.idempotency:
+            return None
+        found = self.store.find("tunes", title=title, limit=1)
+        return self._tune(found[0]) if found else None
+
+    # From rows to answers
+
+    def _row(self, table: Any, row_id: int) -> Row:
+        row = self.store.get(table, row_id) if 0 < row_id < 2**63 else None
+        if row is None:
+            raise NotFound(f"there is no {table[:-1]} {row_id}")
+        return row
+
+    def _tune(self, row: Row) -> Tune:
+        tune_id = row["id"]
+        models = [make_link(self.settings, f"{tune_id}/model/{f}", MODEL_LINK_SECONDS) for f in row["files"]]
+        photos = [Photo(**photo) for photo in row["photos"]]
+        prompts = [self._prompt(p) for p in self.store.find("prompts", tune_id=tune_id, oldest_first=True)]
+        return Tune(
+            **{key: row[key] for key in Tune.model_fields if key in row and key not in ("photos", "progress")},
+            ckpt_url=models[0] if models else None,
+            ckpt_urls=models,
+            url=f"{self.settings.base_url}/tunes/{tune_id}.json",
+            orig_images=[make_link(self.settings, f"{tune_id}/images/{photo.file}") for photo in photos],
+            photos=photos,
+            progress=Progress(**row["progress"]),
+            prompts=prompts,
+        )
+
+    def _prompt(self, row: Row) -> Prompt:
+        tune_id, prompt_id = row["tune_id"], row["id"]
+        return Prompt(
+            **{key: row[key] for key in Prompt.model_fields if key in row},
+            super_resolution=False,
+            ar="1:1",
+            controlnet_conditioning_scale=None,
+            controlnet_txt2img=False,
+            denoising_strength=None,
+            url=f"{self.settings.base_url}/prompts/{prompt_id}.json",
+            images=[make_link(self.settings, f"{tune_id}/prompts/{prompt_id}/{file}") for file in row["files"]],
+            user_error=row["error"],
+            tunes=[tune_id],
+        )

@@ -1,0 +1,255 @@
+"""The HTML of the page's live parts: pure functions of tunes. Everything a user wrote is escaped here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from html import escape
+from urllib.parse import urlsplit
+
+from trainer.schema import ENDED, Prompt, Tune
+
+CURVE_WIDTH, CURVE_HEIGHT = 600, 120  # of the drawing; it scales with the page
+SMOOTHING = 0.8
+
+Curve = Sequence[tuple[int, float]]
+
+
+def relative(url: str) -> str:
+    """A link of ours without its host, so that it works under whatever name the page was opened."""
+    parts = urlsplit(url)
+    return f"{parts.path}?{parts.query}"
+
+
+def current(tune: Tune | None, curve: Curve, waiting: int) -> str:
+    """The tune that runs, or the one that ran last."""
+    if tune is None:
+        return (
+            '<div class="tb-empty"><b>Nothing here yet</b>'
+            "<span>Drop a few photos, name what they show, press the button. The tune appears here and keeps going"
+            " when you close the page.</span></div>"
+        )
+    queue = f'<span class="tb-dim">{waiting} more in the queue</span>' if waiting else ""
+    return (
+        f'<article class="tb-card" data-tune="{tune.id}" data-status="{tune.status}">'
+        f"<header><h3>{escape(tune.title)}</h3>{pill(tune.status)}{queue}{actions(tune)}</header>"
+        f"{progress(tune)}{loss_curve(curve, tune.progress.steps)}{problem(tune)}{prompts(tune)}</article>"
+    )
+
+
+def earlier(tunes: Sequence[Tune]) -> str:
+    """All tunes, newest first, each to be unfolded."""
+    return "".join(
+        f'<details class="tb-card" data-tune="{tune.id}" data-status="{tune.status}"><summary>'
+        f"{thumbnail(tune)}<span><b>{escape(tune.title)}</b>"
+        f'<span class="tb-dim">{escape(tune.name)} · {tune.branch} · {when(tune.created_at)}</span></span>'
+        f"{pill(tune.status)}</summary>"
+        f"{problem(tune)}{actions(tune)}{prompts(tune)}"
+        f'<h4>Photos</h4><div class="tb-photos">{photos(tune)}</div>{settings(tune)}</details>'
+        for tune in tunes
+    )
+
+
+def pill(status: str) -> str:
+    return f'<span class="tb-pill tb-{status}">{status}</span>'
+
+
+def progress(tune: Tune) -> str:
+    """The bar with stage, step, ETA and loss."""
+    p = tune.progress
+    if tune.status == "queued":
+        return '<p class="tb-dim">Waiting for its turn.</p>'
+    rendering = [prompt for prompt in tune.prompts if prompt.status in ("queued", "rendering")]
+    share = p.step / p.steps if p.steps else 0.0
+    facts = []
+    if p.steps:
+        facts.append(f"step <b>{p.step}</b> of {p.steps}")
+    if tune.status == "training" and p.seconds_per_step:
+        facts.append(f"{duration(p.seconds_per_step * (p.steps - p.step))} left")
+    if p.seconds_per_step:
+        pace = p.seconds_per_step
+        facts.append(f"{pace:.2f} s a step" if pace >= 0.5 else f"{1 / pace:.1f} steps a second")
+    if p.loss is not None:
+        facts.append(f"loss <b>{p.loss:.4f}</b>")
+    stage = {"trained": "rendering prompts" if rendering else "done"}.get(tune.status, p.stage)
+    moving = " tb-moving" if tune.status not in ENDED or rendering else ""
+    return (
+        f'<div class="tb-bar{moving}" role="progressbar" aria-valuemin="0" aria-valuemax="{p.steps}"'
+        f' aria-valuenow="{p.step}"><i style="width:{100 * share:.1f}%"></i></div>'
+        f'<p class="tb-facts"><span class="tb-stage">{stage}</span>'
+        f"{''.join(f'<span>{fact}</span>' for fact in facts)}</p>"
+    )
+
+
+def loss_curve(curve: Curve, steps: int) -> str:
+    """Loss over steps as SVG: the raw values faint, an exponential mean over them."""
+    if len(curve) < 2:
+        return ""
+    losses = [loss for _, loss in curve]
+    low, high = min(losses), max(losses)
+    span = (high - low) or 1.0
+    mean, means = losses[0], []
+    for loss in losses:
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+        means.append(mean)
+
+    def line(values: Sequence[float], name: str) -> str:
+        points = " ".join(
+            f"{CURVE_WIDTH * step / max(steps, 1):.1f},{4 + (CURVE_HEIGHT - 8) * (high - value) / span:.1f}"
+            for (step, _), value in zip(curve, values, strict=True)
+        )
+        return f'<polyline class="{name}" points="{points}"/>'
+
+    return (
+        f'<figure class="tb-curve"><svg viewBox="0 0 {CURVE_WIDTH} {CURVE_HEIGHT}" preserveAspectRatio="none">'
+        f"{line(losses, 'raw')}{line(means, 'smooth')}</svg>"
+        f"<figcaption><span>loss {high:.3f}</span><span>{low:.3f}</span></figcaption></figure>"
+    )
+
+
+def prompts(tune: Tune) -> str:
+    return "".join(prompt_block(prompt) for prompt in tune.prompts)
+
+
+def prompt_block(prompt: Prompt) -> str:
+    """A prompt with its pictures, or with what it is waiting for."""
+    pictures = "".join(picture(url, prompt.text) for url in prompt.images)
+    if not pictures and prompt.status in ("queued", "rendering"):
+        pictures = '<span class="tb-blank"></span>' * prompt.num_images
+    error = f'<p class="tb-problem">{escape(prompt.error)}</p>' if prompt.error and prompt.status == "failed" else ""
+    status = "" if prompt.status == "rendered" else pill(prompt.status)
+    return (
+        f'<section class="tb-prompt" data-prompt="{prompt.id}" data-status="{prompt.status}">'
+        f'<p>{escape(prompt.text)} {status}</p><div class="tb-pictures">{pictures}</div>{error}</section>'
+    )
+
+
+def picture(url: str, text: str) -> str:
+    link = escape(relative(url))
+    return f'<a href="{link}" target="_blank"><img src="{link}" alt="{escape(text)}" loading="lazy"></a>'
+
+
+def photos(tune: Tune) -> str:
+    return "".join(
+        picture(url, f"{photo.name}, {photo.width} x {photo.height}")
+        for url, photo in zip(tune.orig_images, tune.photos, strict=True)
+    )
+
+
+def thumbnail(tune: Tune) -> str:
+    """The first rendered picture, else the first photo."""
+    urls = [url for prompt in tune.prompts for url in prompt.images] or tune.orig_images
+    return f'<img src="{escape(relative(urls[0]))}" alt="" loading="lazy">' if urls else ""
+
+
+def problem(tune: Tune) -> str:
+    error = f'<p class="tb-problem">{escape(tune.error)}</p>' if tune.error else ""
+    return error + "".join(f'<p class="tb-warning">{escape(warning)}</p>' for warning in tune.warnings)
+
+
+def settings(tune: Tune) -> str:
+    """What the tune was asked for and what was made of it."""
+    rows = {
+        "class name": tune.name,
+        "token": tune.token,
+        "branch": tune.branch,
+        "model type": tune.model_type,
+        "preset": tune.preset,
+        "base tune": tune.base_tune_id,
+        "characteristics": ", ".join(f"{key}: {value}" for key, value in tune.characteristics.items()),
+        "args": tune.args,
+        "trained": when(tune.trained_at) if tune.trained_at else None,
+    }
+    told = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in rows.items() if value)
+    return f"<h4>Settings</h4><dl>{told}</dl>"
+
+
+def actions(tune: Tune) -> str:
+    """What can be done with a tune in its state: each is the REST call of that name."""
+    buttons = []
+    if tune.ckpt_url:
+        size_link = escape(relative(tune.ckpt_url))
+        buttons.append(f'<a class="tb-button tb-primary" href="{size_link}" download>Download model</a>')
+    if tune.status not in ENDED:
+        buttons.append(button(tune, "Cancel", f"/tunes/{tune.id}/cancel"))
+    if tune.status in ("failed", "canceled"):
+        buttons.append(button(tune, "Resume", f"/tunes/{tune.id}/resume"))
+    if tune.status in ENDED:
+        buttons.append(
+            button(tune, "Delete", f"/tunes/{tune.id}", "DELETE", "Delete this tune, its photos and pictures?")
+        )
+    return f'<div class="tb-actions">{"".join(buttons)}</div>'
+
+
+def button(tune: Tune, label: str, path: str, method: str = "POST", question: str = "") -> str:
+    ask = f"confirm('{question}')&&" if question else ""
+    return (
+        f'<button class="tb-button" onclick="event.preventDefault();{ask}'
+        f"(this.disabled=true,fetch('{path}',{{method:'{method}'}}))\">{label}</button>"
+    )
+
+
+def when(moment: str) -> str:
+    return datetime.fromisoformat(moment).strftime("%d %b %Y, %H:%M UTC")
+
+
+def duration(seconds: float) -> str:
+    """90 -> 1 min 30 s"""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+CSS = """
+.gradio-container{max-width:1280px!important;margin:auto}
+.tb-field{gap:0!important}.html-container{padding:0!important}
+.tb-head{display:flex;align-items:baseline;gap:.8rem;padding:.6rem 0}
+.tb-head h1{font-size:1.6rem;font-weight:700;margin:0;letter-spacing:-.02em}
+.tb-head h1 i{display:inline-block;width:.62em;height:.62em;border-radius:50%;margin-right:.35em;
+ background:conic-gradient(#e8590c,#fcc419,#e8590c)}
+.tb-dim,.tb-head span{color:var(--body-text-color-subdued)}
+.tb-card{border:1px solid var(--border-color-primary);border-radius:12px;padding:1rem 1.1rem;margin-bottom:.8rem;
+ background:var(--background-fill-primary)}
+.tb-card header{display:flex;align-items:center;gap:.6rem;flex-wrap:wrap}
+.tb-card h3{margin:0;font-size:1.1rem;font-weight:650}.tb-card h4{margin:1rem 0 .4rem;font-weight:600}
+.tb-card summary{display:flex;align-items:center;gap:.8rem;cursor:pointer;list-style:none}
+.tb-card summary::-webkit-details-marker{display:none}
+.tb-card summary>span:nth-of-type(1){flex:1;display:flex;flex-direction:column}
+.tb-card summary img{width:44px;height:44px;object-fit:cover;border-radius:8px}
+.tb-pill{font-size:.75rem;font-weight:600;padding:.1rem .6rem;border-radius:99px;background:#8882;white-space:nowrap}
+.tb-training,.tb-rendering{background:#fd7e1433;color:#d9480f}.tb-trained,.tb-rendered{background:#40c05733;color:#2b8a3e}
+.tb-failed{background:#fa525233;color:#c92a2a}.dark .tb-training,.dark .tb-rendering{color:#ffa94d}
+.dark .tb-trained{color:#8ce99a}.dark .tb-failed{color:#ffa8a8}
+.tb-bar{height:10px;border-radius:5px;background:#8883;overflow:hidden;margin:.9rem 0 .4rem}
+.tb-bar i{display:block;height:100%;border-radius:5px;background:linear-gradient(90deg,#e8590c,#fcc419);
+ transition:width .8s linear}
+.tb-facts{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;margin:0;font-variant-numeric:tabular-nums}
+.tb-stage{font-weight:600}.tb-actions{margin-left:auto;display:flex;gap:.4rem}details .tb-actions{margin:.8rem 0 0}
+.tb-button{font-size:.82rem;padding:.25rem .7rem;border-radius:7px;border:1px solid var(--border-color-primary);
+ background:transparent;cursor:pointer;color:inherit!important;text-decoration:none!important}.tb-button:disabled{opacity:.4}
+.tb-primary{background:#e8590c;border-color:#e8590c;color:#fff!important}
+.tb-curve{margin:.8rem 0 0;position:relative}.tb-curve svg{width:100%;height:120px;display:block;
+ border-bottom:1px solid var(--border-color-primary)}
+.tb-curve polyline{fill:none;stroke:#e8590c;vector-effect:non-scaling-stroke}
+.tb-curve .raw{opacity:.3;stroke-width:1}.tb-curve .smooth{stroke-width:2}
+.tb-curve figcaption{position:absolute;inset:0;display:flex;flex-direction:column;justify-content:space-between;
+ align-items:flex-end;font-size:.72rem;color:var(--body-text-color-subdued);pointer-events:none}
+.tb-prompt p{margin:.9rem 0 .4rem}.tb-pictures,.tb-photos{display:grid;gap:.5rem;
+ grid-template-columns:repeat(auto-fill,minmax(110px,1fr))}
+.tb-pictures img,.tb-blank{width:100%;aspect-ratio:1;object-fit:cover;border-radius:8px;display:block;
+ image-rendering:pixelated}
+.tb-card img{margin:0!important}
+.tb-photos{grid-template-columns:repeat(auto-fill,72px)}
+.tb-photos img{width:72px;height:72px;object-fit:cover;border-radius:8px}
+.tb-blank{background:linear-gradient(100deg,#8882 40%,#8884 50%,#8882 60%) 0/200%;
+ animation:tb-shine 1.4s infinite linear}
+@keyframes tb-shine{from{background-position:120% 0}to{background-position:-80% 0}}
+.tb-problem,.tb-note{color:#e03131;margin:.5rem 0 0;font-size:.88rem}.dark .tb-problem,.dark .tb-note{color:#ff8787}
+.tb-warning{color:var(--body-text-color-subdued);margin:.5rem 0 0;font-size:.85rem}.tb-warning::before{content:"⚠ "}
+.tb-card dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;margin:0;font-size:.88rem}
+.tb-card dt{color:var(--body-text-color-subdued)}.tb-card dd{margin:0;overflow-wrap:anywhere}
+.tb-empty{border:1px dashed var(--border-color-primary);border-radius:12px;padding:2.2rem;text-align:center;
+ display:flex;flex-direction:column;gap:.4rem;color:var(--body-text-color-subdued)}
+"""

@@ -1,0 +1,343 @@
+"""What goes in and out: tunes, prompts, their states, and the errors. No torch, no I/O."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from trainer.branches import BRANCHES
+from trainer.branches import PLANNED as PLANNED_BRANCHES
+from trainer.methods import METHODS
+from trainer.methods import PLANNED as PLANNED_METHODS
+
+TuneStatus = Literal["queued", "training", "trained", "failed", "canceled", "expired"]
+PromptStatus = Literal["queued", "rendering", "rendered", "failed", "canceled"]
+ENDED = ("trained", "rendered", "failed", "canceled", "expired")
+
+
+class InvalidRequest(Exception):
+    """A request that cannot be carried out, and why: {field: [message, ...]}. REST answers it with 422."""
+
+    def __init__(self, problems: Mapping[str, list[str]]) -> None:
+        self.problems = dict(problems)
+        super().__init__("\n".join(f"{field}: {'; '.join(messages)}" for field, messages in problems.items()))
+
+
+class NotFound(Exception):
+    """There is no such thing. REST answers it with 404."""
+
+
+class Conflict(Exception):
+    """Not in this state. REST answers it with 409."""
+
+
+def words(names: Iterable[str]) -> str:
+    """a, b, c"""
+    return ", ".join(sorted(names))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'steps'?)` where a known name looks like it, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _blank_is_none(value: Any) -> Any:
+    """Forms cannot say null: they send an empty field."""
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def _no_control_characters(value: Any) -> Any:
+    if isinstance(value, str):
+        if any(ord(c) < 32 and c not in "\t\n" for c in value):
+            raise ValueError("must not contain control characters")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("must be valid Unicode (it has a lone surrogate)") from None
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_no_control_characters)]
+OptionalBool = Annotated[bool | None, BeforeValidator(_blank_is_none)]
+
+
+def _text(max_length: int) -> Any:
+    """An optional text of at most so many characters."""
+    return Annotated[Annotated[Text, Field(max_length=max_length)] | None, BeforeValidator(_blank_is_none)]
+
+
+def _number(low: float, high: float, kind: type = int) -> Any:
+    """An optional number within limits; forms send it as a string."""
+
+    def parse(value: Any) -> Any:
+        value = _blank_is_none(value)
+        if isinstance(value, bool):
+            raise ValueError(f"must be a number from {low:g} to {high:g}")
+        return value
+
+    bounded = (
+        Annotated[kind, Field(ge=low, le=high, allow_inf_nan=False)]
+        if kind is float
+        else Annotated[kind, Field(ge=low, le=high)]
+    )
+    return Annotated[bounded | None, BeforeValidator(parse)]  # type: ignore[valid-type]
+
+
+class Request(BaseModel):
+    """Names that are not known are refused, with the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_ignored(cls, data: Any) -> Any:
+        """Set aside what the hosted service takes and we do not act on; `ignored` names it."""
+        if not isinstance(data, dict):
+            raise ValueError("must be an object")
+        ignored = [name for name in data if name in cls.accepted()]
+        given = {name: value for name, value in data.items() if name not in ignored and value is not None}
+        return {**given, "ignored": ignored}
+
+    ignored: list[str] = Field(default=[], exclude=True)
+
+    @classmethod
+    def accepted(cls) -> tuple[str, ...]:
+        return ()
+
+    @classmethod
+    def parameters(cls) -> list[str]:
+        """The names that a request may have, in order."""
+        return [name for name in cls.model_fields if name != "ignored"]
+
+
+class PromptRequest(Request):
+    """One prompt: what to render."""
+
+    text: Annotated[Text, Field(min_length=1, max_length=10_000)]
+    negative_prompt: _text(10_000) = None  # type: ignore[valid-type]
+    num_images: _number(1, 8) = None  # type: ignore[valid-type]
+    seed: _number(0, 2**32 - 1) = None  # type: ignore[valid-type]
+    steps: _number(1, 100) = None  # type: ignore[valid-type]
+    cfg_scale: _number(0, 15, float) = None  # type: ignore[valid-type]
+    w: _number(64, 2048) = None  # type: ignore[valid-type]
+    h: _number(64, 2048) = None  # type: ignore[valid-type]
+
+    @classmethod
+    def accepted(cls) -> tuple[str, ...]:
+        return (
+            "callback", "super_resolution", "hires_fix", "inpaint_faces", "face_correct", "face_swap", "style",
+            "color_grading", "film_grain", "use_lpw", "prompt_expansion", "controlnet", "controlnet_conditioning_scale",
+            "controlnet_txt2img", "denoising_strength", "input_image", "input_image_url", "mask_image",
+            "mask_image_url", "scheduler", "backend_version", "ar", "aspect_ratio", "lora_scale", "resolution",
+        )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _whole_blocks(self) -> PromptRequest:
+        for name in ("w", "h"):
+            value = getattr(self, name)
+            if value is not None and value % 8:
+                raise ValueError(f"{name} must be a multiple of 8")
+        return self
+
+
+class TuneRequest(Request):
+    """The tune parameters, in the order of the product document; then ours."""
+
+    name: Annotated[Text, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 ]*[A-Za-z0-9][A-Za-z0-9 ]*$")]
+    title: Annotated[Text, Field(min_length=1, max_length=255)]
+    images: list[Any] = []
+    image_urls: list[Annotated[Text, Field(min_length=1, max_length=2048)]] = []
+    callback: _text(2048) = None  # type: ignore[valid-type]
+    branch: _text(64) = None  # type: ignore[valid-type]
+    steps: _number(1, 10_000) = None  # type: ignore[valid-type]
+    token: _text(32) = None  # type: ignore[valid-type]
+    face_crop: OptionalBool = None
+    training_face_correct: OptionalBool = None
+    base_tune_id: _number(1, 2**53) = None  # type: ignore[valid-type]
+    model_type: _text(64) = None  # type: ignore[valid-type]
+    auto_extend: OptionalBool = None
+    preset: _text(64) = None  # type: ignore[valid-type]
+    characteristics: dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=1000)]] = {}
+    prompts_attributes: list[PromptRequest] = []
+    args: _text(1000) = None  # type: ignore[valid-type]
+
+    @classmethod
+    def accepted(cls) -> tuple[str, ...]:
+        return ("prompts_callback", "resolution", "is_api")
+
+
+R = TypeVar("R", bound=Request)
+
+MESSAGES = {  # pydantic's own words name its types; these name what the API takes
+    "missing": "is required",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "list_type": "must be a list",
+    "dict_type": "must be an object of names and texts",
+    "string_type": "must be a text",
+}
+
+
+def parse_request(model: type[R], data: Any) -> R:
+    """Check a request against its schema. Raises InvalidRequest with all problems at once."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems: dict[str, list[str]] = {}
+        for problem in error.errors():
+            field = str(problem["loc"][0]) if problem["loc"] else "base"
+            inner = ".".join(str(part) for part in problem["loc"][1:])
+            problems.setdefault(field, []).append((f"{inner}: " if inner else "") + _message(model, problem))
+        raise InvalidRequest(problems) from None
+
+
+def _message(model: type[Request], problem: Any) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = PromptRequest if problem["loc"][0] == "prompts_attributes" else model
+        return f"unknown parameter{nearest(str(problem['loc'][-1]), known.parameters())}"
+    if kind == "string_pattern_mismatch":
+        return "only English letters, numbers and spaces allowed"
+    if kind in ("string_too_short", "too_short"):
+        return "must not be empty"
+    if kind in ("string_too_long", "too_long"):
+        return f"must have at most {context['max_length']} characters"
+    if kind in ("greater_than_equal", "less_than_equal"):
+        bound = context.get("ge", context.get("le"))
+        return f"must be {'at least' if 'ge' in context else 'at most'} {bound}, got {problem['input']}"
+    return MESSAGES.get(kind, str(problem["msg"]).removeprefix("Value error, "))
+
+
+def check_branch(branch: str) -> str:
+    """The branch, if this version has it. Raises InvalidRequest."""
+    if branch in PLANNED_BRANCHES:
+        raise InvalidRequest({"branch": [f"{branch} is not here yet; this version has {words(BRANCHES)}"]})
+    if branch not in BRANCHES:
+        raise InvalidRequest(
+            {"branch": [f"unknown branch {branch!r}{nearest(branch, BRANCHES)}; known: {words(BRANCHES)}"]}
+        )
+    return branch
+
+
+def check_model_type(model_type: str, asked: str | None, branch: str) -> str:
+    """The model type, if this version has it. `asked`: the request's own word, None where the default decided."""
+    if model_type in METHODS:
+        return model_type
+    if model_type not in PLANNED_METHODS:
+        close = nearest(model_type, METHODS + PLANNED_METHODS)
+        raise InvalidRequest(
+            {"model_type": [f"unknown model_type {model_type!r}{close}; known: {words(METHODS + PLANNED_METHODS)}"]}
+        )
+    default = "" if asked else f"model_type null means {model_type} on {branch}; "
+    raise InvalidRequest({"model_type": [f"{default}{model_type} is not here yet; this version has {words(METHODS)}"]})
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that came in: the name it had and where its bytes are now."""
+
+    name: str
+    path: Path
+
+
+class Progress(BaseModel):
+    """Where a running tune is. `loss` is the mean of the last steps read; `seconds_per_step` a moving average."""
+
+    stage: str = "queued"
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    seconds_per_step: float | None = None
+
+
+class Photo(BaseModel):
+    """The verdict on one photo: what came and what was kept. Sizes in pixels, of the upright picture."""
+
+    name: str
+    file: str
+    width: int
+    height: int
+    format: str
+    rotated: bool = False
+    notes: list[str] = []
+
+
+class Tune(BaseModel):
+    """A tune as every door answers it: the document's keys in its order, then ours."""
+
+    id: int
+    title: str
+    name: str
+    token: str | None
+    base_tune_id: int | None
+    args: str | None
+    steps: int | None
+    face_crop: bool | None
+    training_face_correct: bool
+    ckpt_url: str | None
+    ckpt_urls: list[str]
+    eta: str | None
+    trained_at: str | None
+    started_training_at: str | None
+    expires_at: str | None
+    created_at: str
+    branch: str
+    model_type: str | None
+    updated_at: str
+    url: str
+    orig_images: list[str]
+    callback: str | None
+    preset: str | None
+    characteristics: dict[str, str]
+    auto_extend: bool
+    status: TuneStatus
+    progress: Progress
+    error: str | None
+    warnings: list[str]
+    photos: list[Photo]
+    prompts: list[Prompt]
+
+
+class Prompt(BaseModel):
+    """A prompt as every door answers it: the hosted service's keys in its order, then ours."""
+
+    id: int
+    callback: str | None
+    trained_at: str | None
+    started_training_at: str | None
+    created_at: str
+    updated_at: str
+    tune_id: int
+    text: str
+    negative_prompt: str | None
+    cfg_scale: float | None
+    steps: int | None
+    super_resolution: bool
+    ar: str
+    num_images: int
+    seed: int | None
+    controlnet_conditioning_scale: float | None
+    controlnet_txt2img: bool
+    denoising_strength: float | None
+    url: str
+    images: list[str]
+    w: int | None
+    h: int | None
+    status: PromptStatus
+    error: str | None
+    user_error: str | None
+    warnings: list[str]
+    tunes: list[int]
+
+
+Tune.model_rebuild()

@@ -1,0 +1,109 @@
+"""The one reader of the environment and of the command line: folders, address, key and limits."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Settings(BaseSettings):
+    """Every setting is an option (`--face-crop`) and an environment variable (`TUNEBOOTH_FACE_CROP`)."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TUNEBOOTH_",
+        frozen=True,
+        cli_prog_name="app.py",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on. Anything but loopback needs a key.")
+    port: int = Field(7860, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    outputs: Path = Field(Path("outputs"), description="Folder of the database and of everything a tune makes.")
+    models: Path = Field(Path("models"), description="Folder of base models: diffusers folders or .safetensors files.")
+    presets: Path = Field(
+        Path(__file__).parent.parent / "presets", description="Folder of the presets, a user's own among them."
+    )
+    demo: bool = Field(False, description="Queue a tune of the bundled sample photos at the start.")
+    open: bool = Field(False, description="Open the page in the browser once it is up.")
+    key: SecretStr | None = Field(None, description="API key. Made at first start where one is needed.")
+    public_url: str | None = Field(None, description="Address that links in answers begin with.")
+    idempotency: bool = Field(True, description="The same title again answers the tune that has it.")
+    private_urls: Literal["refuse", "allow"] = Field(
+        "refuse", description="Whether image_urls may point at private addresses."
+    )
+    face_crop: bool = Field(False, description="Default of a tune's face_crop.")
+    device: str = Field("auto", description="Where to train: auto, cuda, cuda:1, mps, cpu.")
+    max_images: int = Field(100, ge=1, description="Most photos of one tune.")
+    max_prompts: int = Field(100, ge=0, description="Most prompts sent along with one tune.")
+    max_image_mb: int = Field(40, ge=1, description="Largest photo file, in megabytes.")
+    max_body_mb: int = Field(1024, ge=1, description="Largest request, in megabytes.")
+    max_megapixels: int = Field(100, ge=1, description="Largest photo, in millions of pixels.")
+    decode_seconds: float = Field(20.0, gt=0, description="Time limit for decoding one photo.")
+
+    @property
+    def on_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+    @cached_property
+    def base_url(self) -> str:
+        """Where this app is reached from outside, without a slash at the end."""
+        if self.public_url:
+            return self.public_url.rstrip("/")
+        if space := os.environ.get("SPACE_HOST"):
+            return f"https://{space}"
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @cached_property
+    def link_secret(self) -> bytes:
+        """The secret that signs links; made once and kept, so that links survive a restart."""
+        return self._kept_secret(".link-secret")[0].encode()
+
+    def required_key(self) -> tuple[str | None, bool]:
+        """The API key, and whether it was made just now (then it is shown once). None: loopback without a key."""
+        if self.key:
+            return self.key.get_secret_value(), False
+        if self.on_loopback:
+            return None, False
+        return self._kept_secret(".key")
+
+    def _kept_secret(self, name: str) -> tuple[str, bool]:
+        path = self.outputs / name
+        if path.exists():
+            return path.read_text().strip(), False
+        secret = secrets.token_urlsafe(24)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secret)
+        return secret, True
+
+
+def read_settings(arguments: Sequence[str] | None = None, **overrides: object) -> Settings:
+    """Command line over environment over default. On a Hugging Face Space the app listens to everybody on 7860.
+
+    `arguments` None: no command line (tests, scripts); `overrides` are field values that win over everything.
+    """
+    if os.environ.get("SPACE_ID"):
+        overrides = {"host": "0.0.0.0", "port": 7860, **overrides}  # noqa: S104
+    cli: object = list(arguments) if arguments is not None else None
+    settings = Settings(_cli_parse_args=cli, **overrides)  # type: ignore[call-arg,arg-type]
+    for folder in (settings.outputs, settings.models):
+        folder.mkdir(parents=True, exist_ok=True)
+    return settings
+
+
+def command_line() -> Settings:
+    """The settings of this process."""
+    return read_settings(sys.argv[1:])

@@ -1,0 +1,375 @@
+"""The page and the Gradio endpoints: the shared verbs, with a face. No rules, no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere; read at import
+
+import gradio as gr
+from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+
+from trainer import page
+from trainer.branches import BRANCHES
+from trainer.jobs import Jobs
+from trainer.methods import METHODS
+from trainer.schema import (
+    ENDED,
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    PromptRequest,
+    Tune,
+    TuneRequest,
+    Upload,
+)
+
+WATCH_SECONDS = 1.0
+TUNES_ON_PAGE = 50
+PAGE_NUM_IMAGES = 4
+OWN = ("branch's own", "")  # the choice that leaves a parameter null
+PROMPT_FIELDS = ("negative_prompt", "num_images", "seed", "steps", "cfg_scale", "w", "h")
+
+
+def mount(app: FastAPI, jobs: Jobs) -> FastAPI:
+    """Put the page and the Gradio API onto the REST app."""
+    mounted: FastAPI = gr.mount_gradio_app(
+        app,
+        build(jobs),
+        path="/",
+        ssr_mode=False,
+        show_error=False,  # our own errors are shown all the same; what an unexpected one says stays in the log
+        footer_links=["api"],
+        max_file_size=f"{jobs.settings.max_image_mb}mb",
+        theme=gr.themes.Base(
+            primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
+        css=page.CSS,
+    )
+    return mounted
+
+
+def build(jobs: Jobs) -> gr.Blocks:
+    """The page: a form on the left, the tunes on the right."""
+    with gr.Blocks(title="Tunebooth", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
+        gr.HTML(
+            '<div class="tb-head"><h1><i></i>Tunebooth</h1><span>Your photos, your model, your machine.</span></div>'
+        )
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=380):
+                form = Form(jobs)
+            with gr.Column(scale=6, min_width=420):
+                gr.Markdown("### Now")
+                now = gr.HTML(page.current(None, [], 0), elem_id="now")
+                gr.Markdown("### All tunes")
+                tunes = gr.HTML(elem_id="tunes")
+        shown = gr.State(("", ""))
+        watch = functools.partial(live_parts, jobs)
+        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        gr.Timer(WATCH_SECONDS).tick(watch, shown, [now, tunes, shown], **quiet)
+        blocks.load(watch, shown, [now, tunes, shown], **quiet)
+        blocks.load(form.choices, None, [form.fields["base_tune_id"], form.fields["preset"]], **quiet)
+        form.button.click(
+            form.submit,
+            form.inputs,
+            form.outputs,
+            api_visibility="private",
+            concurrency_limit=None,
+            show_progress="minimal",
+        ).then(watch, shown, [now, tunes, shown], **quiet)
+        for endpoint in endpoints(jobs):
+            gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)
+    return blocks
+
+
+def live_parts(jobs: Jobs, shown: tuple[str, str]) -> tuple[Any, Any, tuple[str, str]]:
+    """The two live parts of the page; what has not changed is left alone, so that nothing folds up or flickers."""
+    tunes = jobs.list_tunes(limit=TUNES_ON_PAGE)
+    running = [tune for tune in tunes if _busy(tune)]
+    tune = running[-1] if running else (tunes[0] if tunes else None)
+    curve = jobs.loss_curve(tune.id) if tune else []
+    parts = (page.current(tune, curve, len(running) - 1 if running else 0), page.earlier(tunes))
+    changed = [part if part != old else gr.skip() for part, old in zip(parts, shown, strict=True)]
+    return changed[0], changed[1], parts if parts != shown else gr.skip()
+
+
+def _busy(tune: Tune) -> bool:
+    return tune.status not in ENDED or any(prompt.status not in ENDED for prompt in tune.prompts)
+
+
+class Form:
+    """The fields of the page, each under the parameter's own name, each with room for what is wrong with it."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self.fields: dict[str, Any] = {}
+        self._notes: dict[str, gr.HTML] = {}
+        add = self._add
+        add("images", gr.File, label="Photos", file_count="multiple", file_types=["image", ".txt"], height=140)
+        photos = gr.HTML(elem_id="thumbnails")
+        self.fields["images"].change(
+            thumbnails, self.fields["images"], photos, queue=False, show_progress="hidden", api_visibility="private"
+        )
+        with gr.Row():
+            add("name", gr.Textbox, label="Class name", placeholder="man, woman, dog, toy, style")
+            add("title", gr.Textbox, label="Title", placeholder="made up when left empty")
+        with gr.Row():
+            add("branch", gr.Dropdown, choices=list(BRANCHES), value="fast", label="Branch")
+            add("model_type", gr.Dropdown, choices=[OWN, *METHODS], value="lora", label="Model type")
+        with gr.Row():
+            add("preset", gr.Dropdown, choices=[OWN], value="", label="Preset")
+            add("token", gr.Textbox, label="Token", placeholder="ohwx (sd15: sks)")
+        add(
+            "prompts_attributes",
+            gr.Textbox,
+            label="Prompts, one on each line",
+            lines=3,
+            placeholder="ohwx dog in the snow",
+        )
+        self.button = gr.Button("Create tune", variant="primary", size="lg", elem_id="create")
+        self._other = gr.HTML()
+        with gr.Accordion("Characteristics", open=False):
+            gr.Markdown("`{{eye_color}}` in a prompt becomes the value of the key `eye_color`.")
+            add(
+                "characteristics", gr.Dataframe, headers=["key", "value"], row_count=2, column_count=2, type="array",
+                interactive=True, show_label=False,
+            )  # fmt: skip
+        with gr.Accordion("Pictures", open=False):
+            with gr.Row():
+                num_images = gr.Slider(1, 8, PAGE_NUM_IMAGES, step=1, label="Pictures of each prompt")
+                seed = gr.Number(label="Seed", value=None, precision=0)
+            with gr.Row():
+                steps = gr.Number(label="Sampling steps", value=None, precision=0, min_width=100)
+                cfg_scale = gr.Number(label="cfg_scale", value=None, min_width=100)
+                width = gr.Number(label="Width", value=None, precision=0, min_width=100)
+                height = gr.Number(label="Height", value=None, precision=0, min_width=100)
+            negative = gr.Textbox(label="Negative prompt")
+        self._prompt_fields = [negative, num_images, seed, steps, cfg_scale, width, height]
+        with gr.Accordion("Advanced", open=False):
+            add("base_tune_id", gr.Dropdown, choices=[("branch's own", 0)], value=0, label="Base tune")
+            with gr.Row():
+                add("steps", gr.Number, label="Training steps", value=None, precision=0)
+                add("args", gr.Textbox, label="Args", placeholder="rank=32 lr=2e-4 seed=7")
+            choices = [("as set up", ""), ("yes", "true"), ("no", "false")]
+            add("face_crop", gr.Dropdown, choices=choices, value="", label="Face crop")
+            with gr.Row():
+                add("training_face_correct", gr.Checkbox, label="Restore faces")
+                add("auto_extend", gr.Checkbox, label="Renew at expiry")
+            add("image_urls", gr.Textbox, label="Image URLs, one on each line", lines=2)
+            add("callback", gr.Textbox, label="Callback URL")
+
+    def _add(self, name: str, component: type[Any], **options: Any) -> None:
+        """Place a field, with room for what is wrong with it right below."""
+        with gr.Column(min_width=160, elem_classes="tb-field"):
+            self.fields[name] = component(elem_id=f"field-{name}", **options)
+            self._notes[name] = gr.HTML(elem_id=f"note-{name}")
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [*self.fields.values(), *self._prompt_fields]
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [*self._notes.values(), self._other]
+
+    def choices(self) -> tuple[Any, Any]:
+        """The bases and presets there are now: files may have been added since the start."""
+        usable = [(f"{b['title']} ({b['branch']})", b["id"]) for b in self._jobs.list_base_tunes() if not b["error"]]
+        named = [OWN, *((name, name) for name in self._jobs.list_presets())]
+        return gr.update(choices=[("branch's own", 0), *usable]), gr.update(choices=named)
+
+    def submit(self, *values: Any) -> list[str]:
+        """Create the tune; returns what is wrong beside each field, and what is wrong elsewhere."""
+        data = dict(zip(self.fields, values, strict=False))
+        shared = dict(zip(PROMPT_FIELDS, values[len(self.fields) :], strict=True))
+        uploads = [Upload(Path(path).name, Path(path)) for path in data.pop("images") or []]
+        name = str(data["name"] or "").strip()
+        data["title"] = self._unique_title(str(data["title"] or "").strip(), name)
+        data["base_tune_id"] = data["base_tune_id"] or None
+        data["image_urls"] = str(data["image_urls"] or "").split()
+        lines = str(data["prompts_attributes"] or "").splitlines()
+        data["prompts_attributes"] = [{"text": line.strip(), **shared} for line in lines if line.strip()]
+        rows = [row for row in data["characteristics"] or [] if any(str(cell or "").strip() for cell in row)]
+        data["characteristics"] = {str(key or "").strip(): str(value or "").strip() for key, value in rows}
+        problems: dict[str, list[str]] = {}
+        try:
+            tune, _ = self._jobs.create_tune(data, uploads)
+            gr.Info(f"{tune.title} is queued", duration=4)
+        except InvalidRequest as invalid:
+            problems = invalid.problems
+            gr.Warning("The form needs a look: what is wrong is said beside the field.", duration=6)
+        other = [f"{field}: {'; '.join(told)}" for field, told in problems.items() if field not in self._notes]
+        return [*(note(problems.get(name, [])) for name in self._notes), note(other)]
+
+    def _unique_title(self, title: str, name: str) -> str:
+        title = title or f"{name or 'tune'} {datetime.now(UTC):%Y-%m-%d %H:%M}"
+        number, unique = 1, title
+        while self._jobs.list_tunes(limit=1, title=unique):
+            number += 1
+            unique = f"{title} ({number})"
+        return unique
+
+
+def note(messages: list[str]) -> str:
+    return "".join(f'<p class="tb-note" role="alert">{escape(message)}</p>' for message in messages)
+
+
+def thumbnails(paths: list[str] | None) -> str:
+    """The photos that were dropped, small, in the order of the list."""
+    pictures = [path for path in paths or [] if not path.lower().endswith(".txt")]
+    images = "".join(
+        f'<img src="/gradio_api/file={escape(path)}" alt="{escape(Path(path).name)}">' for path in pictures
+    )
+    return f'<div class="tb-photos">{images}</div>' if images else ""
+
+
+def endpoints(jobs: Jobs) -> list[Callable[..., Any]]:
+    """The functions that gradio_client calls. Types are told, not enforced, by Gradio: `schema` checks them."""
+
+    @spoken
+    async def submit_tune(
+        name: str = "",
+        title: str = "",
+        images: list[gr.FileData] | None = None,
+        image_urls: list[str] | None = None,
+        callback: str | None = None,
+        branch: str | None = None,
+        steps: int | None = None,
+        token: str | None = None,
+        face_crop: bool | None = None,
+        training_face_correct: bool | None = None,
+        base_tune_id: int | None = None,
+        model_type: str | None = None,
+        auto_extend: bool | None = None,
+        preset: str | None = None,
+        characteristics: dict[str, str] | None = None,
+        prompts_attributes: list[dict[str, Any]] | None = None,
+        args: str | None = None,
+    ) -> dict[str, Any]:
+        """Create a tune and answer at once."""
+        given = locals()
+        values = {key: given[key] for key in TuneRequest.parameters() if given[key] is not None}
+        uploads = [_upload(image) for image in values.pop("images", [])]
+        tune, _ = await run_in_threadpool(jobs.create_tune, values, uploads)
+        return tune.model_dump()
+
+    @functools.wraps(submit_tune)
+    async def create_tune(*positional: Any, **named: Any) -> dict[str, Any]:
+        tune = await submit_tune(*positional, **named)
+        progress = gr.Progress()
+        while _busy(Tune(**tune)):
+            where = tune["progress"]
+            share = where["step"] / where["steps"] if where["steps"] else 0.0
+            loss = f", loss {where['loss']:.4f}" if where["loss"] is not None else ""
+            progress(share, f"{where['stage']}: step {where['step']} of {where['steps']}{loss}")
+            await asyncio.sleep(WATCH_SECONDS)
+            tune = (await run_in_threadpool(jobs.get_tune, tune["id"])).model_dump()
+        if tune["status"] == "failed":
+            raise gr.Error(tune["error"] or "the tune failed", print_exception=False)
+        return tune
+
+    create_tune.__name__ = "create_tune"
+    create_tune.__doc__ = "Create a tune and wait for it and its prompts; it goes on when the caller leaves."
+
+    @spoken
+    async def get_tune(tune_id: int) -> dict[str, Any]:
+        """One tune with its prompts."""
+        return (await run_in_threadpool(jobs.get_tune, tune_id)).model_dump()
+
+    @spoken
+    async def list_tunes(
+        limit: int = 20,
+        offset: int = 0,
+        title: str | None = None,
+        branch: str | None = None,
+        model_type: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """Tunes, newest first."""
+        tunes = await run_in_threadpool(jobs.list_tunes, limit, offset, None, title, branch, model_type)
+        return [tune.model_dump() for tune in tunes]
+
+    @spoken
+    async def cancel_tune(tune_id: int) -> dict[str, Any]:
+        """Stop a tune, within one step; its state is kept for resume_tune."""
+        return (await run_in_threadpool(jobs.cancel_tune, tune_id)).model_dump()
+
+    @spoken
+    async def resume_tune(tune_id: int) -> dict[str, Any]:
+        """Queue a canceled or failed tune again; it goes on from its last state."""
+        return (await run_in_threadpool(jobs.resume_tune, tune_id)).model_dump()
+
+    @spoken
+    async def delete_tune(tune_id: int) -> dict[str, str]:
+        """Remove a tune, its prompts and its files."""
+        await run_in_threadpool(jobs.delete_tune, tune_id)
+        return {"message": "Tune successfully deleted"}
+
+    @spoken
+    async def create_prompt(
+        tune_id: int,
+        text: str,
+        negative_prompt: str | None = None,
+        num_images: int | None = None,
+        seed: int | None = None,
+        steps: int | None = None,
+        cfg_scale: float | None = None,
+        w: int | None = None,
+        h: int | None = None,
+    ) -> dict[str, Any]:
+        """Render a prompt with a tune."""
+        given = locals()
+        values = {key: given[key] for key in PromptRequest.parameters() if given[key] is not None}
+        return (await run_in_threadpool(jobs.create_prompt, tune_id, values)).model_dump()
+
+    @spoken
+    async def get_prompt(prompt_id: int) -> dict[str, Any]:
+        """One prompt with its pictures."""
+        return (await run_in_threadpool(jobs.get_prompt, prompt_id)).model_dump()
+
+    @spoken
+    async def list_prompts(tune_id: int | None = None, limit: int = 20, offset: int = 0) -> list[dict[str, Any]]:
+        """Prompts, newest first."""
+        prompts = await run_in_threadpool(jobs.list_prompts, tune_id, limit, offset)
+        return [prompt.model_dump() for prompt in prompts]
+
+    @spoken
+    async def list_base_tunes(branch: str | None = None) -> list[dict[str, Any]]:
+        """Base models that a tune can start from."""
+        return await run_in_threadpool(jobs.list_base_tunes, branch)
+
+    @spoken
+    async def list_presets() -> list[str]:
+        """Names for the parameter preset."""
+        return await run_in_threadpool(jobs.list_presets)
+
+    return [
+        create_tune, submit_tune, get_tune, list_tunes, cancel_tune, resume_tune, delete_tune,
+        create_prompt, get_prompt, list_prompts, list_base_tunes, list_presets,
+    ]  # fmt: skip
+
+
+def spoken(endpoint: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """Our own errors reach the client as `gr.Error` texts, others do not."""
+
+    @functools.wraps(endpoint)
+    async def wrapped(*positional: Any, **named: Any) -> Any:
+        try:
+            return await endpoint(*positional, **named)
+        except (InvalidRequest, NotFound, Conflict) as problem:
+            raise gr.Error(str(problem), print_exception=False) from None
+
+    return wrapped
+
+
+def _upload(image: Any) -> Upload:
+    if not isinstance(image, dict) or not image.get("path"):
+        raise InvalidRequest({"images": ["must be files: handle_file('photo.jpg') of gradio_client makes one"]})
+    return Upload(Path(image.get("orig_name") or image["path"]).name, Path(image["path"]))

@@ -1,0 +1,213 @@
+"""The thread that works: claims a job, runs it, records how it ended. The one broad handler lives here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from trainer import bases
+from trainer.files import read_json_lines
+from trainer.schema import InvalidRequest
+from trainer.settings import Settings
+from trainer.store import Job, Row, Store, Table, now, stamp
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("tunebooth.worker")
+
+TELL_EVERY_SECONDS = 0.5  # progress in the store: each write waits for the disk
+POLL_SECONDS = 2.0
+MAX_ATTEMPTS = 3  # a job that takes the process down this often without headway is not tried again
+PACE_MEMORY = 0.9  # of the moving average of seconds per step
+
+
+class Worker:
+    """One thread, one job at a time, oldest first."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._settings = settings
+        self._store = store
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+
+    def start(self) -> None:
+        self._store.recover()
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 60.0) -> None:
+        """Finish the current step, save its state and end; the job goes on at the next start."""
+        self._stopping.set()
+        self._store.changed.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            # The slow imports, before anybody waits for them.
+            from diffusers.utils import logging as diffusers_logging
+            from transformers.utils import logging as transformers_logging
+
+            from trainer import render  # noqa: F401
+            from trainer.train import pick_device
+
+            for library in (diffusers_logging, transformers_logging):  # the page has a progress bar of its own
+                library.disable_progress_bar()
+                library.set_verbosity_error()
+
+            device = pick_device(self._settings.device)
+        except Exception:
+            log.exception("the worker cannot start; nothing will be trained")
+            return
+        bench = Bench(self._settings, self._store, device, self._stopping)
+        while not self._stopping.is_set():
+            self._store.changed.clear()
+            job = self._store.claim()
+            if job is None:
+                self._store.changed.wait(POLL_SECONDS)
+                continue
+            bench.run(job)
+
+
+class Bench:
+    """Runs jobs; keeps what is worth keeping between two of them."""
+
+    def __init__(self, settings: Settings, store: Store, device: torch.device, stopping: threading.Event) -> None:
+        from trainer.render import Renderer
+
+        self._settings = settings
+        self._store = store
+        self._device = device
+        self._stopping = stopping
+        self._renderer = Renderer(settings, device)
+
+    def run(self, job: Job) -> None:
+        """Do a job, whatever becomes of it."""
+        reporter = Reporter(self._settings, self._store, job, self._stopping)
+        try:
+            if job.attempts >= MAX_ATTEMPTS:
+                raise RuntimeError(f"the app ended {job.attempts} times at this point; it is not tried again")
+            if job.prompt_id is None:
+                self._train(job, reporter)
+            else:
+                self._render(job, job.prompt_id, reporter)
+        except InvalidRequest as invalid:
+            self._store.finish(job, "failed", error=str(invalid))
+        except Exception as error:
+            log.exception("job %s failed", job)
+            self._store.finish(job, "failed", error=explain(error))
+
+    def _train(self, job: Job, reporter: Reporter) -> None:
+        from trainer.train import train_tune
+
+        tune = self._must(self._store.get("tunes", job.tune_id))
+        self._renderer.release()
+        files = train_tune(tune, self._base(tune), self._settings, self._device, reporter)
+        if files is not None:
+            reporter.stage("trained")
+            self._store.finish(job, "trained", files=files, trained_at=now(), eta=now(), progress=reporter.progress)
+        elif self._stopping.is_set() and not self._store.cancel_wanted("tunes", job.tune_id):
+            log.info("tune %s is put aside; it goes on at the next start", job.tune_id)
+        else:
+            self._store.finish(job, "canceled", eta=None)
+
+    def _render(self, job: Job, prompt_id: int, reporter: Reporter) -> None:
+        from trainer.render import Stopped
+
+        prompt, tune = (
+            self._must(self._store.get("prompts", prompt_id)),
+            self._must(self._store.get("tunes", job.tune_id)),
+        )
+        try:
+            files, warnings = self._renderer.render_prompt(prompt, tune, self._base(tune), reporter)
+        except Stopped:
+            if self._store.cancel_wanted("prompts", prompt_id):
+                self._store.finish(job, "canceled")
+            return
+        warnings = [*prompt["warnings"], *(w for w in warnings if w not in prompt["warnings"])]
+        self._store.finish(job, "rendered", files=files, warnings=warnings, trained_at=now())
+
+    def _base(self, tune: Row) -> bases.Base:
+        branch = tune["branch"]
+        return bases.resolve(self._settings, None if branch == "fast" else tune["base_id"], branch)
+
+    @staticmethod
+    def _must(row: Row | None) -> Row:
+        assert row is not None, "a job's rows go with it"
+        return row
+
+
+class Reporter:
+    """What a running job tells: progress to the store, lines to the tune's log; and whether it is to go on."""
+
+    def __init__(self, settings: Settings, store: Store, job: Job, stopping: threading.Event) -> None:
+        self._store = store
+        self._job = job
+        self._stopping = stopping
+        self._table: Table = "tunes" if job.prompt_id is None else "prompts"
+        self._row = job.prompt_id or job.tune_id
+        self._log = settings.outputs / "tunes" / str(job.tune_id) / "log.jsonl"
+        self._told = self._stepped = 0.0
+        self.progress: dict[str, Any] = {
+            "stage": "queued",
+            "step": 0,
+            "steps": 0,
+            "loss": None,
+            "seconds_per_step": None,
+        }
+
+    def stage(self, stage: str) -> None:
+        self.progress["stage"] = stage
+        self._tell()
+
+    def step(self, step: int, steps: int, loss: float | None = None) -> bool:
+        """See `loop.Report`."""
+        moment = time.monotonic()
+        if self._stepped and step:
+            pace, took = self.progress["seconds_per_step"], moment - self._stepped
+            self.progress["seconds_per_step"] = took if pace is None else PACE_MEMORY * pace + (1 - PACE_MEMORY) * took
+        self._stepped = moment
+        self.progress |= {"step": step, "steps": steps}
+        if loss is not None:
+            self.progress["loss"] = loss
+            self._write({"step": step, "loss": round(loss, 6)})
+        if moment - self._told > TELL_EVERY_SECONDS or step == steps:
+            self._tell()
+        return not (self._stopping.is_set() or self._store.cancel_wanted(self._table, self._row))
+
+    def saved(self, step: int) -> None:
+        self._store.made_headway(self._job)
+        self._stepped = time.monotonic()  # saving is not part of the pace of a step
+
+    def resumed(self, step: int) -> None:
+        """Log where the run goes on, and drop the lines of steps that are now done again."""
+        if step and self._log.exists():
+            kept = [line for line in read_json_lines(self._log) if line["step"] <= step]
+            self._log.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._write({"step": step, "event": "resumed" if step else "started", "at": now()})
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        if self._table == "tunes":
+            self._store.update("tunes", self._row, progress=self.progress, eta=self._eta())
+
+    def _eta(self) -> str | None:
+        pace = self.progress["seconds_per_step"]
+        if pace is None:
+            return None
+        return stamp(datetime.now(UTC) + timedelta(seconds=pace * (self.progress["steps"] - self.progress["step"])))
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self._log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def explain(error: Exception) -> str:
+    """An unexpected error in words that name a remedy where one is known."""
+    text = f"{type(error).__name__}: {error}".strip().rstrip(":")
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{text} -- the card's memory is full: try args batch=1, a lower resolution or a lower rank"
+    return text
