@@ -30,7 +30,8 @@ def main() -> None:
 
     studio = Studio(settings, store)
     guard = Guard(settings, load=studio.load, begin=studio.begin, unload=studio.close)
-    config = uvicorn.Config(guard, log_level="warning", ws="none")
+    # An open page holds a connection for as long as it is open; it is not waited for.
+    config = uvicorn.Config(guard, log_level="warning", ws="none", timeout_graceful_shutdown=2)
     print(f"Tunebooth is at {settings.base_url}", flush=True)
     uvicorn.Server(config).run(sockets=[listening])
 

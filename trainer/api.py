@@ -34,7 +34,9 @@ from trainer.schema import (
 
 MAX_FIELDS = 5000
 MAX_JSON_BYTES = 2**20
-KEY = re.compile(r"^(\w+)((?:\[\w*\])*)$")
+KEY = re.compile(r"(\w+)((?:\[[\w-]{0,64}\])*)")
+NUMBER = re.compile("[0-9]+")  # `isdigit` and `\d` know more digits than `int` does
+SqlInteger = Annotated[int, Query(ge=0, lt=2**63)]
 
 
 class Malformed(Exception):
@@ -68,8 +70,8 @@ def create_app(jobs: Jobs) -> FastAPI:
     @app.get("/tunes")
     def list_tunes(
         limit: Annotated[int, Query(ge=1, le=120)] = 20,
-        offset: Annotated[int, Query(ge=0)] = 0,
-        before_id: int | None = None,
+        offset: SqlInteger = 0,
+        before_id: SqlInteger | None = None,
         title: str | None = None,
         branch: str | None = None,
         model_type: str | None = None,
@@ -111,14 +113,12 @@ def create_app(jobs: Jobs) -> FastAPI:
 
     @app.get("/tunes/{tune_id}/prompts")
     def list_tune_prompts(
-        tune_id: int, limit: Annotated[int, Query(ge=1, le=120)] = 20, offset: Annotated[int, Query(ge=0)] = 0
+        tune_id: int, limit: Annotated[int, Query(ge=1, le=120)] = 20, offset: SqlInteger = 0
     ) -> list[Prompt]:
         return jobs.list_prompts(tune_id, limit, offset)
 
     @app.get("/prompts")
-    def list_prompts(
-        limit: Annotated[int, Query(ge=1, le=120)] = 20, offset: Annotated[int, Query(ge=0)] = 0
-    ) -> list[Prompt]:
+    def list_prompts(limit: Annotated[int, Query(ge=1, le=120)] = 20, offset: SqlInteger = 0) -> list[Prompt]:
         return jobs.list_prompts(None, limit, offset)
 
     @app.get("/prompts/{prompt_id}")
@@ -208,6 +208,7 @@ def parse_json(body: bytes, what: str = "the body") -> dict[str, Any]:
         raise Malformed(f"{what} is larger than {MAX_JSON_BYTES} bytes")
     try:
         data = json.loads(body.decode("utf-8"), object_pairs_hook=no_doubles, parse_constant=no_constant)
+        json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate could be neither stored nor answered
     except (ValueError, RecursionError) as error:
         raise Malformed(f"{what} is not JSON: {error}") from None
     if not isinstance(data, dict):
@@ -252,8 +253,8 @@ def nest(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     root: dict[str, Any] = {}
     for key, value in items:
-        match = KEY.match(key)
-        parts = [match[1], *re.findall(r"\[(\w*)\]", match[2])] if match else []
+        match = KEY.fullmatch(key)
+        parts = [match[1], *re.findall(r"\[([\w-]*)\]", match[2])] if match else []
         if not match or len(parts) > 5:
             raise Malformed(f"{key[:100]!r} is not a name that this API has")
         place: Any = root
@@ -263,9 +264,9 @@ def nest(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _step_into(place: Any, part: str, following: str | None, key: str, value: Any, parts: list[str]) -> Any:
-    fresh: Any = value if following is None else [] if following == "" or following.isdigit() else {}
+    fresh: Any = value if following is None else [] if following == "" or NUMBER.fullmatch(following) else {}
     if isinstance(place, list):
-        if part.isdigit():
+        if NUMBER.fullmatch(part):
             if int(part) > len(place):
                 raise Malformed(f"{key!r} leaves out a number before {part}")
             if int(part) == len(place):
@@ -273,6 +274,8 @@ def _step_into(place: Any, part: str, following: str | None, key: str, value: An
             elif following is None:
                 raise Malformed(f"{key!r} is given twice")
             return place[int(part)]
+        if part:
+            raise Malformed(f"{key!r} is used for two kinds of thing")
         last = place[-1] if place else None
         if following and isinstance(last, dict) and (following not in last or isinstance(last[following], list | dict)):
             return last

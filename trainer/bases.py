@@ -120,10 +120,10 @@ def _branch_of_folder(folder: Path) -> str:
             raise ValueError(f"its {name} asks for code of {library!r}; only diffusers and transformers are loaded")
     if code := next(folder.rglob("*.py"), None):
         raise ValueError(f"it brings code ({code.name}), which is never run; take it out")
-    if PIPELINES[pipeline] == "sd15":
-        if _json_object(folder / "unet" / "config.json").get("cross_attention_dim") == 1024:
-            raise ValueError("it is a Stable Diffusion 2 model, which is not supported")
-    return PIPELINES[pipeline]
+    branch = PIPELINES[pipeline]
+    if branch == "sd15" and _json_object(folder / "unet" / "config.json").get("cross_attention_dim") == 1024:
+        raise ValueError("it is a Stable Diffusion 2 model, which is not supported")
+    return branch
 
 
 def _json_object(file: Path) -> dict[str, Any]:

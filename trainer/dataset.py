@@ -33,7 +33,7 @@ class Dataset:
     def batch(
         self, branch: Branch, config: TrainConfig, step: int
     ) -> tuple[Tensor, dict[str, Tensor], torch.Generator]:
-        """The samples of one step: latents (B, C, H/f, W/f), their conditions, and the generator for what is drawn next.
+        """The samples of one step: latents (B, C, H/f, W/f), their conditions, the generator for what is drawn next.
 
         Everything is a function of the seed and the step, so that a resumed run draws what the first one would have.
         """

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
 import resource
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,17 @@ MEMORY_BYTES = 2 * 2**30  # a 100-megapixel RGBA picture with its copies fits
 
 
 def limit() -> None:
-    """Run first in the child: decoders that want more memory than any photo needs get none."""
+    """Run first in the child: decoders that want more memory than any photo needs get none; it ends with the app."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _end_with_parent() -> None:
+    """A pool's child waits for work for ever, also when its parent was killed."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def warm() -> None:
@@ -60,6 +71,7 @@ def decode(source: Path, target: Path, name: str, max_pixels: int) -> Photo:
         raise
     except Exception as error:  # noqa: BLE001  # a decoder may raise anything: SyntaxError and struct.error have been seen
         raise ValueError(f"is damaged and cannot be decoded ({type(error).__name__}: {error})") from None
+    rgb.info.clear()  # comments and profiles would be written along with the pixels
     lossy = form in ("JPEG", "MPO")
     file = target.with_suffix(".jpg" if lossy else ".png")
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if lossy else {"compress_level": 1}

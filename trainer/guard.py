@@ -8,9 +8,8 @@ import hmac
 import json
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
-from http.cookies import SimpleCookie
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from trainer.settings import LOOPBACK, Settings
 
@@ -141,8 +140,9 @@ class Guard:
 
     def _has_key(self, headers: dict[str, str]) -> bool:
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        sent = token.strip() if scheme.lower() == "bearer" else (cookie.value if cookie else "")
+        # By hand: http.cookies stumbles over what other apps on this host have set, and cookies know no ports.
+        cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
+        sent = token.strip() if scheme.lower() == "bearer" else unquote(cookies.get(COOKIE, ""))
         return self._right_key(sent)
 
     def _right_key(self, sent: str) -> bool:
@@ -161,7 +161,7 @@ class Guard:
             return
         # A Space shows the app in a frame of another site, which only takes a cookie marked for that.
         framed = "SameSite=None; Secure; Partitioned" if self._settings.base_url.startswith("https") else "SameSite=Lax"
-        cookie = f"{COOKIE}={key}; HttpOnly; Path=/; Max-Age=2592000; {framed}"
+        cookie = f"{COOKIE}={quote(key)}; HttpOnly; Path=/; Max-Age=2592000; {framed}"
         await send(
             {
                 "type": "http.response.start",

@@ -44,19 +44,20 @@ class Decoder:
     def decode(self, source: Path, target: Path, name: str) -> Photo:
         """Write `source` as an upright RGB file, `target` with a suffix. Raises ValueError saying what is wrong."""
         with self._lock:
-            future = self._running().submit(
-                decode.decode, source, target, name, self._settings.max_megapixels * 1_000_000
-            )
-            try:
-                return future.result(timeout=self._settings.decode_seconds)
-            except TimeoutError:
-                self._stop()
-                raise ValueError(f"could not be decoded within {self._settings.decode_seconds:g} s") from None
-            except BrokenProcessPool:
-                self._stop()
-                raise ValueError("broke the decoder; it is damaged, or made to do so") from None
-            except MemoryError:
-                raise ValueError("needs too much memory to be decoded") from None
+            for _ in range(2):  # the child may have been killed while it was idle, which is not this photo's fault
+                try:
+                    future = self._running().submit(
+                        decode.decode, source, target, name, self._settings.max_megapixels * 1_000_000
+                    )
+                    return future.result(timeout=self._settings.decode_seconds)
+                except TimeoutError:
+                    self._stop()
+                    raise ValueError(f"could not be decoded within {self._settings.decode_seconds:g} s") from None
+                except BrokenProcessPool:
+                    self._stop()
+                except MemoryError:
+                    raise ValueError("needs too much memory to be decoded") from None
+            raise ValueError("broke the decoder; it is damaged, or made to do so")
 
     def _running(self) -> ProcessPoolExecutor:
         if self._pool is None:

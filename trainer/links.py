@@ -13,19 +13,19 @@ from trainer.settings import Settings
 MODEL_LINK_SECONDS = 24 * 3600
 
 
-def make_link(settings: Settings, path: str, lifetime_s: int | None = None, relative: bool = False) -> str:
+def make_link(settings: Settings, path: str, lifetime_s: int | None = None) -> str:
     """A link to `outputs/tunes/<path>`; with a lifetime it ends some time after it, else never.
 
     The end is rounded up to the hour, so that a page asked for twice names the same picture twice.
     """
     expires = 0 if lifetime_s is None else (int(time.time()) + lifetime_s) // 3600 * 3600 + 3600
     query = urlencode({"expires": expires, "signature": _sign(settings, path, expires)})
-    return f"{'' if relative else settings.base_url}/files/{quote(path)}?{query}"
+    return f"{settings.base_url}/files/{quote(path)}?{query}"
 
 
 def open_link(settings: Settings, path: str, expires: int, signature: str) -> Path | None:
     """The file that a link names; None where the signature is wrong, the time is over or the file is gone."""
-    if not hmac.compare_digest(_sign(settings, path, expires), signature):
+    if not hmac.compare_digest(_sign(settings, path, expires).encode(), signature.encode()):
         return None
     if expires and expires < time.time():
         return None

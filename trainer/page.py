@@ -71,7 +71,8 @@ def progress(tune: Tune) -> str:
         facts.append(f"{pace:.2f} s a step" if pace >= 0.5 else f"{1 / pace:.1f} steps a second")
     if p.loss is not None:
         facts.append(f"loss <b>{p.loss:.4f}</b>")
-    stage = {"trained": "rendering prompts" if rendering else "done"}.get(tune.status, p.stage)
+    ended = {"trained": "rendering prompts" if rendering else "done", "failed": "failed", "canceled": "stopped"}
+    stage = ended.get(tune.status, p.stage)
     moving = " tb-moving" if tune.status not in ENDED or rendering else ""
     return (
         f'<div class="tb-bar{moving}" role="progressbar" aria-valuemin="0" aria-valuemax="{p.steps}"'
@@ -108,10 +109,11 @@ def loss_curve(curve: Curve, steps: int) -> str:
 
 
 def prompts(tune: Tune) -> str:
-    return "".join(prompt_block(prompt) for prompt in tune.prompts)
+    small = " tb-small" if tune.branch == "fast" else ""
+    return "".join(prompt_block(prompt, small) for prompt in tune.prompts)
 
 
-def prompt_block(prompt: Prompt) -> str:
+def prompt_block(prompt: Prompt, kind: str) -> str:
     """A prompt with its pictures, or with what it is waiting for."""
     pictures = "".join(picture(url, prompt.text) for url in prompt.images)
     if not pictures and prompt.status in ("queued", "rendering"):
@@ -120,7 +122,7 @@ def prompt_block(prompt: Prompt) -> str:
     status = "" if prompt.status == "rendered" else pill(prompt.status)
     return (
         f'<section class="tb-prompt" data-prompt="{prompt.id}" data-status="{prompt.status}">'
-        f'<p>{escape(prompt.text)} {status}</p><div class="tb-pictures">{pictures}</div>{error}</section>'
+        f'<p>{escape(prompt.text)} {status}</p><div class="tb-pictures{kind}">{pictures}</div>{error}</section>'
     )
 
 
@@ -203,7 +205,7 @@ def duration(seconds: float) -> str:
 
 
 CSS = """
-.gradio-container{max-width:1280px!important;margin:auto}
+.gradio-container{width:100%;max-width:1280px!important;margin:auto}
 .tb-field{gap:0!important}.html-container{padding:0!important}
 .tb-head{display:flex;align-items:baseline;gap:.8rem;padding:.6rem 0}
 .tb-head h1{font-size:1.6rem;font-weight:700;margin:0;letter-spacing:-.02em}
@@ -238,9 +240,9 @@ CSS = """
  align-items:flex-end;font-size:.72rem;color:var(--body-text-color-subdued);pointer-events:none}
 .tb-prompt p{margin:.9rem 0 .4rem}.tb-pictures,.tb-photos{display:grid;gap:.5rem;
  grid-template-columns:repeat(auto-fill,minmax(110px,1fr))}
-.tb-pictures img,.tb-blank{width:100%;aspect-ratio:1;object-fit:cover;border-radius:8px;display:block;
- image-rendering:pixelated}
-.tb-card img{margin:0!important}
+.tb-pictures img,.tb-blank{width:100%;aspect-ratio:1;object-fit:cover;border-radius:8px;display:block}
+.tb-small img{image-rendering:pixelated}
+.tb-card img,.tb-card :is(.tb-pictures,.tb-photos) a{margin:0!important;padding:0!important}
 .tb-photos{grid-template-columns:repeat(auto-fill,72px)}
 .tb-photos img{width:72px;height:72px;object-fit:cover;border-radius:8px}
 .tb-blank{background:linear-gradient(100deg,#8882 40%,#8884 50%,#8882 60%) 0/200%;

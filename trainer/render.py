@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,8 +116,3 @@ def size(w: int | None, h: int | None, defaults: RenderConfig) -> tuple[int, int
         scale = defaults.fixed_size / max(width, height)
         width, height = (max(16, round(side * scale / 8) * 8) for side in (width, height))
     return width, height
-
-
-def picture_paths(outputs: Path, prompt: dict[str, Any]) -> list[Path]:
-    """Where the pictures of a rendered prompt lie."""
-    return [outputs / "tunes" / str(prompt["tune_id"]) / "prompts" / str(prompt["id"]) / f for f in prompt["files"]]

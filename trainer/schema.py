@@ -6,9 +6,18 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from trainer.branches import BRANCHES
 from trainer.branches import PLANNED as PLANNED_BRANCHES
@@ -94,17 +103,24 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    @model_validator(mode="before")
+    _ignored: list[str] = PrivateAttr(default_factory=list)
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _drop_ignored(cls, data: Any) -> Any:
-        """Set aside what the hosted service takes and we do not act on; `ignored` names it."""
+    def _set_aside(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Leave out what is null, and what the hosted service takes and we do not act on."""
         if not isinstance(data, dict):
             raise ValueError("must be an object")
-        ignored = [name for name in data if name in cls.accepted()]
-        given = {name: value for name, value in data.items() if name not in ignored and value is not None}
-        return {**given, "ignored": ignored}
+        aside = [name for name in data if name in cls.accepted()]
+        null = [name for name in data if name in cls.model_fields and data[name] is None]
+        request = handler({name: value for name, value in data.items() if name not in (*aside, *null)})
+        request._ignored = aside
+        return request
 
-    ignored: list[str] = Field(default=[], exclude=True)
+    @property
+    def ignored(self) -> list[str]:
+        """The names that were set aside."""
+        return self._ignored
 
     @classmethod
     def accepted(cls) -> tuple[str, ...]:
@@ -113,7 +129,7 @@ class Request(BaseModel):
     @classmethod
     def parameters(cls) -> list[str]:
         """The names that a request may have, in order."""
-        return [name for name in cls.model_fields if name != "ignored"]
+        return list(cls.model_fields)
 
 
 class PromptRequest(Request):

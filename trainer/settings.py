@@ -17,7 +17,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Settings(BaseSettings):
-    """Every setting is an option (`--face-crop`) and an environment variable (`TUNEBOOTH_FACE_CROP`)."""
+    """Every setting is an option (`--public-url`) and an environment variable (`TUNEBOOTH_PUBLIC_URL`)."""
 
     model_config = SettingsConfigDict(
         env_prefix="TUNEBOOTH_",
@@ -43,7 +43,6 @@ class Settings(BaseSettings):
     private_urls: Literal["refuse", "allow"] = Field(
         "refuse", description="Whether image_urls may point at private addresses."
     )
-    face_crop: bool = Field(False, description="Default of a tune's face_crop.")
     device: str = Field("auto", description="Where to train: auto, cuda, cuda:1, mps, cpu.")
     max_images: int = Field(100, ge=1, description="Most photos of one tune.")
     max_prompts: int = Field(100, ge=0, description="Most prompts sent along with one tune.")
@@ -81,10 +80,11 @@ class Settings(BaseSettings):
 
     def _kept_secret(self, name: str) -> tuple[str, bool]:
         path = self.outputs / name
-        if path.exists():
-            return path.read_text().strip(), False
+        kept = path.read_text().strip() if path.exists() else ""
+        if kept:  # an empty file is what a power cut leaves, and an empty key would let everybody in
+            return kept, False
         secret = secrets.token_urlsafe(24)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(secret)
         return secret, True

@@ -98,7 +98,12 @@ class Store:
         self._local = threading.local()
         self._writing = threading.Lock()  # one writer at a time; waiting here is fair, SQLite's own busy wait is not
         self.changed = threading.Event()  # set when there may be something to do
-        self._migrate()
+        try:
+            self._migrate()
+        except sqlite3.OperationalError:
+            raise  # a full disk, say
+        except sqlite3.DatabaseError as problem:
+            raise self._damaged(str(problem)) from problem
 
     def close(self) -> None:
         self._lock_file.close()
@@ -128,10 +133,10 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.commit()
             except BaseException:
                 self._db.rollback()
                 raise
-            self._db.commit()
 
     def _migrate(self) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -141,7 +146,10 @@ class Store:
             self._db.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
         check = self._db.execute("PRAGMA integrity_check").fetchone()[0]
         if check != "ok":
-            raise RuntimeError(f"{self._path} is damaged ({check}); put back a copy, or move it away to start anew")
+            raise self._damaged(check)
+
+    def _damaged(self, how: str) -> RuntimeError:
+        return RuntimeError(f"{self._path} is damaged ({how}); put back a copy, or move it away to start anew")
 
     def add_tune(self, values: Mapping[str, Any]) -> int:
         """Insert a tune and its job; to be called within `transaction()`, with its prompts after it."""
@@ -222,6 +230,13 @@ class Store:
         """A state is on disk: a crash after this is a new crash, not the same one again."""
         with self.transaction() as db:
             db.execute("UPDATE jobs SET attempts = 1 WHERE id = ?", (job.id,))
+
+    def put_back(self, job: Job) -> None:
+        """A job that was stopped because the app ends waits again, at its old place; that was no crash."""
+        table, row_id = _target(job)
+        with self.transaction() as db:
+            self.update(table, row_id, status="queued")
+            db.execute("UPDATE jobs SET attempts = 0 WHERE id = ?", (job.id,))
 
     def cancel_wanted(self, table: Table, row_id: int) -> bool:
         """Whether someone asked to stop; also when the row is gone. One indexed read, cheap enough for every step."""

@@ -112,6 +112,7 @@ class Form:
         self._jobs = jobs
         self.fields: dict[str, Any] = {}
         self._notes: dict[str, gr.HTML] = {}
+        self._folds: list[tuple[gr.Accordion, tuple[str, ...]]] = []
         add = self._add
         add("images", gr.File, label="Photos", file_count="multiple", file_types=["image", ".txt"], height=140)
         photos = gr.HTML(elem_id="thumbnails")
@@ -136,27 +137,28 @@ class Form:
         )
         self.button = gr.Button("Create tune", variant="primary", size="lg", elem_id="create")
         self._other = gr.HTML()
-        with gr.Accordion("Characteristics", open=False):
+        with self._fold("Characteristics", "characteristics"):
             gr.Markdown("`{{eye_color}}` in a prompt becomes the value of the key `eye_color`.")
             add(
                 "characteristics", gr.Dataframe, headers=["key", "value"], row_count=2, column_count=2, type="array",
                 interactive=True, show_label=False,
             )  # fmt: skip
-        with gr.Accordion("Pictures", open=False):
+        with self._fold("Pictures", "prompts_attributes"):
             with gr.Row():
                 num_images = gr.Slider(1, 8, PAGE_NUM_IMAGES, step=1, label="Pictures of each prompt")
-                seed = gr.Number(label="Seed", value=None, precision=0)
+                seed = gr.Textbox(label="Seed", placeholder="42")
             with gr.Row():
-                steps = gr.Number(label="Sampling steps", value=None, precision=0, min_width=100)
-                cfg_scale = gr.Number(label="cfg_scale", value=None, min_width=100)
-                width = gr.Number(label="Width", value=None, precision=0, min_width=100)
-                height = gr.Number(label="Height", value=None, precision=0, min_width=100)
+                # Text fields: an empty gr.Number turns into 0 when its accordion is opened.
+                steps, cfg_scale, width, height = (
+                    gr.Textbox(label=label, min_width=100)
+                    for label in ("Sampling steps", "cfg_scale", "Width", "Height")
+                )
             negative = gr.Textbox(label="Negative prompt")
         self._prompt_fields = [negative, num_images, seed, steps, cfg_scale, width, height]
-        with gr.Accordion("Advanced", open=False):
+        with self._fold("Advanced", "base_tune_id", "steps", "args", "face_crop", "image_urls", "callback"):
             add("base_tune_id", gr.Dropdown, choices=[("branch's own", 0)], value=0, label="Base tune")
             with gr.Row():
-                add("steps", gr.Number, label="Training steps", value=None, precision=0)
+                add("steps", gr.Textbox, label="Training steps", placeholder="as the preset says")
                 add("args", gr.Textbox, label="Args", placeholder="rank=32 lr=2e-4 seed=7")
             choices = [("as set up", ""), ("yes", "true"), ("no", "false")]
             add("face_crop", gr.Dropdown, choices=choices, value="", label="Face crop")
@@ -172,13 +174,18 @@ class Form:
             self.fields[name] = component(elem_id=f"field-{name}", **options)
             self._notes[name] = gr.HTML(elem_id=f"note-{name}")
 
+    def _fold(self, label: str, *names: str) -> gr.Accordion:
+        """A part that is folded up until it is opened, or until something is wrong with one of its fields."""
+        self._folds.append((gr.Accordion(label, open=False), names))
+        return self._folds[-1][0]
+
     @property
     def inputs(self) -> list[Any]:
         return [*self.fields.values(), *self._prompt_fields]
 
     @property
     def outputs(self) -> list[Any]:
-        return [*self._notes.values(), self._other]
+        return [*self._notes.values(), self._other, *(fold for fold, _ in self._folds)]
 
     def choices(self) -> tuple[Any, Any]:
         """The bases and presets there are now: files may have been added since the start."""
@@ -186,8 +193,8 @@ class Form:
         named = [OWN, *((name, name) for name in self._jobs.list_presets())]
         return gr.update(choices=[("branch's own", 0), *usable]), gr.update(choices=named)
 
-    def submit(self, *values: Any) -> list[str]:
-        """Create the tune; returns what is wrong beside each field, and what is wrong elsewhere."""
+    def submit(self, *values: Any) -> list[Any]:
+        """Create the tune; returns what is wrong beside each field, what is wrong elsewhere, and what to unfold."""
         data = dict(zip(self.fields, values, strict=False))
         shared = dict(zip(PROMPT_FIELDS, values[len(self.fields) :], strict=True))
         uploads = [Upload(Path(path).name, Path(path)) for path in data.pop("images") or []]
@@ -207,7 +214,8 @@ class Form:
             problems = invalid.problems
             gr.Warning("The form needs a look: what is wrong is said beside the field.", duration=6)
         other = [f"{field}: {'; '.join(told)}" for field, told in problems.items() if field not in self._notes]
-        return [*(note(problems.get(name, [])) for name in self._notes), note(other)]
+        unfold = [gr.update(open=True) if set(names) & set(problems) else gr.skip() for _, names in self._folds]
+        return [*(note(problems.get(name, [])) for name in self._notes), note(other), *unfold]
 
     def _unique_title(self, title: str, name: str) -> str:
         title = title or f"{name or 'tune'} {datetime.now(UTC):%Y-%m-%d %H:%M}"
@@ -261,21 +269,21 @@ def endpoints(jobs: Jobs) -> list[Callable[..., Any]]:
         tune, _ = await run_in_threadpool(jobs.create_tune, values, uploads)
         return tune.model_dump()
 
-    @functools.wraps(submit_tune)
-    async def create_tune(*positional: Any, **named: Any) -> dict[str, Any]:
-        tune = await submit_tune(*positional, **named)
+    async def submit_and_wait(*positional: Any, **named: Any) -> dict[str, Any]:
+        tune = Tune(**await submit_tune(*positional, **named))
         progress = gr.Progress()
-        while _busy(Tune(**tune)):
-            where = tune["progress"]
-            share = where["step"] / where["steps"] if where["steps"] else 0.0
-            loss = f", loss {where['loss']:.4f}" if where["loss"] is not None else ""
-            progress(share, f"{where['stage']}: step {where['step']} of {where['steps']}{loss}")
+        while _busy(tune):
+            where = tune.progress
+            loss = "" if where.loss is None else f", loss {where.loss:.4f}"
+            share = where.step / where.steps if where.steps else 0.0
+            progress(share, f"{where.stage}: step {where.step} of {where.steps}{loss}")
             await asyncio.sleep(WATCH_SECONDS)
-            tune = (await run_in_threadpool(jobs.get_tune, tune["id"])).model_dump()
-        if tune["status"] == "failed":
-            raise gr.Error(tune["error"] or "the tune failed", print_exception=False)
-        return tune
+            tune = await run_in_threadpool(jobs.get_tune, tune.id)
+        if tune.status == "failed":
+            raise gr.Error(tune.error or "the tune failed", print_exception=False)
+        return tune.model_dump()
 
+    create_tune = functools.wraps(submit_tune)(spoken(submit_and_wait))  # the same parameters, written once
     create_tune.__name__ = "create_tune"
     create_tune.__doc__ = "Create a tune and wait for it and its prompts; it goes on when the caller leaves."
 

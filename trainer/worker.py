@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -47,6 +48,9 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            # Torch's threads are not to spin while they wait: beside any other busy process, a browser say, that makes
+            # a step many times slower. Read by libgomp when torch is imported.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             # The slow imports, before anybody waits for them.
             from diffusers.utils import logging as diffusers_logging
             from transformers.utils import logging as transformers_logging
@@ -110,6 +114,7 @@ class Bench:
             reporter.stage("trained")
             self._store.finish(job, "trained", files=files, trained_at=now(), eta=now(), progress=reporter.progress)
         elif self._stopping.is_set() and not self._store.cancel_wanted("tunes", job.tune_id):
+            self._store.put_back(job)
             log.info("tune %s is put aside; it goes on at the next start", job.tune_id)
         else:
             self._store.finish(job, "canceled", eta=None)
@@ -126,6 +131,8 @@ class Bench:
         except Stopped:
             if self._store.cancel_wanted("prompts", prompt_id):
                 self._store.finish(job, "canceled")
+            else:
+                self._store.put_back(job)
             return
         warnings = [*prompt["warnings"], *(w for w in warnings if w not in prompt["warnings"])]
         self._store.finish(job, "rendered", files=files, warnings=warnings, trained_at=now())
@@ -150,6 +157,7 @@ class Reporter:
         self._table: Table = "tunes" if job.prompt_id is None else "prompts"
         self._row = job.prompt_id or job.tune_id
         self._log = settings.outputs / "tunes" / str(job.tune_id) / "log.jsonl"
+        self._began = time.monotonic()
         self._told = self._stepped = 0.0
         self.progress: dict[str, Any] = {
             "stage": "queued",
@@ -173,7 +181,7 @@ class Reporter:
         self.progress |= {"step": step, "steps": steps}
         if loss is not None:
             self.progress["loss"] = loss
-            self._write({"step": step, "loss": round(loss, 6)})
+            self._write({"step": step, "loss": round(loss, 6), "seconds": round(moment - self._began, 3)})
         if moment - self._told > TELL_EVERY_SECONDS or step == steps:
             self._tell()
         return not (self._stopping.is_set() or self._store.cancel_wanted(self._table, self._row))
@@ -184,7 +192,7 @@ class Reporter:
 
     def resumed(self, step: int) -> None:
         """Log where the run goes on, and drop the lines of steps that are now done again."""
-        if step and self._log.exists():
+        if self._log.exists():
             kept = [line for line in read_json_lines(self._log) if line["step"] <= step]
             self._log.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._write({"step": step, "event": "resumed" if step else "started", "at": now()})

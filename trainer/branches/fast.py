@@ -90,8 +90,6 @@ def write_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(vocabulary())}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer(
-        str(folder / "vocab.json"),
-        str(folder / "merges.txt"),
-        unk_token="<|endoftext|>",  # noqa: S106 model_max_length=77
-    ).save_pretrained(folder)
+    end = "<|endoftext|>"
+    vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+    CLIPTokenizer(vocab, merges, unk_token=end, model_max_length=77).save_pretrained(folder)

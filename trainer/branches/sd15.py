@@ -27,17 +27,20 @@ def load(base: Base, device: torch.device, cache: Path) -> SD15:
     """
     try:
         pipeline = read_file(base.path, cache) if base.path and base.path.is_file() else read_folder(base)
+    except NotImplementedError as problem:  # diffusers moves a weight that it has not found in the file
+        raise ValueError(f"{base.title} cannot be loaded: weights are missing from it") from problem
     except (RuntimeError, SafetensorError, SingleFileComponentError) as problem:
         raise ValueError(f"{base.title} cannot be loaded: {problem}") from problem
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         refuse_gaps(name for name, weight in module.named_parameters() if weight.is_meta)
+    if len(pipeline.tokenizer) <= len(pipeline.tokenizer.all_special_tokens):
+        # transformers makes a tokenizer that knows no word where it finds none, here or on the hub, and says nothing.
+        raise OSError(f"{base.title} has no tokenizer/vocab.json")
     return SD15(pipeline, device)
 
 
 def read_folder(base: Base) -> Any:
     """A diffusers folder here, or one from the hub."""
-    if base.path and not has_tokenizer(base.path):
-        raise OSError(f"{base.title} has no tokenizer/vocab.json")
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": base.path or base.repository,
         "local_files_only": base.path is not None,
@@ -55,14 +58,9 @@ def read_file(file: Path, cache: Path) -> Any:
     """One file with the keys of the original release."""
     config = single_file_config(file, cache)
     options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
-    if not has_tokenizer(config):
+    if not (config / "tokenizer").exists():
         options["tokenizer"] = CLIPTokenizer.from_pretrained("openai/clip-vit-large-patch14")
     return StableDiffusionPipeline.from_single_file(str(file), config=str(config), local_files_only=True, **options)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a vocabulary: transformers makes a tokenizer that knows no word where there is none."""
-    return any((folder / "tokenizer" / name).exists() for name in ("vocab.json", "tokenizer.json"))
 
 
 def refuse_gaps(missing: Iterable[str]) -> None:

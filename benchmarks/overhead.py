@@ -1,0 +1,130 @@
+"""What the loop costs beside the mathematics: its time per step over a bare torch loop's, on the same tiny model.
+
+Both train the same PEFT adapters of branch fast with fused AdamW, clipping and the same schedule, in turns, in one
+process; ours with progress, log and the look for a cancel in every step. Saving states is left out of both.
+Prints the ratio of the two minima over the rounds last. Run: `uv run python -m benchmarks.overhead`
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import bases, dataset, demo, loop, presets
+from trainer.branches import load_branch
+from trainer.methods import lora
+from trainer.settings import read_settings
+from trainer.store import Store
+from trainer.worker import Reporter
+
+WARM_UP_STEPS = 3
+
+
+class Stopwatch:
+    """The worker's own reporter, and the moments at which steps ended."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self.moments: list[float] = []
+
+    def stage(self, stage: str) -> None:
+        self._reporter.stage(stage)
+
+    def step(self, step: int, steps: int, loss: float | None = None) -> bool:
+        keep_going = self._reporter.step(step, steps, loss)
+        self.moments.append(time.perf_counter())
+        return keep_going
+
+    def saved(self, step: int) -> None: ...
+
+    def resumed(self, step: int) -> None: ...
+
+
+def ours(branch: Any, data: dataset.Dataset, config: presets.TrainConfig, reporter: Reporter, states: Path) -> float:
+    """Seconds per step of `loop.train`, from the end of the warm-up to before the last step, which saves."""
+    watch = Stopwatch(reporter)
+    loop.train(branch, attach(branch, config), data, config, watch, states)
+    inner = watch.moments[WARM_UP_STEPS : config.steps]
+    return (inner[-1] - inner[0]) / (len(inner) - 1)
+
+
+def bare(branch: Any, data: dataset.Dataset, config: presets.TrainConfig) -> float:
+    """Seconds per step of the shortest loop that does the same."""
+    groups = attach(branch, config)
+    params = groups[0]["params"]
+    optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: loop.lr_scale(step, config))
+    generator = torch.Generator().manual_seed(config.seed)
+    assert data.cond is not None
+    hidden = data.cond["encoder_hidden_states"]
+    moments = []
+    for _ in range(config.steps - 1):
+        rows = torch.randint(len(data.captions), (config.batch,), generator=generator)
+        mean, std = data.mean[rows], data.std[rows]
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(1000, (config.batch,), generator=generator)
+        noisy = branch.noise_scheduler.add_noise(latents, noise, timesteps)
+        predicted = branch.denoiser(noisy, timesteps, hidden[rows], return_dict=False)[0]
+        loss = ((predicted.float() - noise) ** 2).mean(dim=(1, 2, 3)).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        moments.append(time.perf_counter())
+    inner = moments[WARM_UP_STEPS:]
+    return (inner[-1] - inner[0]) / (len(inner) - 1)
+
+
+def attach(branch: Any, config: presets.TrainConfig) -> list[dict[str, Any]]:
+    """Fresh adapters, in place of those of the round before."""
+    if hasattr(branch.denoiser, "peft_config"):
+        branch.pipeline.unload_lora_weights()
+    return lora.attach(branch, config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=40)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = read_settings(outputs=folder, models=folder / "models")
+        branch = load_branch(bases.fast_base(settings), torch.device("cpu"), folder / "cache")
+        config = presets.resolve(
+            settings.presets, branch="fast", model_type="lora", preset=None, photos=5, steps=options.steps,
+            args="save_every=100000",
+        )  # fmt: skip
+        photos = []
+        for number in range(5):
+            photos.append(folder / f"{number}.png")
+            demo.draw_photo(number).save(photos[-1])
+        data = dataset.build(branch, photos, dataset.captions_for(photos, "ohwx", "toy"), config)
+        store = Store(folder)
+        values = {"title": "overhead", "name": "toy", "branch": "fast", "method": "lora", "base_id": 1,
+                  "training_face_correct": 0, "auto_extend": 0, "characteristics": {}, "photos": [],
+                  "warnings": []}  # fmt: skip
+        (folder / "tunes" / str(store.add_tune(values))).mkdir(parents=True)
+        job = store.claim()
+        assert job is not None
+        times: dict[str, list[float]] = {"ours": [], "bare": []}
+        for number in range(options.rounds + 1):
+            reporter = Reporter(settings, store, job, threading.Event())
+            measured = ours(branch, data, config, reporter, folder / f"states-{number}"), bare(branch, data, config)
+            if number:  # the first round warms up
+                times["ours"].append(measured[0])
+                times["bare"].append(measured[1])
+                print(f"round {number}: ours {1000 * measured[0]:.2f} ms, bare {1000 * measured[1]:.2f} ms a step")
+    print(f"ours/bare, minimum over {options.rounds} rounds: {min(times['ours']) / min(times['bare']):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""A bench for whatever trains: a tiny base, three pictures, a configuration, and a report that remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trainer import dataset, loop, presets
+from trainer.bases import Base
+from trainer.branches import Branch, load_branch
+from trainer.dataset import Dataset
+from trainer.methods import lora
+from trainer.presets import TrainConfig
+
+PRESETS = Path(__file__).parent.parent / "presets"
+STEPS = 6
+
+
+@dataclass
+class Told:
+    """A report that remembers what it was told, and says to stop after a step."""
+
+    stop_at: int | None = None
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    saved_at: list[int] = field(default_factory=list)
+    resumed_at: list[int] = field(default_factory=list)
+    on_saved: Callable[[], None] = lambda: None
+
+    def stage(self, stage: str) -> None: ...
+
+    def step(self, step: int, steps: int, loss: float | None = None) -> bool:
+        self.steps.append(step)
+        self.losses += [] if loss is None else [loss]
+        return step != self.stop_at
+
+    def saved(self, step: int) -> None:
+        self.saved_at.append(step)
+        self.on_saved()
+
+    def resumed(self, step: int) -> None:
+        self.resumed_at.append(step)
+
+
+@dataclass
+class Bench:
+    """Everything that a run needs; each `start` is a fresh process as far as the loop can tell."""
+
+    base: Path
+    cache: Path
+    photos: list[Path]
+    config: TrainConfig
+
+    def start(self, adapters_seed: int = 0) -> Run:
+        base = Base(1, self.base.name, "sd15", path=self.base)
+        branch = load_branch(base, torch.device("cpu"), self.cache)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(adapters_seed)
+            groups = lora.attach(branch, self.config)
+        data = dataset.build(branch, self.photos, ["a red dog", "a blue dog", "a dog"], self.config)
+        return Run(branch, groups, data, self.config)
+
+
+@dataclass
+class Run:
+    branch: Branch
+    groups: list[dict[str, Any]]
+    data: Dataset
+    config: TrainConfig
+
+    def train(self, states: Path, report: Told) -> bool:
+        return loop.train(self.branch, self.groups, self.data, self.config, report, states)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights by name."""
+        return {
+            name: param.detach().clone()
+            for group in self.groups
+            for name, param in zip(group["names"], group["params"], strict=True)
+        }
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def config_of(**changes: object) -> TrainConfig:
+    words = {
+        "steps": STEPS, "batch": 2, "lr": 1e-2, "text_encoder_lr": 0, "rank": 2, "alpha": 4, "resolution": 32,
+        "schedule": "cosine", "warmup_steps": 2, "caption_dropout": 0.3, "save_every": 2,
+    }  # fmt: skip
+    args = " ".join(f"{key}={value}" for key, value in (words | changes).items())
+    return presets.resolve(PRESETS, branch="sd15", model_type="lora", preset=None, photos=3, steps=None, args=args)
+
+
+def write_photos(folder: Path) -> list[Path]:
+    """Three pictures of noise around a colour each."""
+    rng = np.random.default_rng(0)
+    for number, colour in enumerate([(200, 30, 30), (30, 30, 200), (90, 90, 90)]):
+        pixels = np.clip(rng.normal(colour, 40, (64, 64, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return sorted(folder.glob("*.png"))

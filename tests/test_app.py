@@ -1,0 +1,458 @@
+"""The running program: its process, its three doors, its page in a browser, and what a SIGKILL does to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+from safetensors.torch import load_file
+
+from tests.conftest import SHARED
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = "/usr/bin/chromium"
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-quic", "--disable-background-networking", "--no-first-run"]
+PATIENCE = 240.0  # seconds; only a hang is that slow
+TRIPLES = 64
+
+
+class App:
+    """An `app.py` in a process of its own."""
+
+    def __init__(self, outputs: Path, *options: str, **environment: str) -> None:
+        command = [sys.executable, "app.py", "--port", "0", "--outputs", str(outputs), *options]
+        self.outputs = outputs
+        self.errors = outputs / "stderr.txt"  # a file, not a pipe: nobody reads it while the app runs
+        with self.errors.open("a") as errors:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        match = re.search(r"http://\S+", line)
+        if match is None:
+            raise RuntimeError(f"the app ended: {self.errors.read_text()}")
+        self.url = match[0]
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def ready(self) -> App:
+        wait_for(lambda: self.http.get("/health").json()["ready"])
+        return self
+
+    def tune(self, tune_id: int) -> dict[str, Any]:
+        answer: dict[str, Any] = self.http.get(f"/tunes/{tune_id}").raise_for_status().json()
+        return answer
+
+    def finished(self, tune_id: int) -> dict[str, Any]:
+        """The tune, when it and its prompts have ended."""
+
+        def ended() -> dict[str, Any] | None:
+            tune = self.tune(tune_id)
+            done = tune["status"] in ("trained", "failed", "canceled")
+            return tune if done and all(p["status"] not in ("queued", "rendering") for p in tune["prompts"]) else None
+
+        return wait_for(ended)
+
+    def log(self, tune_id: int) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.outputs / f"tunes/{tune_id}/log.jsonl").read_text().splitlines()]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode
+
+
+def wait_for(answer: Callable[[], Any]) -> Any:
+    """The first true answer."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            if got := answer():
+                return got
+        except httpx.TransportError:  # it does not listen yet
+            pass
+        time.sleep(0.1)
+    raise TimeoutError("nothing happened")
+
+
+@contextmanager
+def running(outputs: Path, *options: str, **environment: str) -> Iterator[App]:
+    app = App(outputs, *options, **environment)
+    try:
+        yield app
+    finally:
+        app.kill()
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path, tiny_sd15_file: Path) -> Iterator[App]:
+    """One app for the tests that do not hurt it; its models folder holds the tiny SD 1.5 twice, and a broken file."""
+    models = tmp_path_factory.mktemp("models")
+    shutil.copytree(tiny_sd15, models / "folder")
+    shutil.copy(tiny_sd15_file, models / "single.safetensors")
+    shutil.copytree(tiny_sd15_file.with_suffix(""), models / "single")
+    (models / "broken.safetensors").write_bytes(tiny_sd15_file.read_bytes()[:-100])
+    with running(tmp_path_factory.mktemp("outputs"), "--models", str(models)) as app:
+        yield app.ready()
+
+
+@pytest.fixture(scope="module")
+def browser_page() -> Iterator[Page]:
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"there is no {CHROMIUM} (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(1000 * PATIENCE)
+        yield page
+        browser.close()
+
+
+def post(app: App, title: str, photos: list[Path], **fields: Any) -> httpx.Response:
+    """POST /tunes as a multipart form."""
+    data = {"tune[title]": title, "tune[name]": "dog", "tune[branch]": "fast"}
+    data |= {f"tune[{key}]": str(value) for key, value in fields.items() if value is not None}
+    files = [("tune[images][]", (photo.name, photo.read_bytes(), "image/jpeg")) for photo in photos]
+    return app.http.post("/tunes", data=data, files=files)
+
+
+def base_folder(app: App, tune: dict[str, Any]) -> Path:
+    """Where a stock pipeline finds the base of a tune of this file's app."""
+    return app.outputs / "cache/fast-base-1" if tune["branch"] == "fast" else app.outputs.parent / "none"
+
+
+def assert_learned(app: App, tune: dict[str, Any], base: Path) -> None:
+    """With stock diffusers alone: the file loads, it changes a picture, and the loss on fixed triples is lower."""
+    folder = app.outputs / "tunes" / str(tune["id"])
+    pipeline = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    before, picture_before = triples_loss(pipeline, folder), picture(pipeline)
+    pipeline.load_lora_weights(folder / "model", weight_name="lora.safetensors")
+    after, picture_after = triples_loss(pipeline, folder), picture(pipeline)
+    assert after < before
+    assert np.abs(picture_after - picture_before).max() > 2 / 255
+
+
+def picture(pipeline: Any) -> np.ndarray:
+    options = {"width": 64, "height": 64, "num_inference_steps": 4, "output_type": "np"}
+    return np.asarray(pipeline("ohwx dog", generator=torch.Generator().manual_seed(0), **options).images[0])
+
+
+@torch.no_grad()
+def triples_loss(pipeline: Any, folder: Path) -> float:
+    """Mean squared error of the predicted noise over 64 fixed (photo, noise, timestep) triples."""
+    pixels = []
+    for photo in sorted((folder / "images").iterdir()):
+        image = Image.open(photo)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.crop((left, top, left + side, top + side)).resize((64, 64), Image.Resampling.LANCZOS)
+        pixels.append(torch.from_numpy(np.array(square, np.float32)).permute(2, 0, 1) / 127.5 - 1)
+    latents = pipeline.vae.encode(torch.stack(pixels)).latent_dist.mean * pipeline.vae.config.scaling_factor
+    generator = torch.Generator().manual_seed(123)
+    latents = latents[torch.arange(TRIPLES) % len(latents)]
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(1000, (TRIPLES,), generator=generator)
+    caption = [re.sub(r"\s+", " ", "A photo of ohwx dog")] * TRIPLES
+    tokens = pipeline.tokenizer(caption, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    hidden = pipeline.text_encoder(tokens.input_ids)[0]
+    noisy = pipeline.scheduler.add_noise(latents, noise, timesteps)
+    predicted = pipeline.unet(noisy, timesteps, hidden, return_dict=False)[0]
+    return float(((predicted - noise) ** 2).mean())
+
+
+def statuses(app: App, tune_id: int) -> list[str]:
+    """Every status that a tune goes through from now on, until it and its prompts have ended."""
+    seen: list[str] = []
+
+    def look() -> bool:
+        tune = app.tune(tune_id)
+        if not seen or seen[-1] != tune["status"]:
+            seen.append(tune["status"])
+        return tune["status"] in ("trained", "failed", "canceled")
+
+    wait_for(look)
+    return seen
+
+
+# Starting
+
+
+def test_health_and_a_waiting_page_are_there_before_the_real_page(tmp_path: Path) -> None:
+    with running(tmp_path) as app:
+        first = wait_for(lambda: app.http.get("/health"))
+        assert first.json() == {"status": "ok", "ready": False}
+        waiting = app.http.get("/").text
+        assert "Getting ready" in waiting and "gradio" not in waiting
+        assert "gradio" in app.ready().http.get("/").text
+        assert app.http.get("/gallery/tunes").status_code == 200
+
+
+def test_a_second_app_on_the_same_folder_is_refused_in_words(app: App) -> None:
+    command = [sys.executable, "app.py", "--port", "0", "--outputs", str(app.outputs)]
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert second.returncode == 75
+    assert f"in use by process {app.process.pid}" in second.stderr
+
+
+def test_the_demo_shows_a_trained_tune_with_pictures(tmp_path: Path) -> None:
+    with running(tmp_path, "--demo") as app:
+        wait_for(lambda: app.ready().http.get("/tunes").json())
+        tune = app.finished(1)
+        assert (tune["status"], tune["error"]) == ("trained", None)
+        assert [len(prompt["images"]) for prompt in tune["prompts"]] == [4, 4]
+        for url in tune["prompts"][0]["images"]:
+            assert app.http.get(url).headers["content-type"] == "image/png"
+
+
+# The three doors, with real photos
+
+
+def test_rest_trains_the_dog(app: App, dog_photos: Callable[[int], list[Path]]) -> None:
+    waiting = post(app, "before it", dog_photos(5), steps=20).json()
+    answer = post(app, "by REST", dog_photos(5), **{"prompts_attributes][][text": "ohwx dog"}, steps=80)
+    assert answer.status_code == 201
+    assert statuses(app, answer.json()["id"]) == ["queued", "training", "trained"]
+    tune = app.finished(answer.json()["id"])
+    assert len(tune["prompts"][0]["images"]) == 8
+    assert app.tune(waiting["id"])["trained_at"] <= tune["started_training_at"]
+    assert_learned(app, tune, base_folder(app, tune))
+    download = app.http.get(tune["ckpt_url"])
+    assert "attachment" in download.headers["content-disposition"]
+    assert download.content == (app.outputs / f"tunes/{tune['id']}/model/lora.safetensors").read_bytes()
+
+
+def test_gradio_client_trains_the_dog(app: App, dog_photos: Callable[[int], list[Path]]) -> None:
+    client = Client(app.url, verbose=False)
+    waiting = post(app, "before gradio's", dog_photos(5), steps=20).json()
+    job = client.submit(
+        name="dog", title="by Gradio", images=[handle_file(photo) for photo in dog_photos(5)], branch="fast", steps=80,
+        prompts_attributes=[{"text": "ohwx {{colour}} dog", "num_images": 2}], characteristics={"colour": "brown"},
+        api_name="/create_tune",
+    )  # fmt: skip
+    tune_id = wait_for(lambda: [t["id"] for t in app.http.get("/tunes").json() if t["title"] == "by Gradio"])[0]
+    assert statuses(app, tune_id) == ["queued", "training", "trained"]
+    assert client.predict(tune_id=waiting["id"], api_name="/get_tune")["status"] == "trained"
+    told = set()
+    while not job.done():
+        told |= {unit.desc for unit in job.status().progress_data or []}
+        time.sleep(0.2)
+    tune = job.result(timeout=PATIENCE)
+    assert any(re.search(r"step \d+ of 80", text or "") for text in told) or tune["progress"]["step"] == 80
+    assert len(tune["prompts"][0]["images"]) == 2
+    assert tune["id"] in [listed["id"] for listed in client.predict(api_name="/list_tunes")]
+    assert_learned(app, tune, base_folder(app, tune))
+
+
+def test_a_client_that_leaves_takes_nothing_with_it(app: App, dog_photos: Callable[[int], list[Path]]) -> None:
+    client = Client(app.url, verbose=False)
+    job = client.submit(
+        name="dog", title="left alone", images=[handle_file(dog_photos(1)[0])], branch="fast", steps=60,
+        api_name="/create_tune",
+    )  # fmt: skip
+    found = wait_for(lambda: app.http.get("/tunes", params={"title": "left alone"}).json())
+    job.cancel()
+    client.close()
+    assert app.finished(found[0]["id"])["status"] == "trained"
+
+
+def test_gradio_client_cancels_a_tune(app: App, dog_photos: Callable[[int], list[Path]]) -> None:
+    client = Client(app.url, verbose=False)
+    tune = post(app, "to be canceled", dog_photos(5), steps=5000).json()
+    wait_for(lambda: app.tune(tune["id"])["progress"]["step"] > 0)
+    client.predict(tune_id=tune["id"], api_name="/cancel_tune")
+    step = app.tune(tune["id"])["progress"]["step"]
+    ended = app.finished(tune["id"])
+    assert ended["status"] == "canceled"
+    assert ended["progress"]["step"] <= step + 60  # the progress that was read may be half a second old
+    assert list((app.outputs / f"tunes/{tune['id']}/state").iterdir())
+    with pytest.raises(AppError, match=f"tune {tune['id']} is canceled already"):
+        client.predict(tune_id=tune["id"], api_name="/cancel_tune")
+
+
+def test_the_page_trains_the_dog(
+    app: App, browser_page: Page, dog_photos: Callable[[int], list[Path]], tmp_path: Path
+) -> None:
+    page = browser_page
+    page.goto(app.url)
+    shots = Path(os.environ.get("TUNEBOOTH_SCREENSHOTS", tmp_path))
+    page.wait_for_selector("#create")
+    page.wait_for_timeout(1500)
+    page.screenshot(path=shots / "rest.png")
+    photos = [str(photo) for photo in dog_photos(5)]
+    page.set_input_files("#field-images input[type=file]", photos)
+    page.wait_for_function("document.querySelectorAll('#thumbnails img').length == 5")
+    page.fill("#field-name :is(input, textarea)", "dog")
+    page.fill("#field-title :is(input, textarea)", "by the page")
+    page.fill("#field-prompts_attributes textarea", "ohwx dog\nohwx dog in the snow")
+    page.click("#create")
+    tune = wait_for(lambda: app.http.get("/tunes", params={"title": "by the page"}).json())[0]
+    shown = f"#now [data-tune='{tune['id']}']"
+    page.wait_for_selector(f"{shown}[data-status=training]")
+    bar = f'document.querySelector("{shown} [role=progressbar]")?.ariaValueNow'
+    page.wait_for_function(f"{bar} > 0")
+    first = int(page.evaluate(bar))
+    page.wait_for_function(f"{bar} > {first}")
+    page.wait_for_selector(f"{shown} svg polyline", state="attached")
+    assert re.search(r"step \d+ of 200", page.inner_text(f"{shown} .tb-facts"))
+    page.screenshot(path=shots / "training.png")
+    page.reload()
+    page.wait_for_selector(f"{shown}[data-status=training]")  # seen again, in mid-training
+    page.wait_for_function(f"{bar} > {first}")
+    page.wait_for_function(f'document.querySelectorAll("{shown} .tb-pictures img").length == 8')
+    page.wait_for_function(
+        f'[...document.querySelectorAll("{shown} .tb-pictures img")].every(i => i.naturalWidth == 64)'
+    )
+    page.click(f"#tunes [data-tune='{tune['id']}'] summary")
+    assert page.locator(f"#tunes [data-tune='{tune['id']}'] .tb-photos img").count() == 5
+    page.wait_for_timeout(500)
+    page.screenshot(path=shots / "done.png", full_page=True)
+    with page.expect_download() as download:
+        page.click(f"{shown} a[download]")
+    assert Path(download.value.path()).stat().st_size > 10_000
+    done = app.finished(tune["id"])
+    assert statuses(app, tune["id"]) == ["trained"]
+    assert done["started_training_at"] < done["trained_at"]
+    assert_learned(app, done, base_folder(app, done))
+
+
+def test_the_page_says_what_is_wrong_beside_the_field(
+    app: App, browser_page: Page, dog_photos: Callable[[int], list[Path]]
+) -> None:
+    page = browser_page
+    before = app.http.get("/tunes").json()
+    page.goto(app.url)
+    page.wait_for_selector("#now .tb-card")  # filled in by the page's own first event: from now on it hears clicks
+    page.click("#create")
+    page.wait_for_selector("#note-name .tb-note")
+    assert "must contain at least one image" in page.inner_text("#note-images")
+    page.fill("#field-name :is(input, textarea)", "my_dog!")
+    odd = SHARED / "data/faces/odd/not_an_image.jpg"
+    page.set_input_files("#field-images input[type=file]", [str(dog_photos(1)[0]), str(odd)])
+    page.wait_for_selector("#thumbnails img")
+    page.click("#create")
+    page.wait_for_function("document.querySelector('#note-name').innerText.includes('only English letters')")
+    page.fill("#field-name :is(input, textarea)", "dog")
+    page.click("text=Advanced")
+    page.fill("#field-args :is(input, textarea)", "rnak=3")
+    page.click("#create")
+    page.wait_for_function("document.querySelector('#note-args').innerText.includes(\"did you mean 'rank'\")")
+    assert "not_an_image.jpg" in page.inner_text("#note-images")
+    assert page.inner_text("#note-name").strip() == ""
+    assert app.http.get("/tunes").json() == before
+
+
+# Bases of one's own
+
+
+@pytest.mark.parametrize("title", ["folder", "single.safetensors"])
+def test_sd15_trains_on_a_base_of_the_models_folder(
+    app: App, title: str, tiny_sd15: Path, dog_photos: Callable[[int], list[Path]]
+) -> None:
+    bases = {base["title"]: base for base in app.http.get("/gallery/tunes").json()}
+    assert bases[title]["branch"] == "sd15"
+    asked = {"branch": "sd15", "base_tune_id": bases[title]["id"], "steps": 60, "token": "ohwx"}
+    refused = post(app, f"checkpoint of {title}", dog_photos(5), **asked)
+    assert refused.status_code == 422 and "model_type null means checkpoint on sd15" in refused.json()["model_type"][0]
+    args = "resolution=64 lr=2e-3 text_encoder_lr=2e-3 batch=4"
+    answer = post(app, f"lora of {title}", dog_photos(5), model_type="lora", args=args, **asked)
+    tune = app.finished(answer.raise_for_status().json()["id"])
+    assert (tune["status"], tune["error"]) == ("trained", None)
+    assert_learned(app, tune, tiny_sd15)
+
+
+# Bad input, through the doors that take it
+
+
+def test_bad_input_is_refused_alike_by_rest_and_gradio(app: App, dog_photos: Callable[[int], list[Path]]) -> None:
+    client = Client(app.url, verbose=False)
+    dog, odd = dog_photos(1), SHARED / "data/faces/odd/not_an_image.jpg"
+    broken = next(b for b in app.http.get("/gallery/tunes").json() if b["title"] == "broken.safetensors")
+    assert "it is broken" in broken["error"]
+    cases: list[tuple[list[Path], dict[str, Any], str, str]] = [
+        ([], {}, "images", "must contain at least one image"),
+        (dog, {"branch": "fsat"}, "branch", "did you mean 'fast'?"),
+        ([odd], {}, "images", "not_an_image.jpg is not an image"),
+        (dog, {"branch": "sd15", "base_tune_id": 77}, "base_tune_id", "no base model has the id 77"),
+        (dog, {"branch": "sd15", "base_tune_id": broken["id"]}, "base_tune_id", "broken.safetensors: it is broken"),
+    ]
+    before, files = app.http.get("/tunes").json(), sorted((app.outputs / "tunes").iterdir())
+    for photos, fields, field, words in cases:
+        if "base_tune_id" in fields:
+            fields = fields | {"model_type": "lora"}
+        answer = post(app, "bad", photos, **fields)
+        assert answer.status_code == 422
+        assert words in answer.json()[field][0]
+        given = {"branch": "fast", **fields, "images": [handle_file(photo) for photo in photos]}
+        with pytest.raises(AppError, match=re.escape(words)):
+            client.predict(name="dog", title="bad", api_name="/create_tune", **given)
+    misspelt = post(app, "bad", dog, setps=3)
+    assert misspelt.status_code == 422 and "did you mean 'steps'?" in misspelt.json()["setps"][0]
+    with pytest.raises(TypeError, match="setps"):
+        client.predict(name="dog", title="bad", setps=3, api_name="/create_tune")
+    assert app.http.get("/tunes").json() == before
+    assert sorted((app.outputs / "tunes").iterdir()) == files
+    assert list((app.outputs / "incoming").iterdir()) == []
+
+
+# Killed
+
+
+def test_a_killed_app_takes_up_its_work_and_ends_with_the_same_weights(
+    tmp_path: Path, dog_photos: Callable[[int], list[Path]]
+) -> None:
+    photos = dog_photos(5)
+    with running(tmp_path) as app:
+        app.ready()
+        for title in ("first", "second", "third"):
+            post(app, title, photos, steps=60, **{"prompts_attributes][][text": "ohwx dog"}).raise_for_status()
+        wait_for(lambda: app.tune(2)["progress"]["step"] > 30)
+        killed_after = app.tune(2)["progress"]["step"]
+        app.kill()
+    with running(tmp_path) as app:
+        app.ready()
+        tunes = [app.finished(tune_id) for tune_id in (1, 2, 3)]
+        assert [tune["status"] for tune in tunes] == ["trained"] * 3
+        assert [len(tune["prompts"][0]["images"]) for tune in tunes] == [8, 8, 8]
+        starts = [[line for line in app.log(tune_id) if "event" in line] for tune_id in (1, 2, 3)]
+        assert [[line["event"] for line in lines] for lines in starts] == [
+            ["started"],
+            ["started", "resumed"],
+            ["started"],
+        ]
+        resumed_at = starts[1][1]["step"]
+        assert 0 < resumed_at <= 60 and killed_after - resumed_at <= 25
+        steps = [line["step"] for line in app.log(2) if "loss" in line]
+        assert steps == sorted(set(steps)) and steps[-1] == 60
+        # The first and the third were never interrupted, and had the same photos and the same seed.
+        weights = [load_file(tmp_path / f"tunes/{tune_id}/model/lora.safetensors") for tune_id in (1, 2, 3)]
+        for name, expected in weights[0].items():
+            assert torch.equal(weights[1][name], expected), name
+            assert torch.equal(weights[2][name], expected), name
+        tune = post(app, "fourth", photos, steps=5000).json()
+        wait_for(lambda: app.tune(tune["id"])["progress"]["step"] > 0)
+        assert app.stop() == 0
+        assert list((tmp_path / f"tunes/{tune['id']}/state").iterdir())  # a polite stop saves where it is

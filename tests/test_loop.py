@@ -1,0 +1,301 @@
+"""The training loop: resuming, states, cancelling, divergence and the schedule. On a tiny Stable Diffusion 1.5."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.bench import STEPS, Bench, Told, config_of, same
+from trainer import loop
+from trainer.loop import Diverged
+
+STATE_TENSORS = ("weight", "exp_avg", "exp_avg_sq", "step")
+
+
+@pytest.fixture
+def bench(thin_sd15: Path, tmp_path: Path, photos: list[Path]) -> Bench:
+    return Bench(thin_sd15, tmp_path / "cache", photos, config_of())
+
+
+@pytest.fixture(scope="module")
+def finished_states(thin_sd15: Path, photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The states of a finished run. Read only."""
+    folder = tmp_path_factory.mktemp("finished")
+    bench = Bench(thin_sd15, folder / "cache", photos, config_of())
+    assert bench.start().train(folder / "states", Told())
+    return folder / "states"
+
+
+@pytest.fixture
+def states(tmp_path: Path) -> Path:
+    """Where the loop keeps its states; it makes the folder."""
+    return tmp_path / "states"
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("text_encoder_lr", [0, 5e-3])
+@pytest.mark.parametrize("stops", [[3], [2, 3, 5]])
+def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(
+    bench: Bench, states: Path, text_encoder_lr: float, stops: list[int]
+) -> None:
+    bench.config = config_of(text_encoder_lr=text_encoder_lr)
+    whole = bench.start()
+    assert whole.train(states / "whole", Told())
+
+    for number, stop in enumerate([*stops, None]):
+        # Other adapters to begin with, as a proof that all of them come from the state.
+        run, told = bench.start(adapters_seed=number), Told(stop_at=stop)
+        finished = run.train(states / "parts", told)
+        assert finished == (stop is None)
+        assert told.resumed_at == [([0, *stops])[number]]
+        assert same(run.weights(), whole.weights()) == finished
+    last = [states / name / f"step-{STEPS:06d}" / "state.safetensors" for name in ("whole", "parts")]
+    assert same(load_file(last[0]), load_file(last[1]))  # the optimizer's moments, too
+
+
+def test_a_finished_run_is_not_trained_further(bench: Bench, states: Path) -> None:
+    first, again, told = bench.start(), bench.start(adapters_seed=1), Told()
+    first.train(states, Told())
+    assert again.train(states, told)
+    assert told.steps == [STEPS]
+    assert same(again.weights(), first.weights())
+
+
+def test_another_seed_trains_other_weights(bench: Bench, states: Path) -> None:
+    first, same_seed = bench.start(), bench.start()
+    first.train(states / "1", Told())
+    same_seed.train(states / "2", Told())
+    bench.config = config_of(seed=43)
+    other_seed = bench.start()
+    other_seed.train(states / "3", Told())
+    assert same(first.weights(), same_seed.weights())
+    assert not same(first.weights(), other_seed.weights())
+
+
+def flip_one_bit(state: Path) -> None:
+    content = bytearray((state / "state.safetensors").read_bytes())
+    content[-20] ^= 1
+    (state / "state.safetensors").write_bytes(content)
+
+
+def truncate(state: Path) -> None:
+    (state / "state.safetensors").write_bytes((state / "state.safetensors").read_bytes()[:-1])
+
+
+def remove_tensors(state: Path) -> None:
+    (state / "state.safetensors").unlink()
+
+
+def remove_manifest(state: Path) -> None:
+    (state / "manifest.json").unlink()
+
+
+def change_step(state: Path) -> None:
+    manifest = state / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(f'"step": {STEPS}', '"step": 5'))
+
+
+def write_manifest(content: bytes) -> Callable[[Path], None]:
+    def spoil(state: Path) -> None:
+        (state / "manifest.json").write_bytes(content)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        flip_one_bit,
+        truncate,
+        remove_tensors,
+        remove_manifest,
+        change_step,
+        *(write_manifest(content) for content in (b"", b"{", b"[]", b"{}", b"\xff\xfe")),
+    ],
+)
+def test_a_state_that_is_not_whole_gives_way_to_the_one_before(
+    bench: Bench, states: Path, finished_states: Path, spoil: Callable[[Path], None]
+) -> None:
+    shutil.copytree(finished_states, states)
+    assert sorted(state.name for state in states.glob("step-*")) == ["step-000004", "step-000006"]
+    spoil(states / "step-000006")
+    told = Told(stop_at=4)
+    bench.start().train(states, told)
+    assert told.resumed_at == [4]
+
+
+def test_a_run_that_goes_on_from_the_state_before_ends_the_same(bench: Bench, states: Path) -> None:
+    first, again = bench.start(), bench.start(adapters_seed=1)
+    first.train(states, Told())
+    flip_one_bit(states / "step-000006")
+    again.train(states, Told())
+    assert same(again.weights(), first.weights())
+    told = Told()
+    bench.start().train(states, told)
+    assert told.resumed_at == [STEPS]  # the broken state has been replaced
+
+
+def test_a_folder_that_a_crash_left_half_written_is_no_state(bench: Bench, states: Path) -> None:
+    bench.start().train(states, Told(stop_at=2))
+    (states / "step-000004.partial-0123abcd").mkdir()
+    (states / "step-000005").mkdir()
+    told = Told()
+    bench.start().train(states, told)
+    assert told.resumed_at == [2]
+
+
+def test_a_state_of_another_configuration_is_not_used(bench: Bench, states: Path) -> None:
+    bench.start().train(states, Told())
+    bench.config = config_of(lr=1e-3)
+    told = Told(stop_at=3)
+    bench.start().train(states, told)
+    assert told.resumed_at == [0]
+    # Nor does it push out the states of this one, though it had come further.
+    told = Told(stop_at=3)
+    bench.start().train(states, told)
+    assert told.resumed_at == [3]
+
+
+# States
+
+
+def test_at_most_two_states_are_kept_and_each_is_complete(bench: Bench, states: Path) -> None:
+    bench.config = config_of(save_every=1)
+    kept: list[list[str]] = []
+    told = Told(on_saved=lambda: kept.append(sorted(state.name for state in states.iterdir())))
+    run = bench.start()
+    run.train(states, told)
+    assert told.saved_at == list(range(1, STEPS + 1))
+    assert kept == [[f"step-{n:06d}" for n in (step - 1, step) if n] for step in told.saved_at]
+    tensors = load_file(states / f"step-{STEPS:06d}" / "state.safetensors")
+    assert tensors.keys() == {f"{kind}/{name}" for kind in STATE_TENSORS for name in run.weights()}
+    assert same(run.weights(), {name: tensors[f"weight/{name}"] for name in run.weights()})
+
+
+def test_a_run_is_stopped_within_one_step_with_its_state_saved(bench: Bench, states: Path) -> None:
+    bench.config = config_of(save_every=100)
+    told = Told(stop_at=3)
+    assert bench.start().train(states, told) is False
+    assert told.steps == [0, 1, 2, 3]
+    assert told.saved_at == [3]
+    assert [state.name for state in states.iterdir()] == ["step-000003"]
+
+
+def test_a_run_that_is_stopped_before_its_first_step_trains_nothing(bench: Bench, states: Path) -> None:
+    run = bench.start()
+    before = run.weights()
+    assert run.train(states, Told(stop_at=0)) is False
+    assert same(run.weights(), before)
+
+
+# Learning
+
+
+@pytest.mark.parametrize("text_encoder_lr", [0, 5e-3])
+def test_only_the_adapters_move_and_all_of_them_do(bench: Bench, states: Path, text_encoder_lr: float) -> None:
+    bench.config = config_of(text_encoder_lr=text_encoder_lr)
+    run = bench.start()
+    modules = {"denoiser": run.branch.denoiser, **run.branch.text_encoders, "vae": run.branch.pipeline.vae}
+
+    def everything() -> dict[str, Tensor]:
+        return {
+            f"{part}.{name}": tensor.detach().clone()
+            for part, module in modules.items()
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        }
+
+    before = everything()
+    run.train(states, Told())
+    moved = {name for name, tensor in everything().items() if not torch.equal(tensor, before[name])}
+    assert moved == run.weights().keys()
+    assert {name.split(".")[0] for name in moved} == ({"denoiser", "text_encoder"} if text_encoder_lr else {"denoiser"})
+    assert all(".lora_A." in name or ".lora_B." in name for name in moved)
+
+
+def test_training_lowers_the_loss(bench: Bench, states: Path) -> None:
+    bench.config = config_of(steps=40, min_snr=0, save_every=100)
+    run = bench.start()
+
+    def error() -> float:
+        with torch.no_grad():
+            samples = [run.data.batch(run.branch, run.config, 1000 + number) for number in range(20)]
+            return float(torch.stack([run.branch.loss(*sample, run.config).mean() for sample in samples]).mean())
+
+    before = error()
+    told = Told()
+    run.train(states, told)
+    assert error() < 0.9 * before
+    assert len(told.losses) == 4 and all(math.isfinite(loss) for loss in told.losses)  # one reading in ten steps
+
+
+# Divergence
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_the_state_before_it_stays(bench: Bench, states: Path) -> None:
+    bench.start().train(states, Told(stop_at=3))
+    run, told = bench.start(), Told()
+    run.data.mean[:] = math.inf
+    with pytest.raises(Diverged, match="loss"):
+        run.train(states, told)
+    assert told.saved_at == []
+    kept = [load_file(state / "state.safetensors") for state in states.iterdir()]
+    assert kept and all(torch.isfinite(tensor).all() for state in kept for tensor in state.values())
+
+
+@pytest.mark.parametrize("kind", ["weight", "exp_avg"])
+def test_no_state_with_a_value_that_is_not_finite_is_written(bench: Bench, states: Path, kind: str) -> None:
+    run = bench.start()
+    params = dict(zip(run.groups[0]["names"], run.groups[0]["params"], strict=True))
+    optimizer = torch.optim.AdamW(params.values())
+    for param in params.values():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    loop.save(states, 1, optimizer, params, run.config)
+    last = list(params.values())[-1]
+    (last.data if kind == "weight" else optimizer.state[last][kind]).view(-1)[-1] = math.nan
+    with pytest.raises(Diverged, match="weight"):
+        loop.save(states, 2, optimizer, params, run.config)
+    assert [state.name for state in states.iterdir()] == ["step-000001"]
+
+
+# Schedule
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1, 1]),
+        ("constant", 2, [0.5, 1, 1, 1, 1, 1]),
+        ("linear", 2, [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", 2, [0.5, 1, 1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
+        ("linear", 10, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_follows_its_schedule(
+    schedule: str, warmup_steps: int, expected: list[float]
+) -> None:
+    config = config_of(schedule=schedule, warmup_steps=warmup_steps)
+    assert [loop.lr_scale(step, config) for step in range(STEPS)] == pytest.approx(expected)
+
+
+def test_each_group_is_trained_at_its_own_rate(bench: Bench, states: Path) -> None:
+    # AdamW's first step moves each weight that has a gradient by the learning rate.
+    rates = {"lr": 3e-3, "text_encoder_lr": 1e-3}
+    bench.config = config_of(steps=1, schedule="constant", warmup_steps=0, weight_decay=0, **rates)
+    run = bench.start()
+    before = run.weights()
+    run.train(states, Told())
+    farthest = {"denoiser": 0.0, "text_encoder": 0.0}
+    for name, weight in run.weights().items():
+        part = name.split(".")[0]
+        farthest[part] = max(farthest[part], float((weight - before[name]).abs().max()))
+    assert farthest == pytest.approx({"denoiser": 3e-3, "text_encoder": 1e-3}, rel=1e-2)
