@@ -86,7 +86,8 @@ def steps_per_second(log: Path, seconds: float) -> float:
     time.sleep(seconds)
     lines = [json.loads(line) for line in log.read_text().splitlines()[before - 1 :]]
     timed = [line for line in lines if "seconds" in line]
-    return (timed[-1]["step"] - timed[0]["step"]) / (timed[-1]["seconds"] - timed[0]["seconds"])
+    first, last = timed[0], timed[-1]
+    return float((last["step"] - first["step"]) / (last["seconds"] - first["seconds"]))
 
 
 class Watcher:

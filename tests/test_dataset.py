@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from trainer.dataset import captions_for, derive, load_pixels, order
+from tests.bench import Bench, config_of
+from trainer.dataset import Dataset, captions_for, derive, load_pixels, order
 
 
 @pytest.mark.parametrize("photos", [1, 2, 7])
@@ -83,3 +85,49 @@ def test_captions_are_the_hosted_service_s_unless_a_text_lies_beside_the_photo(t
 
 def test_the_caption_of_a_style_speaks_of_no_photo(tmp_path: Path) -> None:
     assert captions_for([tmp_path / "a.jpg"], "ohwx", "Style") == ["ohwx Style"]
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 1])
+def test_the_empty_caption_takes_the_place_of_its_share(share: float) -> None:
+    photos, config = 4, config_of(batch=4, caption_dropout=share)
+    said = {"row": torch.arange(photos + 1)}  # the last is the empty caption's
+    data = Dataset(["a"] * photos, torch.zeros(photos, 1, 1, 1), torch.zeros(photos, 1, 1, 1), said)
+    nobody: Any = None  # no branch is asked where captions are encoded once
+    rows = [data.batch(nobody, config, step)[1]["row"].tolist() for step in range(500)]
+    assert sum(batch.count(photos) for batch in rows) / 2000 == pytest.approx(share, abs=0.03)
+    for step, batch in enumerate(rows):
+        expected = order(config.seed, photos, step * 4, 4)
+        assert all(row in (photos, own) for row, own in zip(batch, expected, strict=True))
+
+
+def test_latents_are_drawn_anew_in_each_step_from_each_photo_s_own_distribution() -> None:
+    config = config_of(batch=2)
+    mean, std = torch.tensor([-10.0, 10.0]).view(2, 1, 1, 1), torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+    data = Dataset(["a", "b"], mean, std, {"row": torch.arange(3)})
+    nobody: Any = None
+    drawn: dict[int, list[float]] = {0: [], 1: []}
+    for step in range(1000):
+        latents, _, generator = data.batch(nobody, config, step)
+        again, _, _ = data.batch(nobody, config, step)
+        assert torch.equal(latents, again)  # a function of the step
+        for row, latent in zip(order(config.seed, 2, step * 2, 2), latents, strict=True):
+            drawn[row].append(latent.item())
+        assert generator.initial_seed() == derive(config.seed, step, "noise")
+    for row in (0, 1):
+        values = torch.tensor(drawn[row])
+        assert values.mean().item() == pytest.approx(mean[row].item(), abs=0.3)
+        assert values.std().item() == pytest.approx(std[row].item(), rel=0.1)
+
+
+def test_captions_that_are_encoded_in_each_step_are_those_encoded_once(
+    thin_sd15: Path, tmp_path: Path, photos: list[Path]
+) -> None:
+    # The adapters of the text encoder change nothing before they are trained.
+    cached = Bench(thin_sd15, tmp_path, photos, config_of(text_encoder_lr=0)).start()
+    anew = Bench(thin_sd15, tmp_path, photos, config_of(text_encoder_lr=1e-3)).start()
+    assert cached.data.cond is not None
+    assert anew.data.cond is None
+    for step in range(6):
+        ours, theirs = (run.data.batch(run.branch, run.config, step)[1] for run in (cached, anew))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in ours)

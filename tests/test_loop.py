@@ -287,10 +287,10 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(
     assert [loop.lr_scale(step, config) for step in range(STEPS)] == pytest.approx(expected)
 
 
-def test_each_group_is_trained_at_its_own_rate(bench: Bench, states: Path) -> None:
+@pytest.mark.parametrize("warmup_steps", [0, 4])
+def test_each_group_is_trained_at_its_own_rate_and_on_schedule(bench: Bench, states: Path, warmup_steps: int) -> None:
     # AdamW's first step moves each weight that has a gradient by the learning rate.
-    rates = {"lr": 3e-3, "text_encoder_lr": 1e-3}
-    bench.config = config_of(steps=1, schedule="constant", warmup_steps=0, weight_decay=0, **rates)
+    bench.config = config_of(steps=1, lr=3e-3, text_encoder_lr=1e-3, warmup_steps=warmup_steps, weight_decay=0)
     run = bench.start()
     before = run.weights()
     run.train(states, Told())
@@ -298,4 +298,5 @@ def test_each_group_is_trained_at_its_own_rate(bench: Bench, states: Path) -> No
     for name, weight in run.weights().items():
         part = name.split(".")[0]
         farthest[part] = max(farthest[part], float((weight - before[name]).abs().max()))
-    assert farthest == pytest.approx({"denoiser": 3e-3, "text_encoder": 1e-3}, rel=1e-2)
+    share = 1 / 4 if warmup_steps else 1
+    assert farthest == pytest.approx({"denoiser": 3e-3 * share, "text_encoder": 1e-3 * share}, rel=1e-2)

@@ -145,6 +145,13 @@ def test_a_half_precision_file_is_computed_in_full_precision_on_the_cpu(file: Pa
     assert {p.dtype for part in PARTS for p in getattr(branch.pipeline, part).parameters()} == {torch.float32}
 
 
+def test_a_loaded_base_is_frozen_and_draws_no_dropout(tiny_sd15: Path, tmp_path: Path) -> None:
+    branch = load(tiny_sd15, tmp_path)
+    for module in (branch.denoiser, branch.vae, *branch.text_encoders.values()):
+        assert not any(inner.training for inner in module.modules())
+        assert not any(weight.requires_grad for weight in module.parameters())
+
+
 # The configuration of a single file without a sidecar
 
 

@@ -187,11 +187,11 @@ def test_a_wish_to_cancel_is_seen_and_so_is_a_row_that_is_gone(store: Store) -> 
 
 
 def test_a_deleted_tune_takes_its_prompts_and_jobs_with_it(store: Store) -> None:
-    add(store, prompts=3)
     add(store, prompts=1)
-    store.delete_tune(1)
-    assert [row["tune_id"] for row in store.find("prompts")] == [2]
-    assert work(store) == [(2, None), (2, 4)]
+    add(store, prompts=3)
+    store.delete_tune(2)
+    assert [row["tune_id"] for row in store.find("prompts")] == [1]
+    assert work(store) == [(1, None), (1, 1)]
     assert add(store) == 3  # a number is never given twice: an old link must not lead to another's pictures
 
 

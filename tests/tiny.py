@@ -90,7 +90,7 @@ def ldm_tensors(unet: nn.Module, vae: nn.Module, text_encoder: nn.Module) -> dic
     for key, value in vae.state_dict().items():
         name = ldm_vae_key(key)
         if ".attn_1." in name and name.endswith(".weight") and value.ndim == 2:
-            value = value[:, :, None, None]  # noqa: PLW2901  (1x1 convolutions there, linear layers here)
+            value = value[:, :, None, None]  # 1x1 convolutions there, linear layers here
         tensors[f"first_stage_model.{name}"] = value
     for key, value in text_encoder.state_dict().items():
         # transformers 5 dropped the prefix that all published files have.
@@ -150,7 +150,9 @@ def ldm_vae_key(key: str) -> str:
 
 
 def renamed(key: str, names: list[tuple[str, Callable[..., str]]]) -> str:
-    """Apply each rule; what a pattern captures is handed to its function, digits as numbers."""
+    """Apply each rule once; what a pattern captures is handed to its function, digits as numbers."""
     for pattern, name in names:
-        key = re.sub(pattern, lambda m: name(*(int(g) if g.isdigit() else g for g in m.groups())), key)  # noqa: B023
+        if found := re.search(pattern, key):
+            captured = [int(part) if part.isdigit() else part for part in found.groups()]
+            key = key[: found.start()] + name(*captured) + key[found.end() :]
     return key

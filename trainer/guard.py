@@ -21,11 +21,30 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 log = logging.getLogger("tunebooth")
 COOKIE = "tunebooth_key"
-OPEN_PATHS = ("/health", "/login", "/files/")  # files carry a signature of their own
+OPEN_PATHS = "/files/"  # their links carry a signature
 
 
 class TooLarge(Exception):
     """The body is longer than it may be."""
+
+
+class Body:
+    """A request's body that ends with TooLarge after `limit` bytes, whatever its Content-Length said."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive = receive
+        self._left = limit
+
+    @property
+    def too_large(self) -> bool:
+        return self._left < 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self.too_large:
+            raise TooLarge
+        return message
 
 
 class Guard:
@@ -113,18 +132,20 @@ class Guard:
         if self._inner is None:
             await _json(send, 503, {"error": "Tunebooth could not start; its log says why"})
             return
-        started = False
+        body, started = Body(receive, limit), False
 
         async def watched_send(message: Message) -> None:
             nonlocal started
-            started = True
-            await send(message)
+            if not body.too_large or started:  # what the app makes of TooLarge (500) is not the answer
+                started = True
+                await send(message)
 
         try:
-            await self._inner(scope, _limited(receive, limit), watched_send)
+            await self._inner(scope, body.receive, watched_send)
         except TooLarge:
             if started:
                 raise
+        if body.too_large and not started:
             await _json(send, 413, too_large)
 
     def _stranger(self, headers: dict[str, str]) -> str | None:
@@ -174,21 +195,6 @@ class Guard:
 
 def _hostname(host: str) -> str | None:
     return urlsplit(f"//{host}").hostname
-
-
-def _limited(receive: Receive, limit: int) -> Receive:
-    """`receive` that gives up on a body longer than `limit` bytes, whatever its Content-Length said."""
-    seen = 0
-
-    async def limited() -> Message:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > limit:
-            raise TooLarge
-        return message
-
-    return limited
 
 
 async def _json(send: Send, status: int, content: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ class Bench:
             self._store.put_back(job)
             log.info("tune %s is put aside; it goes on at the next start", job.tune_id)
         else:
-            self._store.finish(job, "canceled", eta=None)
+            self._store.finish(job, "canceled", eta=None, progress=reporter.progress)
 
     def _render(self, job: Job, prompt_id: int, reporter: Reporter) -> None:
         from trainer.render import Stopped
