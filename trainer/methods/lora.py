@@ -52,7 +52,9 @@ def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, 
             continue
         # transformers 5 dropped the `text_model.` that the files of all others have.
         inner = "text_model." if prefix.startswith("text_encoder") else ""
-        for key, value in get_peft_model_state_dict(module, adapter_name=ADAPTER).items():
+        # Left to itself, peft would look for the base on the hub, to see whether words were added to it.
+        state = get_peft_model_state_dict(module, adapter_name=ADAPTER, save_embedding_layers=False)
+        for key, value in state.items():
             layer, half, _ = (inner + key.removeprefix(inner)).rsplit(".", 2)  # half: lora_A or lora_B
             weight = value.detach().cpu().contiguous()
             name = f"{prefixes[prefix]}_{layer.replace('.', '_')}"
