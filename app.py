@@ -26,6 +26,9 @@ def main() -> None:
     except InUse as problem:
         print(f"Tunebooth: {problem}. Stop it, or give this one another --outputs.", file=sys.stderr)
         sys.exit(IN_USE_EXIT_CODE)
+    except RuntimeError as problem:
+        print(f"Tunebooth: {problem}.", file=sys.stderr)
+        sys.exit(1)
     import uvicorn  # after the port is taken: a browser that is early waits instead of being refused
 
     studio = Studio(settings, store)
@@ -80,11 +83,13 @@ class Studio:
 def listen(settings: Settings) -> socket.socket:
     """Take the port before anything slow happens; a taken one is told in words."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named because asyncio sends small answers at once (TCP_NODELAY) only where it is; 40 ms each.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     if os.name == "posix":
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host, settings.port))
+        listening.listen()
     except OSError as problem:
         print(
             f"Tunebooth cannot listen on {settings.host}:{settings.port}: {problem.strerror}. Try --port.",

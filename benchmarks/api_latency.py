@@ -38,7 +38,7 @@ def photo(number: int) -> bytes:
     grain = random.Random(number)
     noise = Image.frombytes("L", (512, 512), bytes(grain.choices(range(256), k=512 * 512))).resize((1024, 1024))
     blend = Image.blend(image, Image.merge("RGB", (noise,) * 3), 0.12)
-    for quality in range(95, 40, -5):
+    for quality in range(95, 40, -1):
         buffer = io.BytesIO()
         blend.save(buffer, "JPEG", quality=quality)
         if buffer.tell() <= 1.1 * PHOTO_BYTES:

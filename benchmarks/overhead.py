@@ -21,6 +21,7 @@ from trainer.branches import load_branch
 from trainer.methods import lora
 from trainer.settings import read_settings
 from trainer.store import Store
+from trainer.train import leave_a_core_free
 from trainer.worker import Reporter
 
 WARM_UP_STEPS = 3
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
+    leave_a_core_free()  # as the worker does
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = read_settings(outputs=folder, models=folder / "models")

@@ -269,3 +269,17 @@ def test_a_run_that_crashed_before_its_first_state_leaves_no_trace_in_the_log(st
     assert studio.ended(tune_id).status == "trained"
     assert studio.events(tune_id) == [("started", 0), ("started", 0)]
     assert [step for step, _ in studio.jobs.loss_curve(tune_id)] == [10, 12]
+
+
+def test_without_the_asked_device_a_tune_fails_in_words_and_does_not_wait_for_ever(
+    tmp_path: Path, decoder: Decoder, dog_photos: Callable[[int], list[Path]]
+) -> None:
+    studio = Studio(tmp_path, decoder, dog_photos(1))
+    settings = studio.settings.model_copy(update={"device": "cuda:99"})
+    studio.worker = Worker(settings, studio.store)
+    studio.worker.start()
+    tune = studio.ended(studio.create("no such card"))
+    studio.close()
+    assert tune.status == "failed"
+    assert tune.error is not None and tune.error.startswith("nothing can be trained here")
+    assert [prompt.status for prompt in tune.prompts] == ["failed"]

@@ -15,8 +15,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trainer.branches.fast import vocabulary, write_tokenizer
 
-torch.set_num_threads(1)  # models this small lose more to threads than they gain
-
 
 def make_tiny_sd15(folder: Path, seed: int = 0, blocks: int = 4, layers: int = 2) -> Path:
     """Write a Stable Diffusion 1.5 of about 0.3 M weights as a diffusers folder: all blocks of the real one, but thin.

@@ -81,7 +81,7 @@ class Guard:
         await receive()
         self._end.set()
         await inner
-        if self.failed is None:
+        if self._inner is not None:
             await asyncio.to_thread(self._unload)
         await send({"type": "lifespan.shutdown.complete"})
 
@@ -97,7 +97,11 @@ class Guard:
         async with app.router.lifespan_context(app):
             self._inner = app
             self._ready.set()
-            await asyncio.to_thread(self._begin)
+            try:
+                await asyncio.to_thread(self._begin)
+            except Exception as error:
+                log.exception("Tunebooth cannot work; it only answers")
+                self.failed = error
             await self._end.wait()
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:

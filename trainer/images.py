@@ -68,7 +68,7 @@ class Decoder:
         if self._pool is not None:
             for process in list((self._pool._processes or {}).values()):
                 process.kill()  # one that hangs in a decoder hears nothing gentler
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
 

@@ -87,7 +87,7 @@ def _number(low: float, high: float, kind: type = int) -> Any:
     def parse(value: Any) -> Any:
         value = _blank_is_none(value)
         if isinstance(value, bool):
-            raise ValueError(f"must be a number from {low:g} to {high:g}")
+            raise ValueError(f"must be a number from {low} to {high}")
         return value
 
     bounded = (

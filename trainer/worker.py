@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -23,6 +22,7 @@ log = logging.getLogger("tunebooth.worker")
 
 TELL_EVERY_SECONDS = 0.5  # progress in the store: each write waits for the disk
 POLL_SECONDS = 2.0
+STORE_RETRY_SECONDS = 10.0
 MAX_ATTEMPTS = 3  # a job that takes the process down this often without headway is not tried again
 PACE_MEMORY = 0.9  # of the moving average of seconds per step
 
@@ -47,33 +47,37 @@ class Worker:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        bench = None
         try:
-            # Torch's threads are not to spin while they wait: beside any other busy process, a browser say, that makes
-            # a step many times slower. Read by libgomp when torch is imported.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             # The slow imports, before anybody waits for them.
             from diffusers.utils import logging as diffusers_logging
             from transformers.utils import logging as transformers_logging
 
             from trainer import render  # noqa: F401
-            from trainer.train import pick_device
+            from trainer.train import leave_a_core_free, pick_device
 
             for library in (diffusers_logging, transformers_logging):  # the page has a progress bar of its own
                 library.disable_progress_bar()
                 library.set_verbosity_error()
 
-            device = pick_device(self._settings.device)
-        except Exception:
-            log.exception("the worker cannot start; nothing will be trained")
-            return
-        bench = Bench(self._settings, self._store, device, self._stopping)
+            leave_a_core_free()
+            bench = Bench(self._settings, self._store, pick_device(self._settings.device), self._stopping)
+        except Exception as error:
+            log.exception("nothing can be trained here")
+            unable = f"nothing can be trained here: {explain(error)}"
         while not self._stopping.is_set():
             self._store.changed.clear()
-            job = self._store.claim()
-            if job is None:
-                self._store.changed.wait(POLL_SECONDS)
-                continue
-            bench.run(job)
+            try:
+                job = self._store.claim()
+                if job is None:
+                    self._store.changed.wait(POLL_SECONDS)
+                elif bench is None:
+                    self._store.finish(job, "failed", error=unable)
+                else:
+                    bench.run(job)
+            except Exception:  # the store itself: a full disk, for one; the job is still in it
+                log.exception("the state of a job could not be stored; trying again")
+                self._stopping.wait(STORE_RETRY_SECONDS)
 
 
 class Bench:
