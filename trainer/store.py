@@ -152,15 +152,17 @@ class Store:
         return RuntimeError(f"{self._path} is damaged ({how}); put back a copy, or move it away to start anew")
 
     def add_tune(self, values: Mapping[str, Any]) -> int:
-        """Insert a tune and its job; to be called within `transaction()`, with its prompts after it."""
-        tune_id = self._insert("tunes", values)
-        self._db.execute("INSERT INTO jobs (tune_id) VALUES (?)", (tune_id,))
+        """Insert a tune and its job, both or neither; its prompts follow in the caller's `transaction()`."""
+        with self.transaction() as db:
+            tune_id = self._insert("tunes", values)
+            db.execute("INSERT INTO jobs (tune_id) VALUES (?)", (tune_id,))
         return tune_id
 
     def add_prompt(self, values: Mapping[str, Any]) -> int:
-        """Insert a prompt and its job."""
-        prompt_id = self._insert("prompts", values)
-        self._db.execute("INSERT INTO jobs (tune_id, prompt_id) VALUES (?, ?)", (values["tune_id"], prompt_id))
+        """Insert a prompt and its job, both or neither."""
+        with self.transaction() as db:
+            prompt_id = self._insert("prompts", values)
+            db.execute("INSERT INTO jobs (tune_id, prompt_id) VALUES (?, ?)", (values["tune_id"], prompt_id))
         return prompt_id
 
     def _insert(self, table: Table, values: Mapping[str, Any]) -> int:
