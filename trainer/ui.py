@@ -139,10 +139,8 @@ class Form:
         self._other = gr.HTML()
         with self._fold("Characteristics", "characteristics"):
             gr.Markdown("`{{eye_color}}` in a prompt becomes the value of the key `eye_color`.")
-            add(
-                "characteristics", gr.Dataframe, headers=["key", "value"], row_count=2, column_count=2, type="array",
-                interactive=True, show_label=False,
-            )  # fmt: skip
+            table = {"headers": ["key", "value"], "value": [["", ""], ["", ""]], "column_count": 2, "type": "array"}
+            add("characteristics", gr.Dataframe, interactive=True, show_label=False, **table)
         with self._fold("Pictures", "prompts_attributes"):
             with gr.Row():
                 num_images = gr.Slider(1, 8, PAGE_NUM_IMAGES, step=1, label="Pictures of each prompt")
