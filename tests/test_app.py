@@ -308,8 +308,10 @@ def test_the_page_trains_the_dog(
     page.fill("#field-name :is(input, textarea)", "dog")
     page.fill("#field-title :is(input, textarea)", "by the page")
     page.fill("#field-prompts_attributes textarea", "ohwx dog\nohwx dog in the snow")
+    post(app, "before the page's", dog_photos(5), steps=60).raise_for_status()
     page.click("#create")
     tune = wait_for(lambda: app.http.get("/tunes", params={"title": "by the page"}).json())[0]
+    page.wait_for_selector(f"#tunes [data-tune='{tune['id']}'][data-status=queued]")
     shown = f"#now [data-tune='{tune['id']}']"
     page.wait_for_selector(f"{shown}[data-status=training]")
     bar = f'document.querySelector("{shown} [role=progressbar]")?.ariaValueNow'
