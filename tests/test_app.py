@@ -364,6 +364,12 @@ def test_the_page_says_what_is_wrong_beside_the_field(
     page.wait_for_function("document.querySelector('#note-args').innerText.includes(\"did you mean 'rank'\")")
     assert "not_an_image.jpg" in page.inner_text("#note-images")
     assert page.inner_text("#note-name").strip() == ""
+    page.click("#field-branch input")
+    page.click("[role=option]:has-text('sd15')")
+    page.click("#field-base_tune_id input")
+    page.click("[role=option]:has-text('broken.safetensors (cannot be used)')")
+    page.click("#create")
+    page.wait_for_function("document.querySelector('#note-base_tune_id').innerText.includes('it is broken')")
     assert app.http.get("/tunes").json() == before
 
 

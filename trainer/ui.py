@@ -187,9 +187,10 @@ class Form:
 
     def choices(self) -> tuple[Any, Any]:
         """The bases and presets there are now: files may have been added since the start."""
-        usable = [(f"{b['title']} ({b['branch']})", b["id"]) for b in self._jobs.list_base_tunes() if not b["error"]]
+        found = self._jobs.list_base_tunes()
+        bases = [(f"{b['title']} ({'cannot be used' if b['error'] else b['branch']})", b["id"]) for b in found]
         named = [OWN, *((name, name) for name in self._jobs.list_presets())]
-        return gr.update(choices=[("branch's own", 0), *usable]), gr.update(choices=named)
+        return gr.update(choices=[("branch's own", 0), *bases]), gr.update(choices=named)
 
     def submit(self, *values: Any) -> list[Any]:
         """Create the tune; returns what is wrong beside each field, what is wrong elsewhere, and what to unfold."""
