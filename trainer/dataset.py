@@ -44,18 +44,14 @@ class Dataset:
         latents = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
         dice = torch.Generator().manual_seed(derive(config.seed, step, "caption dropout"))
         dropped = (torch.rand(config.batch, generator=dice) < config.caption_dropout).tolist()
+        empty = len(self.captions)  # its place behind the captions
+        said = [empty if drop else row for row, drop in zip(rows, dropped, strict=True)]
         if self.cond is None:
-            return (
-                latents,
-                branch.encode_prompts(
-                    ["" if drop else self.captions[row] for row, drop in zip(rows, dropped, strict=True)]
-                ),
-                generator,
-            )
-        said = torch.tensor(
-            [len(self.captions) if drop else row for row, drop in zip(rows, dropped, strict=True)], device=mean.device
-        )
-        return latents, {key: value[said] for key, value in self.cond.items()}, generator
+            cond = branch.encode_prompts([[*self.captions, ""][place] for place in said])
+        else:
+            places = torch.tensor(said, device=mean.device)
+            cond = {key: value[places] for key, value in self.cond.items()}
+        return latents, cond, generator
 
 
 def build(branch: Branch, photos: list[Path], captions: list[str], config: TrainConfig) -> Dataset:

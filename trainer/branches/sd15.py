@@ -87,9 +87,8 @@ class SD15:
         alphas_bar = self.noise_scheduler.alphas_cumprod.to(device)
         self.snr = alphas_bar / (1 - alphas_bar)
         for module in (self.denoiser, self.vae, *self.text_encoders.values()):
-            module.requires_grad_(
-                False
-            ).eval()  # dropout would draw from the global RNG, which a resume does not restore
+            # eval: dropout would draw from the global RNG, which a resume does not restore.
+            module.requires_grad_(False).eval()
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
