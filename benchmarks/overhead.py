@@ -37,14 +37,16 @@ class Stopwatch:
     def stage(self, stage: str) -> None:
         self._reporter.stage(stage)
 
-    def step(self, step: int, steps: int, loss: float | None = None) -> bool:
-        keep_going = self._reporter.step(step, steps, loss)
+    def step(self, step: int, steps: int, loss: float | None = None, lr: float | None = None) -> bool:
+        keep_going = self._reporter.step(step, steps, loss, lr)
         self.moments.append(time.perf_counter())
         return keep_going
 
     def saved(self, step: int) -> None: ...
 
     def resumed(self, step: int) -> None: ...
+
+    def warn(self, message: str) -> None: ...
 
 
 def ours(branch: Any, data: dataset.Dataset, config: presets.TrainConfig, reporter: Reporter, states: Path) -> float:
@@ -63,16 +65,19 @@ def bare(branch: Any, data: dataset.Dataset, config: presets.TrainConfig) -> flo
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: loop.lr_scale(step, config))
     generator = torch.Generator().manual_seed(config.seed)
     assert data.cond is not None
-    hidden = data.cond["encoder_hidden_states"]
+    hidden = torch.cat([said["encoder_hidden_states"] for said in data.cond])
+    views = [sample.views[0] for sample in data.samples]
+    means, stds = torch.cat([view.mean for view in views]), torch.cat([view.std for view in views])
+    said = torch.tensor([data.captions.index(sample.picture.caption) for sample in data.samples])
     moments = []
     for _ in range(config.steps - 1):
-        rows = torch.randint(len(data.captions), (config.batch,), generator=generator)
-        mean, std = data.mean[rows], data.std[rows]
+        rows = torch.randint(len(views), (config.batch,), generator=generator)
+        mean, std = means[rows], stds[rows]
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(1000, (config.batch,), generator=generator)
         noisy = branch.noise_scheduler.add_noise(latents, noise, timesteps)
-        predicted = branch.denoiser(noisy, timesteps, hidden[rows], return_dict=False)[0]
+        predicted = branch.denoiser(noisy, timesteps, hidden[said[rows]], return_dict=False)[0]
         loss = ((predicted.float() - noise) ** 2).mean(dim=(1, 2, 3)).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
@@ -102,14 +107,15 @@ def main() -> None:
         settings = read_settings(outputs=folder, models=folder / "models")
         branch = load_branch(bases.fast_base(settings), torch.device("cpu"), folder / "cache")
         config = presets.resolve(
-            settings.presets, branch="fast", model_type="lora", preset=None, photos=5, steps=options.steps,
-            args="save_every=100000",
+            settings.presets, branch="fast", model_type="lora", preset=None, name="toy", photos=5,
+            steps=options.steps, args="save_every=100000 micro_batch=4",
         )  # fmt: skip
-        photos = []
-        for number in range(5):
-            photos.append(folder / f"{number}.png")
-            demo.draw_photo(number).save(photos[-1])
-        data = dataset.build(branch, photos, dataset.captions_for(photos, "ohwx", "toy"), config)
+        pictures = [
+            dataset.Picture(folder / f"{number}.png", "A photo of ohwx toy", str(number)) for number in range(5)
+        ]
+        for number, picture in enumerate(pictures):
+            demo.draw_photo(number).save(picture.path)
+        data, _ = dataset.build(branch, pictures, [], config, folder / "dataset")
         store = Store(folder)
         values = {"title": "overhead", "name": "toy", "branch": "fast", "method": "lora", "base_id": 1,
                   "training_face_correct": 0, "auto_extend": 0, "characteristics": {}, "photos": [],
@@ -119,7 +125,7 @@ def main() -> None:
         assert job is not None
         times: dict[str, list[float]] = {"ours": [], "bare": []}
         for number in range(options.rounds + 1):
-            reporter = Reporter(settings, store, job, threading.Event())
+            reporter = Reporter(settings, store, job, threading.Event(), branch.device)
             measured = ours(branch, data, config, reporter, folder / f"states-{number}"), bare(branch, data, config)
             if number:  # the first round warms up
                 times["ours"].append(measured[0])

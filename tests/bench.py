@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer import dataset, loop, presets
 from trainer.bases import Base
 from trainer.branches import Branch, load_branch
-from trainer.dataset import Dataset
+from trainer.dataset import Dataset, Picture
 from trainer.methods import lora
 from trainer.presets import TrainConfig
 
@@ -30,15 +30,18 @@ class Told:
     stop_at: int | None = None
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
     saved_at: list[int] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     on_saved: Callable[[], None] = lambda: None
 
     def stage(self, stage: str) -> None: ...
 
-    def step(self, step: int, steps: int, loss: float | None = None) -> bool:
+    def step(self, step: int, steps: int, loss: float | None = None, lr: float | None = None) -> bool:
         self.steps.append(step)
         self.losses += [] if loss is None else [loss]
+        self.rates += [] if lr is None else [lr]
         return step != self.stop_at
 
     def saved(self, step: int) -> None:
@@ -47,6 +50,9 @@ class Told:
 
     def resumed(self, step: int) -> None:
         self.resumed_at.append(step)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
 
 
 @dataclass
@@ -57,14 +63,17 @@ class Bench:
     cache: Path
     photos: list[Path]
     config: TrainConfig
+    family: str = "sd15"
 
     def start(self, adapters_seed: int = 0) -> Run:
-        base = Base(1, self.base.name, "sd15", path=self.base)
+        base = Base(1, self.base.name, self.family, path=self.base)
         branch = load_branch(base, torch.device("cpu"), self.cache)
+        captions = ["a red dog", "a blue dog", "a dog"]
+        pictures = [Picture(*one, one[0].name) for one in zip(self.photos, captions, strict=True)]
+        data, _ = dataset.build(branch, pictures, [], self.config, self.cache / "dataset")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(adapters_seed)
             groups = lora.attach(branch, self.config)
-        data = dataset.build(branch, self.photos, ["a red dog", "a blue dog", "a dog"], self.config)
         return Run(branch, groups, data, self.config)
 
 
@@ -95,10 +104,13 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 def config_of(**changes: object) -> TrainConfig:
     words = {
         "steps": STEPS, "batch": 2, "lr": 1e-2, "text_encoder_lr": 0, "rank": 2, "alpha": 4, "resolution": 32,
-        "schedule": "cosine", "warmup_steps": 2, "caption_dropout": 0.3, "save_every": 2,
+        "schedule": "cosine", "warmup_steps": 2, "caption_dropout": 0.3, "save_every": 2, "micro_batch": 2,
+        "buckets": False, "save_dtype": "float32",
     }  # fmt: skip
     args = " ".join(f"{key}={value}" for key, value in (words | changes).items())
-    return presets.resolve(PRESETS, branch="sd15", model_type="lora", preset=None, photos=3, steps=None, args=args)
+    return presets.resolve(
+        PRESETS, branch="sd15", model_type="lora", preset=None, name="dog", photos=3, steps=None, args=args
+    )
 
 
 def write_photos(folder: Path) -> list[Path]:

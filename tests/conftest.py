@@ -66,3 +66,35 @@ def dog_photos() -> Callable[[int], list[Path]]:
         return found
 
     return photos
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL 1.0 as a diffusers folder. Read only: copy it to change it."""
+    from tests import tiny
+
+    return tiny.make_tiny_sdxl1(tmp_path_factory.mktemp("tiny") / "sdxl1")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl1_file(tiny_sdxl1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as one file in the original layout, its sidecar folder beside it. Read only."""
+    from tests import tiny
+
+    return tiny.write_single_file(tiny_sdxl1, tmp_path_factory.mktemp("tiny") / "sdxl1.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX.1-dev as a diffusers folder. Read only: copy it to change it."""
+    from tests import tiny
+
+    return tiny.make_tiny_flux1(tmp_path_factory.mktemp("tiny") / "flux1")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux1_file(tiny_flux1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same transformer as one file in the original layout; its sidecar folder has the other parts. Read only."""
+    from tests import tiny
+
+    return tiny.write_flux_file(tiny_flux1, tmp_path_factory.mktemp("tiny") / "flux1.safetensors")

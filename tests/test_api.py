@@ -22,6 +22,7 @@ from tests.conftest import SHARED
 from tests.web import Value, address, client_of, left_behind, multipart, photo
 from trainer import bases
 from trainer.api import Malformed, nest
+from trainer.branches import BRANCHES
 from trainer.jobs import Jobs
 from trainer.links import make_link
 from trainer.schema import Tune
@@ -372,12 +373,13 @@ def test_the_gallery_lists_bases_and_says_which_are_broken(client: TestClient, j
 
 
 def test_presets_are_listed(jobs: Jobs, tmp_path: Path) -> None:
-    for name in ("sd15", "fast"):
+    for name in BRANCHES:
         (tmp_path / f"{name}.toml").write_bytes((jobs.settings.presets / f"{name}.toml").read_bytes())
     (tmp_path / "mine.toml").write_text("[lora]\nrank = 4\n")
     own = Jobs(jobs.settings.model_copy(update={"presets": tmp_path}), jobs.store, jobs.decoder)
     assert client_of(own).get("/presets").json() == ["mine"]
-    assert client_of(jobs).get("/presets").json() == []
+    hosted = ["flux-lora-fast", "flux-lora-focus", "flux-lora-portrait"]
+    assert client_of(jobs).get("/presets").json() == hosted
 
 
 # What is refused: the status, the one field that is named, and a part of what is said of it. Nothing is kept.
@@ -385,8 +387,14 @@ def test_presets_are_listed(jobs: Jobs, tmp_path: Path) -> None:
 SD15: Fields = [("tune[branch]", "sd15"), ("tune[model_type]", "lora")]
 BAD_PARAMETERS: dict[str, tuple[Fields, str, str]] = {
     "an unknown branch": ([("tune[branch]", "sd16")], "branch", "unknown branch 'sd16' (did you mean 'sd15'?)"),
-    "branch sdxl1": ([("tune[branch]", "sdxl1")], "branch", "sdxl1 is not here yet"),
-    "branch flux1": ([("tune[branch]", "flux1")], "branch", "flux1 is not here yet"),
+    "sdxl1 pti": ([("tune[branch]", "sdxl1"), ("tune[model_type]", "pti")], "model_type", "pti is not here yet"),
+    "flux1 faceid": ([("tune[branch]", "flux1"), ("tune[model_type]", "faceid")], "model_type", "is not here yet"),
+    "sdxl1 checkpoint": (
+        [("tune[branch]", "sdxl1"), ("tune[model_type]", "checkpoint")], "model_type", "checkpoint is not here yet",
+    ),
+    "flux preset on sdxl1": (
+        [("tune[branch]", "sdxl1"), ("tune[preset]", "flux-lora-portrait")], "preset", "for flux1, not for sdxl1",
+    ),
     "model_type pti": ([("tune[model_type]", "pti")], "model_type", "pti is not here yet"),
     "model_type checkpoint": ([("tune[model_type]", "checkpoint")], "model_type", "checkpoint is not here yet"),
     "model_type faceid": ([("tune[model_type]", "faceid")], "model_type", "faceid is not here yet"),

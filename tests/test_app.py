@@ -333,7 +333,7 @@ def test_the_page_trains_the_dog(
     page.wait_for_timeout(500)
     page.screenshot(path=shots / "done.png", full_page=True)
     with page.expect_download() as download:
-        page.click(f"{shown} a[download]")
+        page.click(f"{shown} a.tb-primary")
     assert Path(download.value.path()).stat().st_size > 10_000
     done = app.finished(tune["id"])
     assert statuses(app, tune["id"]) == ["trained"]

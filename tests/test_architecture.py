@@ -21,7 +21,10 @@ WEB = {
     "trainer.urls", "trainer.links", "trainer.store", "trainer.schema", "trainer.settings", "trainer.guard",
     "trainer.page", "trainer.files", "trainer.decode", "trainer.demo", "trainer.branches", "trainer.methods",
 }  # fmt: skip
-WORK = {"trainer.worker", "trainer.train", "trainer.render", "trainer.dataset", "trainer.loop"}
+WORK = {
+    "trainer.worker", "trainer.train", "trainer.render", "trainer.dataset", "trainer.loop", "trainer.objectives",
+    "trainer.loading", "trainer.memory", "trainer.hub",
+}  # fmt: skip
 DOORS = {"app", "trainer.ui", "trainer.api", "trainer.guard", "trainer.page", "trainer.jobs", "trainer.images"}
 
 # Where a library is at home: a broken one then breaks one place. `methods.` are all files of that folder.
@@ -33,11 +36,14 @@ HOMES = {
     "sqlite3": {"store"},
     "tomllib": {"presets"},
     "httpx": {"urls"},
+    "httpx2": {"hub"},
+    "huggingface_hub": {"hub"},
+    "psutil": {"hub"},
     "ssrfguard": {"urls"},
     "pydantic_settings": {"settings"},
     "PIL": {"decode", "dataset", "demo", "render"},
     "peft": {"methods."},
-    "diffusers": {"branches.", "worker"},
+    "diffusers": {"branches.", "loading", "worker"},
     "transformers": {"branches.", "worker"},
 }
 

@@ -6,13 +6,14 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.bench import STEPS, Bench, Told, config_of, same
+from tests.bench import STEPS, Bench, Run, Told, config_of, same
 from trainer import loop
 from trainer.loop import Diverged
 
@@ -60,6 +61,20 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(
         assert same(run.weights(), whole.weights()) == finished
     last = [states / name / f"step-{STEPS:06d}" / "state.safetensors" for name in ("whole", "parts")]
     assert same(load_file(last[0]), load_file(last[1]))  # the optimizer's moments, too
+
+
+@pytest.mark.parametrize("family", ["sdxl1", "flux1"])
+def test_a_run_of_another_family_resumes_bit_for_bit_as_well(
+    family: str, states: Path, photos: list[Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = request.getfixturevalue(f"tiny_{family}")
+    bench = Bench(base, tmp_path / "cache", photos, config_of(resolution=64), family)
+    whole, stopped, resumed = bench.start(), bench.start(), bench.start(adapters_seed=1)
+    whole.train(states / "whole", Told())
+    stopped.train(states / "parts", Told(stop_at=3))
+    assert not same(stopped.weights(), whole.weights())
+    resumed.train(states / "parts", Told())
+    assert same(resumed.weights(), whole.weights())
 
 
 def test_a_finished_run_is_not_trained_further(bench: Bench, states: Path) -> None:
@@ -227,8 +242,12 @@ def test_training_lowers_the_loss(bench: Bench, states: Path) -> None:
 
     def error() -> float:
         with torch.no_grad():
-            samples = [run.data.batch(run.branch, run.config, 1000 + number) for number in range(20)]
-            return float(torch.stack([run.branch.loss(*sample, run.config).mean() for sample in samples]).mean())
+            batches = [batch for number in range(20) for batch in run.data.batches(run.branch, 1000 + number)]
+            losses = [
+                run.branch.loss(one.latents, one.cond, one.noise, one.timesteps, run.config, one.mask).mean()
+                for one in batches
+            ]
+            return float(torch.stack(losses).mean())
 
     before = error()
     told = Told()
@@ -240,15 +259,94 @@ def test_training_lowers_the_loss(bench: Bench, states: Path) -> None:
 # Divergence
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_the_state_before_it_stays(bench: Bench, states: Path) -> None:
-    bench.start().train(states, Told(stop_at=3))
+def spoil(
+    run: Run, wrong: Callable[[int], bool], of: Callable[[Tensor], Tensor] = lambda loss: loss * math.nan
+) -> None:
+    """From now on the losses of those calls that `wrong` names, counted from 1, are not what they should be."""
+    plain, calls = run.branch.loss, 0
+
+    def loss(*arguments: Any, **named: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        value = plain(*arguments, **named)
+        return of(value) if wrong(calls) else value
+
+    run.branch.loss = loss  # type: ignore[method-assign]
+
+
+def test_a_loss_that_is_not_finite_goes_back_and_on_at_half_the_rate(bench: Bench, states: Path) -> None:
+    bench.config = config_of(schedule="constant", warmup_steps=0)
     run, told = bench.start(), Told()
-    run.data.mean[:] = math.inf
-    with pytest.raises(Diverged, match="loss"):
+    spoil(run, lambda call: call == 4)  # the fourth step; states are saved after the second and the fourth
+    assert run.train(states, told)
+    assert told.resumed_at == [0, 2]
+    assert told.saved_at == [2, 4, 6]
+    (warning,) = told.warnings
+    assert "not a finite number in step 4" in warning and "back to step 2" in warning and ".png" in warning
+    assert sorted(set(told.rates)) == pytest.approx([0.005, 0.01])
+    # The same as a run that was told to go on from that state at half the rate, without any harm.
+    other = bench.start(adapters_seed=1)
+    shutil.copytree(states, states.parent / "again")
+    for state in (states.parent / "again").glob("step-*"):
+        shutil.rmtree(state)
+    first = bench.start()
+    first.train(states.parent / "again", Told(stop_at=2))
+    manifest = next((states.parent / "again").glob("step-*")) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"halvings": 0', '"halvings": 1'))
+    other.train(states.parent / "again", Told())
+    assert same(other.weights(), run.weights())
+
+
+def test_before_the_first_state_it_goes_back_to_the_beginning(bench: Bench, states: Path) -> None:
+    bench.config = config_of(save_every=100)
+    run, told = bench.start(), Told()
+    spoil(run, lambda call: call == 3)
+    assert run.train(states, told)
+    assert told.resumed_at == [0, 0]
+    assert all(torch.isfinite(weight).all() for weight in run.weights().values())
+
+
+def test_a_run_that_diverges_three_times_fails_and_names_the_pictures(bench: Bench, states: Path) -> None:
+    run, told = bench.start(), Told()
+    spoil(run, lambda call: call > 2)
+    with pytest.raises(Diverged, match=r"not a finite number in step 3, .*\.png") as failed:
         run.train(states, told)
-    assert told.saved_at == []
+    assert failed.value.step == 2
+    assert told.resumed_at == [0, 2, 2]
+    assert set(run.data.names(2)) <= {word.strip(",") for word in str(failed.value).split()}
     kept = [load_file(state / "state.safetensors") for state in states.iterdir()]
     assert kept and all(torch.isfinite(tensor).all() for state in kept for tensor in state.values())
+
+
+def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(bench: Bench, states: Path) -> None:
+    run, told = bench.start(), Told()
+    # The root of 0 has an infinite slope and a finite value.
+    spoil(run, lambda call: call == 3, lambda loss: loss.detach() + (loss - loss.detach()).sqrt())
+    assert run.train(states, told)
+    assert "the gradient was not a finite number in step 3" in told.warnings[0]
+
+
+# Micro-batches and memory
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_smaller_micro_batches_take_the_same_steps(bench: Bench, states: Path, micro_batch: int) -> None:
+    bench.config = config_of(batch=3, micro_batch=3)
+    whole = bench.start()
+    whole.train(states / "whole", Told())
+    bench.config = config_of(batch=3, micro_batch=micro_batch)
+    parts = bench.start()
+    parts.train(states / "parts", Told())
+    for name, weight in whole.weights().items():
+        assert torch.allclose(parts.weights()[name], weight, rtol=1e-3, atol=1e-5), name
+
+
+def test_checkpointing_changes_no_bit(bench: Bench, states: Path) -> None:
+    plain, thrifty = bench.start(), bench.start()
+    thrifty.branch.denoiser.enable_gradient_checkpointing()
+    plain.train(states / "plain", Told())
+    thrifty.train(states / "thrifty", Told())
+    assert same(thrifty.weights(), plain.weights())
 
 
 @pytest.mark.parametrize("kind", ["weight", "exp_avg"])
@@ -278,12 +376,13 @@ def test_no_state_with_a_value_that_is_not_finite_is_written(bench: Bench, state
         ("linear", 2, [0.5, 1, 1, 0.75, 0.5, 0.25]),
         ("cosine", 2, [0.5, 1, 1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
         ("linear", 10, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
+        ("polynomial", 2, [0.5, 1, 1, 0.75**2, 0.25, 0.0625]),
     ],
 )
 def test_the_learning_rate_warms_up_and_follows_its_schedule(
     schedule: str, warmup_steps: int, expected: list[float]
 ) -> None:
-    config = config_of(schedule=schedule, warmup_steps=warmup_steps)
+    config = config_of(schedule=schedule, warmup_steps=warmup_steps, power=2)
     assert [loop.lr_scale(step, config) for step in range(STEPS)] == pytest.approx(expected)
 
 

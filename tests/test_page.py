@@ -14,7 +14,7 @@ import pytest
 from tests.web import photo, upload
 from trainer import page, ui
 from trainer.jobs import Jobs
-from trainer.schema import Photo, Progress, Prompt, Tune
+from trainer.schema import Photo, Progress, Prompt, Tune, Upload
 
 pytest_plugins = ("tests.web",)
 
@@ -82,10 +82,19 @@ def everywhere(text: str) -> Tune:
     )  # fmt: skip
 
 
-PARTS: list[Callable[[Tune], str]] = [lambda one: page.current(one, [], 0), lambda one: page.earlier([one])]
+def seen(text: str) -> list[dict[str, Any]]:
+    """One picture as it is trained, with this text wherever a user may put it."""
+    return [{"url": LINK, "name": text, "kind": "photo", "caption": text, "width": 64, "height": 48, "mask": "face"}]
 
 
-@pytest.mark.parametrize("part", PARTS, ids=["current", "earlier"])
+PARTS: list[Callable[[Tune], str]] = [
+    lambda one: page.current(one, [], [], 0),
+    lambda one: page.earlier([one]),
+    lambda one: page.trained_pictures(seen(one.title) * 5),
+]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=["current", "earlier", "trained pictures"])
 def test_what_a_user_wrote_is_text_and_nothing_else(part: Callable[[Tune], str]) -> None:
     hostile, plain = Reader(part(everywhere(HOSTILE))), Reader(part(everywhere("plain")))
     assert hostile.tags == plain.tags and "script" not in hostile.tags
@@ -164,29 +173,62 @@ def test_each_state_has_its_buttons(status: str, buttons: list[str]) -> None:
         assert f"fetch('{path}',{{method:'{method}'}})" in html
 
 
+MOMENTS = [{"step": 5, "url": LINK, "model": None}, {"step": 10, "url": LINK, "model": LINK}]
+
+
+def test_the_page_shows_previews_and_the_models_that_were_kept() -> None:
+    shown = page.current(tune(), [], MOMENTS, 0)
+    assert re.findall(r"<figcaption>(step \d+)", shown) == ["step 5", "step 10"]
+    assert shown.count("download>model</a>") == 1
+    assert "tb-moments" not in page.current(tune(), [], [], 0)
+
+
+def test_the_page_tells_rate_and_memory_of_the_last_reading() -> None:
+    readings = [
+        {"step": 10, "loss": 0.5, "lr": 1e-4, "peak_gib": 3.0},
+        {"step": 20, "loss": 0.4, "lr": 5e-5, "peak_gib": 3.25},
+    ]
+    shown = page.progress(tune(status="training"), readings)
+    assert "lr 5e-05" in shown and "peak memory 3.2 GiB" in shown
+    assert "lr" not in Reader(page.progress(tune(status="training"))).text
+
+
+def test_pictures_as_trained_are_shown_with_their_captions() -> None:
+    shown = Reader(page.trained_pictures(seen("a dog on a beach")))
+    assert "a dog on a beach" in shown.text and "64 x 48, only the face counts" in shown.text
+    assert page.trained_pictures([]) == ""
+
+
 def test_links_on_the_page_work_under_whatever_name_it_was_opened() -> None:
     done = tune(
         status="trained", ckpt_url=LINK, orig_images=[LINK], prompts=[prompt(status="rendered", images=[LINK])],
         photos=[Photo(name="a", file="000.png", width=64, height=48, format="PNG")],
     )  # fmt: skip
-    shown = Reader(page.earlier([done]) + page.current(done, [], 0))
+    shown = Reader(page.earlier([done]) + page.current(done, [], MOMENTS, 0) + page.trained_pictures(seen("a")))
     links = {*shown.all("src"), *shown.all("href")}
     assert links == {"/files/1/images/000.png?expires=0&signature=ab12"}
 
 
+def curve(*points: tuple[int, float]) -> list[dict[str, Any]]:
+    return [{"step": step, "loss": loss} for step, loss in points]
+
+
 def test_the_loss_curve_is_drawn_from_its_second_point_on() -> None:
-    assert page.loss_curve([], 100) == page.loss_curve([(10, 0.5)], 100) == ""
-    drawn = page.loss_curve([(10, 0.5), (50, 0.1), (100, 0.3)], 100)
+    assert page.loss_curve([], 100) == page.loss_curve(curve((10, 0.5)), 100) == ""
+    drawn = page.loss_curve(curve((10, 0.5), (50, 0.1), (100, 0.3)), 100)
     raw = re.findall(r'class="raw" points="([^"]+)"', drawn)
     assert raw == ["60.0,4.0 300.0,116.0 600.0,60.0"]  # over the width by step, over the height by loss
     assert "loss 0.500" in drawn and "0.100" in drawn
-    assert "nan" not in page.loss_curve([(1, 0.5), (2, 0.5)], 0)
+    assert "nan" not in page.loss_curve(curve((1, 0.5), (2, 0.5)), 0)
 
 
 def test_an_empty_studio_says_what_to_do() -> None:
-    assert "Drop a few photos" in page.current(None, [], 0)
+    assert "Drop a few photos" in page.current(None, [], [], 0)
     assert page.earlier([]) == ""
-    assert "2 more in the queue" in page.current(tune(), [], 2)
+    assert "2 more in the queue" in page.current(tune(), [], [], 2)
+
+
+NOTHING = ("", "", "")  # what a page shows that has just been opened
 
 
 @pytest.fixture
@@ -205,26 +247,56 @@ def test_what_has_not_changed_is_not_sent_again(jobs: Jobs, queue: Callable[[str
         return [part == gr.skip() for part in parts]
 
     queue("Rex")
-    now, tunes, shown = ui.live_parts(jobs, ("", ""))
-    assert (now, tunes) == shown and "Rex" in now and "Rex" in tunes
-    assert skipped(*ui.live_parts(jobs, shown)) == [True, True, True]
+    now, pictures, tunes, shown = ui.live_parts(jobs, NOTHING)
+    assert (now, "", tunes) == shown and "Rex" in now and "Rex" in tunes
+    assert skipped(*ui.live_parts(jobs, shown)) == [True, True, True, True]
     jobs.store.update("tunes", 1, status="training", progress={"step": 1, "steps": 160, "stage": "training"})
-    now, tunes, shown = ui.live_parts(jobs, shown)
-    assert skipped(now, tunes, shown) == [False, False, False] and "training" in now
+    now, pictures, tunes, shown = ui.live_parts(jobs, shown)
+    assert skipped(now, pictures, tunes, shown) == [False, True, False, False] and "training" in now
     jobs.store.update("tunes", 1, progress={"step": 2, "steps": 160, "stage": "training"})
-    now, tunes, shown = ui.live_parts(jobs, shown)
-    assert skipped(now, tunes, shown) == [False, True, False] and "step <b>2</b>" in now  # the list stays as it is
+    now, pictures, tunes, shown = ui.live_parts(jobs, shown)
+    assert (
+        skipped(now, pictures, tunes, shown) == [False, True, True, False] and "step <b>2</b>" in now
+    )  # the list stays as it is
 
 
 def test_the_page_shows_the_tune_whose_turn_it_is(jobs: Jobs, queue: Callable[[str], Tune]) -> None:
-    assert "Nothing here yet" in ui.live_parts(jobs, ("", ""))[0]
+    assert "Nothing here yet" in ui.live_parts(jobs, NOTHING)[0]
     for title in ("first", "second", "third"):
         queue(title)
-    now, tunes, _ = ui.live_parts(jobs, ("", ""))
+    now, _, tunes, _ = ui.live_parts(jobs, NOTHING)
     assert "first" in now and "2 more in the queue" in now
     assert re.findall(r"<b>(\w+)</b>", tunes) == ["third", "second", "first"]
     for _ in range(2):  # the tune and its prompt
         job = jobs.store.claim()
         assert job is not None
         jobs.store.finish(job, "trained" if job.prompt_id is None else "rendered")
-    assert "second" in ui.live_parts(jobs, ("", ""))[0]
+    assert "second" in ui.live_parts(jobs, NOTHING)[0]
+
+
+def test_captions_on_the_form_follow_the_fields_until_somebody_writes_one(jobs: Jobs, tmp_path: Path) -> None:
+    with gr.Blocks():
+        form = ui.Form(jobs)
+    (tmp_path / "b.txt").write_text("a dog in the snow")
+    files = [str(tmp_path / name) for name in ("a.jpg", "b.jpg", "b.txt")]
+    rows, automatic = form.caption(files, "", "", "fast", [["", ""]], "")
+    assert (rows, automatic) == ([["a.jpg", ""], ["b.jpg", "a dog in the snow"]], "")
+    rows, automatic = form.caption(files, "dog", "", "fast", rows, automatic)
+    assert rows[0] == ["a.jpg", "A photo of ohwx dog"] == ["a.jpg", automatic]
+    rows, automatic = form.caption(files, "dog", "zwx", "sd15", rows, automatic)
+    assert rows == [["a.jpg", "A photo of zwx dog"], ["b.jpg", "a dog in the snow"]]
+    rows[0][1] = "zwx dog on a beach"
+    rows, automatic = form.caption(files, "cat", "", "sd15", rows, automatic)
+    assert rows == [["a.jpg", "zwx dog on a beach"], ["b.jpg", "a dog in the snow"]]
+    assert automatic == "A photo of sks cat"
+
+
+def test_written_captions_are_sent_along_and_automatic_ones_are_not(tmp_path: Path) -> None:
+    came = upload(tmp_path, "b.txt", b"old")
+    uploads = [Upload("a.jpg", tmp_path), Upload("b.jpg", tmp_path), Upload("c.jpg", tmp_path), came]
+    rows = [["a.jpg", "A photo of x dog"], ["b.jpg", "a new text"], ["c.jpg", ""]]
+    sent = ui.with_captions(uploads, rows, "A photo of x dog", tmp_path)
+    texts = {one.name: one.path.read_text() for one in sent if one.name.endswith(".txt")}
+    assert texts == {"b.txt": "a new text"}
+    assert [one.name for one in sent[:3]] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert ui.with_captions(uploads, [], "", tmp_path) == uploads

@@ -84,7 +84,7 @@ def test_the_page_s_form_has_the_same_parameters(jobs: Jobs) -> None:
         form = ui.Form(jobs)
     assert sorted(form.fields) == sorted(TuneRequest.parameters())  # in an order of its own
     assert ["text", *ui.PROMPT_FIELDS] == PromptRequest.parameters()
-    assert len(form.inputs) == len(form.fields) + len(ui.PROMPT_FIELDS)
+    assert len(form.inputs) == len(form.fields) + len(ui.PROMPT_FIELDS) + 2  # captions, which are files to the API
 
 
 def test_the_openapi_document_names_the_same_parameters(jobs: Jobs) -> None:

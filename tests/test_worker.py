@@ -4,95 +4,18 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from PIL import Image
-from safetensors.torch import load_file
 
+from tests.studio import PATIENCE_S, PROMPT, STEPS, Studio, same
 from trainer.files import read_json_lines
 from trainer.images import Decoder
-from trainer.jobs import Jobs
-from trainer.schema import ENDED, NotFound, Tune, Upload
-from trainer.settings import read_settings
-from trainer.store import Store
+from trainer.schema import NotFound, Tune
 from trainer.worker import Worker
 
 pytest_plugins = ("tests.web",)
-
-STEPS = 12
-PATIENCE_S = 180.0  # until a test gives up on a job that hangs; nothing is measured by it
-
-
-class Watched(Store):
-    """A store that does something at an exact step of a tune: the loop asks it after each step whether to go on."""
-
-    def __init__(self, outputs: Path) -> None:
-        super().__init__(outputs)
-        self.at_step: dict[tuple[int, int], Callable[[], object]] = {}  # (tune, step of its first run)
-        self._asked: Counter[int] = Counter()
-
-    def cancel_wanted(self, table: Any, row_id: int) -> bool:
-        if table == "tunes":
-            if act := self.at_step.pop((row_id, self._asked[row_id]), None):
-                act()
-            self._asked[row_id] += 1
-        return super().cancel_wanted(table, row_id)
-
-
-class Studio:
-    """One outputs folder with its store, the verbs and a worker."""
-
-    def __init__(self, folder: Path, decoder: Decoder, photos: list[Path]) -> None:
-        self.settings = read_settings(outputs=folder / "outputs", models=folder / "models", device="cpu")
-        self.store = Watched(self.settings.outputs)
-        self.jobs = Jobs(self.settings, self.store, decoder)
-        self.worker = Worker(self.settings, self.store)
-        self._photos = photos
-
-    def create(self, title: str, **more: Any) -> int:
-        """Queue a tune of twelve steps with a prompt of one picture."""
-        request = {"title": title, "name": "dog", "branch": "fast", "steps": STEPS, "prompts_attributes": [PROMPT]}
-        uploads = [Upload(path.name, path) for path in self._photos]
-        return self.jobs.create_tune(request | more, uploads)[0].id
-
-    def ended(self, tune_id: int) -> Tune:
-        """The tune, once it and its prompts have ended."""
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            tune = self.jobs.get_tune(tune_id)
-            if tune.status in ENDED and all(prompt.status in ENDED for prompt in tune.prompts):
-                return tune
-            time.sleep(0.05)
-        pytest.fail(f"tune {tune_id} did not end: {tune.status}, {tune.progress}")
-
-    def close(self) -> None:
-        self.worker.stop()
-        self.store.close()
-
-    def events(self, tune_id: int) -> list[tuple[str, int]]:
-        """(started or resumed, at which step), from the tune's log."""
-        lines = read_json_lines(self.jobs.folder(tune_id) / "log.jsonl")
-        return [(line["event"], line["step"]) for line in lines if "event" in line]
-
-    def states(self, tune_id: int) -> list[str]:
-        return sorted(path.name for path in (self.jobs.folder(tune_id) / "state").iterdir())
-
-    def weights(self, tune_id: int) -> dict[str, torch.Tensor]:
-        return load_file(self.jobs.folder(tune_id) / "model" / "lora.safetensors")
-
-    def pictures(self, tune_id: int) -> list[Image.Image]:
-        """All pictures of a tune's prompts, loaded."""
-        folder, prompts = self.jobs.folder(tune_id) / "prompts", self.store.find("prompts", tune_id=tune_id)
-        return [Image.open(folder / str(row["id"]) / file) for row in reversed(prompts) for file in row["files"]]
-
-
-PROMPT = {"text": "ohwx dog", "num_images": 1, "steps": 4, "seed": 7}
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +35,6 @@ def whole(studio: Studio) -> Tune:
     return studio.ended(studio.create("whole"))
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Whether two models are the same, bit for bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_a_tune_goes_from_the_queue_to_a_model_and_pictures(studio: Studio) -> None:
     wide = PROMPT | {"num_images": 3, "w": 128, "h": 64}
     seen: list[Tune] = []
@@ -128,12 +46,16 @@ def test_a_tune_goes_from_the_queue_to_a_model_and_pictures(studio: Studio) -> N
     assert [one.status for one in [*seen, tune]] == ["queued", "training", "trained"]
     assert tune.created_at <= str(tune.started_training_at) <= str(tune.trained_at)
     assert (tune.progress.step, tune.progress.steps, tune.progress.stage) == (STEPS, STEPS, "trained")
-    assert tune.error is None and len(tune.ckpt_urls) == 2
+    assert tune.error is None and len(tune.ckpt_urls) == 4  # two of the end, one each of the middle and three quarters
 
     lines = read_json_lines(studio.jobs.folder(tune_id) / "log.jsonl")
     assert studio.events(tune_id) == [("started", 0)]
     assert [line["step"] for line in lines if "loss" in line] == [10, 12]
-    assert studio.jobs.loss_curve(tune_id) == [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert studio.jobs.readings(tune_id) == [line for line in lines if "loss" in line]
+    assert all(line["lr"] > 0 and line["peak_gib"] > 0 for line in lines if "loss" in line)
+    assert [moment["step"] for moment in studio.jobs.moments(tune_id)] == [3, 6, 9, 12]
+    assert [bool(moment["model"]) for moment in studio.jobs.moments(tune_id)] == [False, True, True, False]
+    assert {one["caption"] for one in studio.jobs.seen(tune_id)} == {"A photo of ohwx dog"}
     assert tune.progress.loss == pytest.approx(lines[-1]["loss"], abs=1e-6)
 
     weights = studio.weights(tune_id)
@@ -268,7 +190,7 @@ def test_a_run_that_crashed_before_its_first_state_leaves_no_trace_in_the_log(st
         log.write_text('{"step": 0, "event": "started"}\n{"step": 10, "loss": 9.0}\n{"step": 20, "lo')
     assert studio.ended(tune_id).status == "trained"
     assert studio.events(tune_id) == [("started", 0), ("started", 0)]
-    assert [step for step, _ in studio.jobs.loss_curve(tune_id)] == [10, 12]
+    assert [reading["step"] for reading in studio.jobs.readings(tune_id)] == [10, 12]
 
 
 def test_without_the_asked_device_a_tune_fails_in_words_and_does_not_wait_for_ever(

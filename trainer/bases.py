@@ -17,6 +17,7 @@ from trainer.settings import Settings
 FAST_ID = 1_000_000_000  # the small base of branch fast has no number at the hosted service
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
+EDITING_MODEL = "it is a model for inpainting or editing, which takes a picture as input; those are not trained here"
 PIPELINES = {
     "StableDiffusionPipeline": "sd15",
     "StableDiffusionXLPipeline": "sdxl1",
@@ -33,6 +34,8 @@ class Base:
     branch: str
     path: Path | None = None
     repository: str | None = None
+    revision: str | None = None  # of the repository; None: its main one
+    variant: str | None = None  # of its weight files
     error: str | None = None  # why it cannot be used
 
 
@@ -43,12 +46,13 @@ def fast_base(settings: Settings) -> Base:
 
 def list_bases(settings: Settings) -> list[Base]:
     """All bases: the presets' hub repositories, the fast one, and whatever lies in the models folder."""
-    hub = [
-        Base(row.id or hashed_id(row.repository), row.title, branch, repository=row.repository)
-        for branch in BRANCHES
-        for row in presets.base_rows(settings.presets, branch)
-    ]
+    hub = [_of_hub(row, branch) for branch in BRANCHES for row in presets.base_rows(settings.presets, branch)]
     return [*hub, fast_base(settings), *_scan(settings.models)]
+
+
+def _of_hub(row: presets.BaseRow, branch: str) -> Base:
+    number = row.id or hashed_id(row.repository)
+    return Base(number, row.title, branch, None, row.repository, row.revision, row.variant)
 
 
 def resolve(settings: Settings, base_tune_id: int | None, branch: str | None) -> Base:
@@ -58,8 +62,8 @@ def resolve(settings: Settings, base_tune_id: int | None, branch: str | None) ->
     if branch == "fast":
         return fast_base(settings)  # a way to test a call: it takes any base_tune_id and uses its own
     if base_tune_id is None:
-        row = presets.base_rows(settings.presets, branch or "sd15")[0]
-        return Base(row.id or hashed_id(row.repository), row.title, branch or "sd15", repository=row.repository)
+        branch = branch or "sd15"
+        return _of_hub(presets.base_rows(settings.presets, branch)[0], branch)
     base = next((base for base in list_bases(settings) if base.id == base_tune_id), None)
     if base is None:
         raise InvalidRequest(
@@ -121,8 +125,12 @@ def _branch_of_folder(folder: Path) -> str:
     if code := next(folder.rglob("*.py"), None):
         raise ValueError(f"it brings code ({code.name}), which is never run; take it out")
     branch = PIPELINES[pipeline]
-    if branch == "sd15" and _json_object(folder / "unet" / "config.json").get("cross_attention_dim") == 1024:
+    denoiser = _json_object(folder / ("transformer" if branch == "flux1" else "unet") / "config.json")
+    if branch == "sd15" and denoiser.get("cross_attention_dim") == 1024:
         raise ValueError("it is a Stable Diffusion 2 model, which is not supported")
+    channels = denoiser.get("in_channels")
+    if channels != (denoiser.get("out_channels") or channels):
+        raise ValueError(EDITING_MODEL)
     return branch
 
 
@@ -138,11 +146,19 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 def _branch_of_file(file: Path) -> str:
     header = _safetensors_header(file)
-    if "conditioner.embedders.1.model.ln_final.weight" in header:
-        return "sdxl1"
-    if any(key.endswith("double_blocks.0.img_attn.qkv.weight") for key in header):
+    flux = next((key for key in header if key.endswith("double_blocks.0.img_attn.qkv.weight")), None)
+    if flux is not None:
+        prefix = flux.removesuffix("double_blocks.0.img_attn.qkv.weight")
+        if _shape(header, f"{prefix}img_in.weight")[1:] != _shape(header, f"{prefix}final_layer.linear.weight")[:1]:
+            raise ValueError(EDITING_MODEL)
         return "flux1"
     if "model.diffusion_model.input_blocks.0.0.weight" in header:
+        if _shape(header, "model.diffusion_model.input_blocks.0.0.weight")[1:2] != [4]:
+            raise ValueError(EDITING_MODEL)
+        if "conditioner.embedders.1.model.ln_final.weight" in header:
+            if not any(key.startswith("first_stage_model.") for key in header):
+                raise ValueError("it has no VAE; a whole Stable Diffusion XL checkpoint is needed")
+            return "sdxl1"
         if "cond_stage_model.model.ln_final.weight" in header:
             raise ValueError("it is a Stable Diffusion 2 model, which is not supported")
         if not any(key.startswith("cond_stage_model.transformer.") for key in header):
@@ -151,6 +167,11 @@ def _branch_of_file(file: Path) -> str:
             raise ValueError("it has no VAE; a whole Stable Diffusion 1.5 checkpoint is needed")
         return "sd15"
     raise ValueError("its tensors are of no family that is known here (a LoRA, or another model?)")
+
+
+def _shape(header: dict[str, Any], key: str) -> list[int]:
+    shape = header.get(key, {}).get("shape")
+    return shape if isinstance(shape, list) else []
 
 
 def _safetensors_header(file: Path) -> dict[str, Any]:

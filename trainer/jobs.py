@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from trainer.store import Row, Store
 FEW_PHOTOS = 4
 API_NUM_IMAGES = 8  # the hosted service's default; the page asks for 4
 HOSTED_PRESETS = ("flux-lora-focus", "flux-lora-portrait", "flux-lora-fast")
+MOMENT_FILE = "lora.safetensors"  # of the files of a model in mid-run, the one that most programs read
 STOP_SECONDS = 120.0  # a step of the largest model on the slowest card, and saving it
 
 
@@ -184,11 +186,38 @@ class Jobs:
     def list_presets(self) -> list[str]:
         return presets.list_presets(self.settings.presets)
 
-    def loss_curve(self, tune_id: int) -> list[tuple[int, float]]:
-        """(step, mean loss of the last steps) as far as a tune has come."""
+    # What the page shows of a run beside the tune itself
+
+    def readings(self, tune_id: int) -> list[dict[str, Any]]:
+        """The log of a run: `step`, `loss` (mean of the last steps), `lr`, `peak_gib` and `seconds` of each line."""
         log = self.folder(tune_id) / "log.jsonl"
         lines = read_json_lines(log) if log.exists() else []
-        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        return [line for line in lines if "loss" in line]
+
+    def seen(self, tune_id: int) -> list[dict[str, Any]]:
+        """The pictures as they are trained: `url`, `name`, `kind`, `caption`, `width`, `height` and `mask` of each."""
+        facts = self.folder(tune_id) / "dataset" / "seen" / "seen.json"
+        listed = json.loads(facts.read_text("utf-8")) if facts.exists() else []
+        return [one | {"url": make_link(self.settings, f"{tune_id}/dataset/seen/{one['file']}")} for one in listed]
+
+    def moments(self, tune_id: int) -> list[dict[str, Any]]:
+        """The previews of a run: `step`, `url`, and `model`, the link to the model of that moment where it is kept."""
+        folder, found = self.folder(tune_id), []
+        for picture in sorted((folder / "samples").glob("step-*.png")):
+            model = folder / "checkpoints" / picture.stem / MOMENT_FILE
+            found.append(
+                {
+                    "step": int(picture.stem.removeprefix("step-")),
+                    "url": make_link(self.settings, f"{tune_id}/samples/{picture.name}"),
+                    "model": self._moment_link(model) if model.exists() else None,
+                }
+            )
+        return found
+
+    def _moment_link(self, model: Path) -> str:
+        return make_link(
+            self.settings, model.relative_to(self.settings.outputs / "tunes").as_posix(), MODEL_LINK_SECONDS
+        )
 
     def folder(self, tune_id: int) -> Path:
         return self.settings.outputs / "tunes" / str(tune_id)
@@ -219,11 +248,13 @@ class Jobs:
                 branch=base.branch,
                 model_type=method,
                 preset=preset,
+                name=request.name,
                 photos=photos,
                 steps=request.steps,
                 args=request.args,
             )
             args = presets.as_args(config)
+            warnings += self._not_yet(config)
         except InvalidRequest as invalid:
             problems |= invalid.problems
         if problems:
@@ -251,6 +282,7 @@ class Jobs:
     def _warnings(self, request: TuneRequest, photos: int, base: bases.Base) -> list[str]:
         """What was asked for and is not done, in words."""
         told = [f"{name} is accepted and has no effect" for name in request.ignored]
+        told += presets.branch_warnings(self.settings.presets, base.branch)
         if photos < FEW_PHOTOS:
             told.append(f"{photos} photos are few: with {FEW_PHOTOS} or more a tune learns its subject better")
         if base.branch == "fast":
@@ -266,6 +298,16 @@ class Jobs:
             told.append("callback is not here yet: nothing is posted to it")
         if request.auto_extend:
             told.append("auto_extend has no effect: tunes do not expire here")
+        return told
+
+    @staticmethod
+    def _not_yet(config: presets.TrainConfig) -> list[str]:
+        """What the preset asks for and this version cannot make by itself."""
+        told = []
+        if config.mask != "none":
+            told.append(f"masks are not made here yet: the whole picture is trained, not only the {config.mask}")
+        if config.face_set:
+            told.append("face crops are not made here yet: only the photos themselves are trained")
         return told
 
     def _insert(self, request: TuneRequest, values: Row, work: Path, photos: list[Photo]) -> tuple[Tune, bool]:
@@ -317,6 +359,9 @@ class Jobs:
     def _tune(self, row: Row) -> Tune:
         tune_id = row["id"]
         models = [make_link(self.settings, f"{tune_id}/model/{f}", MODEL_LINK_SECONDS) for f in row["files"]]
+        if models:
+            kept = sorted(self.folder(tune_id).glob(f"checkpoints/step-*/{MOMENT_FILE}"), reverse=True)
+            models += [self._moment_link(model) for model in kept]
         photos = [Photo(**photo) for photo in row["photos"]]
         prompts = [self._prompt(p) for p in self.store.find("prompts", tune_id=tune_id, oldest_first=True)]
         return Tune(

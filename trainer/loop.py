@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,10 @@ from trainer.presets import TrainConfig
 
 READ_LOSS_EVERY = 10  # reading a number from the device waits for it
 STATES_KEPT = 2
-SCHEMA = 1
+MAX_HALVINGS = 2  # of the learning rate, where the loss stops being a number
+SCHEMA = 2
+
+Parameters = dict[str, torch.nn.Parameter]
 
 
 class Report(Protocol):
@@ -29,7 +32,7 @@ class Report(Protocol):
 
     def stage(self, stage: str) -> None: ...
 
-    def step(self, step: int, steps: int, loss: float | None = None) -> bool:
+    def step(self, step: int, steps: int, loss: float | None = None, lr: float | None = None) -> bool:
         """`step` steps are done; `loss` is their mean since it was last given. False: save and stop."""
         ...
 
@@ -41,9 +44,17 @@ class Report(Protocol):
         """Training goes on after this step."""
         ...
 
+    def warn(self, message: str) -> None:
+        """Something that the user should know, and that does not end the job."""
+        ...
+
 
 class Diverged(Exception):
-    """The loss is no longer a finite number."""
+    """The loss, or a weight, is no longer a finite number. `step` is the first step that shows it, from 0."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def train(
@@ -53,54 +64,109 @@ def train(
     config: TrainConfig,
     report: Report,
     states: Path,
+    look: Callable[[int], None] = lambda step: None,
+    look_at: Collection[int] = (),
 ) -> bool:
     """Run `config.steps` optimizer steps, going on from the newest whole state in `states`.
 
-    groups: parameter groups of `Method.attach`. Returns False when the report said to stop: the state is saved then.
-    Raises Diverged on a non-finite loss; no state with a non-finite value is ever written.
+    groups: parameter groups of `Method.attach`. look(n) is called when n steps are done, for each n in `look_at`, where
+    all is finite and the report has said to go on, also right after resuming: previews live there. Returns False when
+    the report said to stop: the state is saved then. A loss that is not finite goes back to the last state and halves
+    the learning rate, twice at most; then Diverged is raised, which names the pictures of that step. No state with a
+    non-finite value is ever written.
     """
+    params: Parameters = {
+        name: param for group in groups for name, param in zip(group["names"], group["params"], strict=True)
+    }
     optimizer = torch.optim.AdamW(
         [{"params": group["params"], "lr": group["lr"]} for group in groups],
         weight_decay=config.weight_decay,
         fused=True,
     )
-    names = [name for group in groups for name in group["names"]]
-    params = [param for group in groups for param in group["params"]]
-    done = resume(states, optimizer, dict(zip(names, params, strict=True)), config)
+    beginning = {name: param.detach().to("cpu", copy=True) for name, param in params.items()}
+    done, halvings = resume(states, optimizer, params, config) or (0, 0)
     report.resumed(done)
-    losses: list[Tensor] = []
+    readings: list[Tensor] = []  # loss and gradient norm of each step since the last reading, (2,) each
     keep_going = report.step(done, config.steps)
+    if done in look_at and keep_going:
+        look(done)
     while done < config.steps and keep_going:
-        scale = lr_scale(done, config)
+        rate = lr_scale(done, config) * 0.5**halvings
         for group, described in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] = described["lr"] * scale
-        latents, cond, generator = data.batch(branch, config, done)
-        loss = branch.loss(latents, cond, generator, config).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+            group["lr"] = described["lr"] * rate
+        readings.append(step_once(branch, data, config, done, optimizer, list(params.values())))
         done += 1
         last, save_now = done == config.steps, done % config.save_every == 0
-        mean = read(losses, done) if last or save_now or done % READ_LOSS_EVERY == 0 else None
-        keep_going = report.step(done, config.steps, mean)
-        if last or save_now or not keep_going:
-            read(losses, done)
-            save(states, done, optimizer, dict(zip(names, params, strict=True)), config)
-            report.saved(done)
+        mean = None
+        try:
+            if last or save_now or done % READ_LOSS_EVERY == 0:
+                mean = read(readings, done)
+            elif done in look_at:
+                check(readings, done)
+            keep_going = report.step(done, config.steps, mean, config.lr * rate)
+            if last or save_now or not keep_going:
+                read(readings, done)
+                save(states, done, optimizer, params, config, halvings)
+                report.saved(done)
+        except Diverged as problem:
+            named = f"the pictures of that step were {', '.join(data.names(problem.step))}"
+            if halvings == MAX_HALVINGS:
+                raise Diverged(f"{problem}, at falling learning rates; {named}", problem.step) from None
+            readings.clear()
+            halvings += 1
+            done = go_back(states, optimizer, params, config, beginning)
+            rate = config.lr * 0.5**halvings
+            report.warn(f"{problem}: it went back to step {done} and on at the learning rate {rate:.3g}; {named}")
+            report.resumed(done)
+            keep_going = True
+            continue
+        if done in look_at and keep_going:
+            look(done)
     return done == config.steps
 
 
-def read(losses: list[Tensor], step: int) -> float | None:
-    """The mean of the losses since the last reading, which are then forgotten. None: there were none."""
-    if not losses:
+def step_once(
+    branch: Branch,
+    data: Dataset,
+    config: TrainConfig,
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    params: list[torch.nn.Parameter],
+) -> Tensor:
+    """One optimizer step; returns loss and gradient norm, (2,), on the device. Nothing here waits for the device."""
+    total = torch.zeros((), device=branch.device)
+    for batch in data.batches(branch, step):
+        losses = branch.loss(batch.latents, batch.cond, batch.noise, batch.timesteps, config, batch.mask)
+        loss = losses.sum() * batch.share
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack([total, norm])
+
+
+def read(readings: list[Tensor], step: int) -> float | None:
+    """The mean loss of the steps since the last reading, which are then forgotten. None: there were none.
+
+    step: how many steps are done. Raises Diverged where a loss or a gradient is not finite.
+    """
+    if not readings:
         return None
-    mean = torch.stack(losses).mean().item()
-    losses.clear()
-    if not math.isfinite(mean):
-        raise Diverged(f"the loss became {mean} before step {step}")
-    return mean
+    values = check(readings, step)
+    readings.clear()
+    return float(values[:, 0].mean())
+
+
+def check(readings: list[Tensor], step: int) -> Tensor:
+    """The readings as (N, 2) in ordinary memory. Raises Diverged where one is not finite."""
+    values = torch.stack(readings).cpu()
+    broken = (~torch.isfinite(values).all(dim=1)).nonzero()
+    if len(broken):
+        first = step - len(values) + int(broken[0])
+        what = "loss" if not math.isfinite(values[int(broken[0]), 0]) else "gradient"
+        raise Diverged(f"the {what} was not a finite number in step {first + 1}", first)
+    return values
 
 
 def lr_scale(step: int, config: TrainConfig) -> float:
@@ -112,16 +178,35 @@ def lr_scale(step: int, config: TrainConfig) -> float:
         "constant": lambda: 1.0,
         "linear": lambda: 1.0 - progress,
         "cosine": lambda: 0.5 * (1.0 + math.cos(math.pi * progress)),
+        "polynomial": lambda: float((1.0 - progress) ** config.power),
     }
     return shapes[config.schedule]()
+
+
+def go_back(
+    states: Path,
+    optimizer: torch.optim.Optimizer,
+    params: Parameters,
+    config: TrainConfig,
+    beginning: dict[str, Tensor],
+) -> int:
+    """Put the newest state back, or the beginning where there is none; returns its step."""
+    optimizer.state.clear()
+    if found := resume(states, optimizer, params, config):
+        return found[0]
+    with torch.no_grad():
+        for name, param in params.items():
+            param.copy_(beginning[name])
+    return 0
 
 
 def save(
     states: Path,
     step: int,
     optimizer: torch.optim.Optimizer,
-    params: dict[str, torch.nn.Parameter],
+    params: Parameters,
     config: TrainConfig,
+    halvings: int = 0,
 ) -> None:
     """Write `states/step-000123/`: weights and moments, then a manifest with their digest. Keeps the newest two."""
     tensors: dict[str, Tensor] = {}
@@ -130,12 +215,13 @@ def save(
         for key, value in optimizer.state[param].items():
             tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise Diverged(f"a weight became infinite or not a number before step {step}")
+        raise Diverged(f"a weight was not a finite number after step {step}", step - 1)
     with whole_folder(states / f"step-{step:06d}") as folder:
         file = folder / "state.safetensors"
         save_file(tensors, file)
-        facts = {"schema": SCHEMA, "step": step, "sha256": sha256(file), "torch": torch.__version__}
-        (folder / "manifest.json").write_text(json.dumps(facts | {"config": config.model_dump()}))
+        facts = {"schema": SCHEMA, "step": step, "sha256": sha256(file), "halvings": halvings}
+        facts |= {"torch": torch.__version__, "config": config.model_dump(mode="json")}
+        (folder / "manifest.json").write_text(json.dumps(facts))
     # What lies beyond this step could not be resumed from; kept, it would push out the states that can.
     whole = [folder for folder in sorted(states.glob("step-??????")) if folder.name <= f"step-{step:06d}"]
     for folder in states.glob("step-??????"):
@@ -144,12 +230,16 @@ def save(
 
 
 def resume(
-    states: Path, optimizer: torch.optim.Optimizer, params: dict[str, torch.nn.Parameter], config: TrainConfig
-) -> int:
-    """Load the newest state that is whole and of this configuration; returns its step, 0 where there is none."""
+    states: Path, optimizer: torch.optim.Optimizer, params: Parameters, config: TrainConfig
+) -> tuple[int, int] | None:
+    """Load the newest state that is whole and of this configuration.
+
+    Returns its step and how often the learning rate had been halved; None where there is no such state.
+    """
+    wanted = config.model_dump(mode="json")
     for folder in sorted(states.glob("step-??????"), reverse=True):
         file, facts = folder / "state.safetensors", manifest(folder)
-        expected = {"schema": SCHEMA, "step": int(folder.name.removeprefix("step-")), "config": config.model_dump()}
+        expected = {"schema": SCHEMA, "step": int(folder.name.removeprefix("step-")), "config": wanted}
         same_run = expected.items() <= facts.items()
         if not same_run or not file.exists() or facts.get("sha256") != sha256(file):
             continue
@@ -161,8 +251,8 @@ def resume(
                     "exp_avg": tensors.get_tensor(f"exp_avg/{name}").to(param.device),
                     "exp_avg_sq": tensors.get_tensor(f"exp_avg_sq/{name}").to(param.device),
                 }
-        return int(facts["step"])
-    return 0
+        return int(facts["step"]), int(facts["halvings"])
+    return None
 
 
 def manifest(folder: Path) -> dict[str, Any]:

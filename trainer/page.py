@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
+from typing import Any
 from urllib.parse import urlsplit
 
 from trainer.schema import ENDED, Prompt, Tune
@@ -12,7 +13,7 @@ from trainer.schema import ENDED, Prompt, Tune
 CURVE_WIDTH, CURVE_HEIGHT = 600, 120  # of the drawing; it scales with the page
 SMOOTHING = 0.8
 
-Curve = Sequence[tuple[int, float]]
+Lines = Sequence[dict[str, Any]]  # as `Jobs.readings`, `Jobs.moments` and `Jobs.seen` give them
 
 
 def relative(url: str) -> str:
@@ -21,8 +22,8 @@ def relative(url: str) -> str:
     return f"{parts.path}?{parts.query}"
 
 
-def current(tune: Tune | None, curve: Curve, waiting: int) -> str:
-    """The tune that runs, or the one that ran last."""
+def current(tune: Tune | None, readings: Lines, moments: Lines, waiting: int) -> str:
+    """The tune that runs, or the one that ran last, with the readings and the previews of its run."""
     if tune is None:
         return (
             '<div class="tb-empty"><b>Nothing here yet</b>'
@@ -33,8 +34,45 @@ def current(tune: Tune | None, curve: Curve, waiting: int) -> str:
     return (
         f'<article class="tb-card" data-tune="{tune.id}" data-status="{tune.status}">'
         f"<header><h3>{escape(tune.title)}</h3>{pill(tune.status)}{queue}{actions(tune)}</header>"
-        f"{progress(tune)}{loss_curve(curve, tune.progress.steps)}{problem(tune)}{prompts(tune)}</article>"
+        f"{progress(tune, readings)}{loss_curve(readings, tune.progress.steps)}{previews(tune, moments)}{problem(tune)}"
+        f"{prompts(tune)}</article>"
     )
+
+
+def trained_pictures(seen: Lines) -> str:
+    """The pictures of the tune above as they are trained, each with its caption."""
+    if not seen:
+        return ""
+    figures = "".join(
+        f"<figure>{picture(one['url'], one['caption'])}<figcaption><span>{escape(one['caption'])}</span>"
+        f'<span class="tb-dim">{escape(one["name"])}, {one["width"]} x {one["height"]}{masked(one)}</span></figcaption>'
+        "</figure>"
+        for one in seen
+    )
+    return (
+        f'<details class="tb-card" id="seen"><summary><span><b>As it is trained</b><span class="tb-dim">{len(seen)}'
+        f' pictures with their captions</span></span></summary><div class="tb-seen">{figures}</div></details>'
+    )
+
+
+def masked(one: dict[str, Any]) -> str:
+    return f", only the {one['mask']} counts" if one["mask"] else ""
+
+
+def previews(tune: Tune, moments: Lines) -> str:
+    """What the first prompt looked like at each quarter of the run, and the models that were kept."""
+    if not moments:
+        return ""
+    figures = "".join(
+        f"<figure>{picture(one['url'], 'preview')}<figcaption>step {one['step']}{model_link(one['model'])}</figcaption>"
+        "</figure>"
+        for one in moments
+    )
+    return f'<div class="tb-moments{small(tune)}">{figures}</div>'
+
+
+def model_link(url: str | None) -> str:
+    return f' <a href="{escape(relative(url))}" download>model</a>' if url else ""
 
 
 def earlier(tunes: Sequence[Tune]) -> str:
@@ -54,8 +92,8 @@ def pill(status: str) -> str:
     return f'<span class="tb-pill tb-{status}">{status}</span>'
 
 
-def progress(tune: Tune) -> str:
-    """The bar with stage, step, ETA and loss."""
+def progress(tune: Tune, readings: Lines = ()) -> str:
+    """The bar with stage, step, ETA, pace, loss, learning rate and memory."""
     p = tune.progress
     if tune.status == "queued":
         return '<p class="tb-dim">Waiting for its turn.</p>'
@@ -71,6 +109,11 @@ def progress(tune: Tune) -> str:
         facts.append(f"{pace:.2f} s a step" if pace >= 0.5 else f"{1 / pace:.1f} steps a second")
     if p.loss is not None:
         facts.append(f"loss <b>{p.loss:.4f}</b>")
+    last = readings[-1] if readings else {}
+    if last.get("lr") is not None:
+        facts.append(f"lr {last['lr']:.2g}")
+    if last.get("peak_gib"):
+        facts.append(f"peak memory {last['peak_gib']:.1f} GiB")
     ended = {"trained": "rendering prompts" if rendering else "done", "failed": "failed", "canceled": "stopped"}
     stage = ended.get(tune.status, p.stage)
     moving = " tb-moving" if tune.status not in ENDED or rendering else ""
@@ -82,11 +125,11 @@ def progress(tune: Tune) -> str:
     )
 
 
-def loss_curve(curve: Curve, steps: int) -> str:
+def loss_curve(readings: Lines, steps: int) -> str:
     """Loss over steps as SVG: the raw values faint, an exponential mean over them."""
-    if len(curve) < 2:
+    if len(readings) < 2:
         return ""
-    losses = [loss for _, loss in curve]
+    losses = [reading["loss"] for reading in readings]
     low, high = min(losses), max(losses)
     span = (high - low) or 1.0
     mean, means = losses[0], []
@@ -96,8 +139,8 @@ def loss_curve(curve: Curve, steps: int) -> str:
 
     def line(values: Sequence[float], name: str) -> str:
         points = " ".join(
-            f"{CURVE_WIDTH * step / max(steps, 1):.1f},{4 + (CURVE_HEIGHT - 8) * (high - value) / span:.1f}"
-            for (step, _), value in zip(curve, values, strict=True)
+            f"{CURVE_WIDTH * reading['step'] / max(steps, 1):.1f},{4 + (CURVE_HEIGHT - 8) * (high - value) / span:.1f}"
+            for reading, value in zip(readings, values, strict=True)
         )
         return f'<polyline class="{name}" points="{points}"/>'
 
@@ -109,8 +152,12 @@ def loss_curve(curve: Curve, steps: int) -> str:
 
 
 def prompts(tune: Tune) -> str:
-    small = " tb-small" if tune.branch == "fast" else ""
-    return "".join(prompt_block(prompt, small) for prompt in tune.prompts)
+    return "".join(prompt_block(prompt, small(tune)) for prompt in tune.prompts)
+
+
+def small(tune: Tune) -> str:
+    """The class of pictures that are shown enlarged, without blur."""
+    return " tb-small" if tune.branch == "fast" else ""
 
 
 def prompt_block(prompt: Prompt, kind: str) -> str:
@@ -170,8 +217,8 @@ def actions(tune: Tune) -> str:
     """What can be done with a tune in its state: each is the REST call of that name."""
     buttons = []
     if tune.ckpt_url:
-        size_link = escape(relative(tune.ckpt_url))
-        buttons.append(f'<a class="tb-button tb-primary" href="{size_link}" download>Download model</a>')
+        link = escape(relative(tune.ckpt_url))
+        buttons.append(f'<a class="tb-button tb-primary" href="{link}" download>Download model</a>')
     if tune.status not in ENDED:
         buttons.append(button(tune, "Cancel", f"/tunes/{tune.id}/cancel"))
     if tune.status in ("failed", "canceled"):
@@ -245,6 +292,12 @@ CSS = """
 .tb-card img,.tb-card :is(.tb-pictures,.tb-photos) a{margin:0!important;padding:0!important}
 .tb-photos{grid-template-columns:repeat(auto-fill,72px)}
 .tb-photos img{width:72px;height:72px;object-fit:cover;border-radius:8px}
+.tb-moments{display:grid;gap:.5rem;grid-template-columns:repeat(4,minmax(0,1fr));margin-top:.8rem}
+.tb-moments img{width:100%;aspect-ratio:1;object-fit:cover;border-radius:8px}
+.tb-seen{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));margin-top:.8rem}
+.tb-seen img{width:100%;border-radius:8px}.tb-seen figcaption span{display:block}
+:is(.tb-moments,.tb-seen) figure{margin:0}
+:is(.tb-moments,.tb-seen) figcaption{font-size:.78rem;overflow-wrap:anywhere}
 .tb-blank{background:linear-gradient(100deg,#8882 40%,#8884 50%,#8882 60%) 0/200%;
  animation:tb-shine 1.4s infinite linear}
 @keyframes tb-shine{from{background-position:120% 0}to{background-position:-80% 0}}

@@ -1,16 +1,42 @@
-"""Defaults of a branch <- preset <- request -> TrainConfig. The only reader of TOML; no default stands in code."""
+"""Defaults of a branch <- preset <- request -> TrainConfig. The only reader of TOML; no default stands in code.
+
+A TOML has a table for each model type, and in it, where a kind of subject wants other numbers, a table for that kind:
+
+    [lora]              what holds for every subject
+    [lora.person]       what differs for people; also: animal, style, object (everything else)
+    [[lora.memory]]     in a branch's own TOML: what changes on a card with less free memory than `below_gib`
+
+Each layer overrides the one before: [lora] and then [lora.KIND] of the branch, the same two of the preset, the request.
+"""
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from trainer.branches import BRANCHES, PLANNED
+from trainer.branches import BRANCHES
+from trainer.methods import METHODS
+from trainer.methods import PLANNED as PLANNED_METHODS
 from trainer.schema import InvalidRequest, nearest, words
+
+
+def _whole_numbers(value: Any) -> Any:
+    """`512`, `"512,768"` and `[512, 768]` -> a tuple."""
+    if isinstance(value, str):
+        return tuple(value.split(","))
+    return (value,) if isinstance(value, int) else value
+
+
+Resolutions = Annotated[
+    tuple[Annotated[int, Field(ge=32, le=2048, multiple_of=8)], ...],
+    BeforeValidator(_whole_numbers),
+    Field(min_length=1, max_length=4),
+]
 
 
 class TrainConfig(BaseModel):
@@ -19,24 +45,56 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(ge=1, le=10_000, description="optimizer steps")
-    batch: int = Field(ge=1, le=64, description="photos per step")
+    batch: int = Field(ge=1, le=64, description="pictures in each step")
+    micro_batch: int = Field(ge=0, le=64, description="of these, how many at once; 0: as many as the card has room for")
+    gradient_checkpointing: bool = Field(description="compute activations twice, to keep fewer of them in memory")
     lr: float = Field(gt=0, le=1, description="learning rate of the denoiser")
-    text_encoder_lr: float = Field(ge=0, le=1, description="learning rate of the text encoder; 0 leaves it alone")
+    text_encoder_lr: float = Field(ge=0, le=1, description="learning rate of the text encoders; 0 leaves them alone")
     rank: int = Field(ge=1, le=512, description="inner width of the adapters")
     alpha: float = Field(gt=0, le=1024, description="scale of the adapters, times rank")
     targets: Literal["attention", "all"] = Field(description="which linear layers of the denoiser get adapters")
-    resolution: int = Field(ge=32, le=2048, multiple_of=8, description="side of the training pictures, in pixels")
+    resolution: Resolutions = Field(description="side of the training pictures in pixels; several: each photo at each")
+    buckets: bool = Field(description="keep each photo's aspect ratio; else its centre square is trained")
+    crops: int = Field(ge=1, le=16, description="different crops of each photo; the first is its centre")
+    flip: bool = Field(description="train on mirrored photos, too")
+    face_set: bool = Field(description="a second set of face crops, captioned as closeup")
+    mask: Literal["none", "face", "subject"] = Field(description="which part of a photo the loss looks at")
+    mask_widen: float = Field(ge=0, le=1, description="share of the steps that look at the whole subject instead")
+    mask_floor: float = Field(ge=0, le=1, description="weight of what lies outside the mask, where inside is 1")
+    prior_weight: float = Field(ge=0, le=10, description="weight of the class pictures' loss; 0: prior not preserved")
+    prior_images: int = Field(ge=1, le=1000, description="class pictures that the base renders for that")
     seed: int = Field(ge=0, lt=2**32, description="of weights, order and noise")
-    schedule: Literal["constant", "cosine", "linear"] = Field(description="of the learning rate, after warm-up")
+    schedule: Literal["constant", "linear", "cosine", "polynomial"] = Field(
+        description="of the learning rate, after warm-up"
+    )
+    power: float = Field(gt=0, le=10, description="of the polynomial schedule")
     warmup_steps: int = Field(ge=0, description="steps in which the learning rate rises from 0")
     weight_decay: float = Field(ge=0, le=1, description="of AdamW")
     max_grad_norm: float = Field(gt=0, description="gradients are clipped to this norm")
     min_snr: float = Field(ge=0, le=100, description="gamma of min-SNR weighting; 0: none")
+    guidance: float = Field(ge=0, le=100, description="what a guidance-distilled model is told while it is trained")
     caption_dropout: float = Field(ge=0, le=1, description="share of samples that see no caption")
     save_every: int = Field(ge=1, description="steps between two states to resume from")
+    save_dtype: Literal["float32", "float16", "bfloat16"] = Field(description="number format of the saved model")
 
 
 STEP_RULE = ("steps_per_photo", "min_steps", "max_steps")  # what a TOML has in place of `steps`
+KEYS = {*TrainConfig.model_fields, *STEP_RULE} - {"steps"}
+PRESET_KEYS = {"branches", *METHODS, *PLANNED_METHODS}  # the top level of a preset
+
+# What a class name is about. The people are those of the hosted service (astria-docs, "face crop"), and their plurals.
+KINDS = {
+    "person": {
+        "man", "woman", "boy", "girl", "child", "baby", "person", "couple", "men", "women", "boys", "girls",
+        "children", "people",
+    },
+    "animal": {
+        "cat", "dog", "puppy", "kitten", "bird", "horse", "rabbit", "hamster", "animal", "pet", "parrot", "cow", "pig",
+        "sheep", "goat", "fox", "bear", "fish", "turtle", "lizard", "snake", "ferret", "mouse", "duck", "chicken",
+        "cats", "dogs", "puppies", "kittens", "birds", "horses", "rabbits", "animals", "pets",
+    },
+}  # fmt: skip
+STYLE_KIND, OTHER_KIND = "style", "object"
 
 
 @dataclass(frozen=True)
@@ -48,6 +106,7 @@ class RenderConfig:
     w: int
     h: int
     fixed_size: int | None = None  # a base that knows one size renders this many pixels on the longer side
+    negative_prompt: bool = True  # False: the family has no use for one
 
 
 @dataclass(frozen=True)
@@ -57,6 +116,16 @@ class BaseRow:
     title: str
     repository: str
     id: int = 0
+    revision: str | None = None
+    variant: str | None = None  # of its weight files: `fp16` where the repository has them twice
+
+
+def kind_of(name: str) -> str:
+    """What a class name is about: person, animal, style or object. `name` may have several words."""
+    if "style" in name.lower():  # as `schema.default_caption` has it
+        return STYLE_KIND
+    spoken = set(name.lower().split())
+    return next((kind for kind, known in KINDS.items() if spoken & known), OTHER_KIND)
 
 
 def branch_table(folder: Path, branch: str) -> dict[str, Any]:
@@ -81,9 +150,14 @@ def default_model_type(folder: Path, branch: str) -> str:
     return str(branch_table(folder, branch)["model_type"])
 
 
+def branch_warnings(folder: Path, branch: str) -> list[str]:
+    """What a user of this branch must know."""
+    return list(branch_table(folder, branch).get("warnings", []))
+
+
 def list_presets(folder: Path) -> list[str]:
     """Every TOML in the folder that is not named after a branch: the project's presets and a user's own."""
-    return sorted(path.stem for path in folder.glob("*.toml") if path.stem not in (*BRANCHES, *PLANNED))
+    return sorted(path.stem for path in folder.glob("*.toml") if path.stem not in BRANCHES)
 
 
 def resolve(
@@ -92,17 +166,19 @@ def resolve(
     branch: str,
     model_type: str,
     preset: str | None,
+    name: str,
     photos: int,
     steps: int | None,
     args: str | None,
 ) -> TrainConfig:
-    """The one place where hyper-parameters are decided. `photos` is the number of training pictures.
+    """The one place where hyper-parameters are decided. `name` is the class name, `photos` the number of photos.
 
     Raises InvalidRequest naming the field that is wrong.
     """
-    values: dict[str, Any] = dict(branch_table(folder, branch)[model_type])
+    kind, table = kind_of(name), branch_table(folder, branch)
+    values = layer(table[model_type], kind)
     if preset is not None:
-        values |= overlay(folder / f"{preset}.toml", model_type)
+        values |= overlay(folder / f"{preset}.toml", branch, model_type, kind)
     asked = parse_args(args)
     if "steps" in asked and steps is not None:
         raise InvalidRequest({"args": ["steps is given twice: as steps and in args; leave one of them out"]})
@@ -117,26 +193,78 @@ def resolve(
             field = "args" if word in asked else "steps" if word == "steps" and steps is not None else "preset"
             problems.setdefault(field, []).append(f"{word}: {problem['msg']}")
         raise InvalidRequest(problems) from None
+    if without := [word for word in table.get("without", []) if getattr(config, word)]:
+        field = "args" if asked.keys() & without else "preset"
+        raise InvalidRequest({field: [f"{word} has no meaning on {branch}; leave it out" for word in without]})
     # A photo twice in one batch is a smaller batch, paid in full.
     return config if "batch" in asked else config.model_copy(update={"batch": min(config.batch, photos)})
 
 
-def overlay(file: Path, model_type: str) -> dict[str, Any]:
-    """What a preset says about a model type. Raises InvalidRequest for a TOML that is broken or has an unknown key."""
-    known = {*TrainConfig.model_fields, *STEP_RULE} - {"steps"}
+def layer(table: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The values of one table of a model type, with those for a kind of subject over them."""
+    plain = {key: value for key, value in table.items() if key in KEYS}
+    return {**plain, **table.get(kind, {})}
+
+
+def overlay(file: Path, branch: str, model_type: str, kind: str) -> dict[str, Any]:
+    """What a preset says. Raises InvalidRequest for a TOML that is broken, of another branch, or has an unknown key."""
     try:
-        table = tomllib.loads(file.read_text("utf-8")).get(model_type, {})
+        preset = tomllib.loads(file.read_text("utf-8"))
     except ValueError as problem:
         raise InvalidRequest({"preset": [f"{file.name} cannot be read: {problem}"]}) from None
-    if not isinstance(table, dict):
-        raise InvalidRequest({"preset": [f"{file.name}: {model_type} must be a table, [{model_type}]"]})
-    problems = [f"{file.name} has an unknown key {key!r}{nearest(key, known)}" for key in table if key not in known]
-    problems += [
-        f"{file.name}: {key} must be a whole number" for key in STEP_RULE if type(table.get(key, 0)) is not int
-    ]
+    problems = unknown(file, preset, PRESET_KEYS)
+    if branch not in preset.get("branches", [branch]):
+        problems.append(f"{file.stem} is a preset for {words(preset['branches'])}, not for {branch}")
+    for section in PRESET_KEYS & preset.keys() - {"branches"}:
+        problems += section_problems(file, section, preset[section])
     if problems:
         raise InvalidRequest({"preset": problems})
-    return dict(table)
+    return layer(preset.get(model_type, {}), kind)
+
+
+def section_problems(file: Path, section: str, table: Any) -> list[str]:
+    """What is wrong with the table of a model type, in words; the values are checked when they are put together."""
+    if not isinstance(table, dict):
+        return [f"{file.name}: {section} must be a table, [{section}]"]
+    kinds = {*KINDS, STYLE_KIND, OTHER_KIND}
+    problems = unknown(file, table, KEYS | kinds)
+    for kind in kinds & table.keys():
+        if isinstance(table[kind], dict):
+            problems += unknown(file, table[kind], KEYS)
+        else:
+            problems.append(f"{file.name}: {section}.{kind} must be a table, [{section}.{kind}]")
+    tables = [table, *(table[kind] for kind in kinds & table.keys() if isinstance(table[kind], dict))]
+    wrong = {key for one in tables for key in STEP_RULE if type(one.get(key, 0)) is not int}
+    return problems + [f"{file.name}: {key} must be a whole number" for key in sorted(wrong)]
+
+
+def unknown(file: Path, table: Mapping[str, Any], known: set[str]) -> list[str]:
+    return [f"{file.name} has an unknown key {key!r}{nearest(key, known)}" for key in table if key not in known]
+
+
+def least_gib(folder: Path, branch: str, model_type: str) -> float:
+    """Free card memory below which this cannot be trained at all, in GiB."""
+    return float(branch_table(folder, branch)[model_type].get("least_gib", 0))
+
+
+def fit(
+    folder: Path, config: TrainConfig, *, branch: str, model_type: str, asked: str | None, free_gib: float
+) -> TrainConfig:
+    """The configuration for a card with this much free memory; what was asked for in `args` stays as it is.
+
+    Rows of [[MODEL_TYPE.memory]] apply in their order where the memory is below their `below_gib`. Afterwards
+    micro_batch is from 1 to batch.
+    """
+    changes: dict[str, Any] = {}
+    for row in branch_table(folder, branch)[model_type].get("memory", []):
+        if free_gib < row["below_gib"]:
+            changes |= {key: value for key, value in row.items() if key != "below_gib"}
+    if "resolution" in changes:  # never more than there was
+        sides = (min(side, changes["resolution"]) for side in config.resolution)
+        changes["resolution"] = tuple(dict.fromkeys(sides))
+    wanted = parse_args(asked)
+    fitted = config.model_dump() | {key: value for key, value in changes.items() if key not in wanted}
+    return TrainConfig(**fitted | {"micro_batch": min(fitted["micro_batch"] or config.batch, config.batch)})
 
 
 def parse_args(args: str | None) -> dict[str, str]:
@@ -160,5 +288,12 @@ def parse_args(args: str | None) -> dict[str, str]:
 
 def as_args(config: TrainConfig) -> str:
     """The configuration as `key=value` words, ready to be sent again as `args`."""
-    # repr: the shortest digits that read back as the very same number
-    return " ".join(f"{key}={str(value).removesuffix('.0')}" for key, value in config)
+    return " ".join(f"{key}={_as_word(value)}" for key, value in config)
+
+
+def _as_word(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).removesuffix(".0")  # str: the shortest digits that read back as the very same number

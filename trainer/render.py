@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from trainer import presets
+from trainer import memory, presets
 from trainer.bases import Base
 from trainer.branches import Branch, load_branch
 from trainer.files import whole_folder
@@ -37,8 +37,7 @@ class Renderer:
     def release(self) -> None:
         """Give the memory back, before something else is trained."""
         self._loaded = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        memory.release(self._device)
 
     def render_prompt(
         self, prompt: dict[str, Any], tune: dict[str, Any], base: Base, report: Report
@@ -55,10 +54,16 @@ class Renderer:
         if defaults.fixed_size and (prompt["w"] or prompt["h"]) and (width, height) != (prompt["w"], prompt["h"]):
             warnings.append(f"{base.branch} renders {width} x {height} pixels, whatever w and h are")
 
+        negative = prompt["negative_prompt"]
+        if negative and not defaults.negative_prompt:
+            warnings.append(f"negative_prompt has no effect on {base.branch}")
+            negative = None
+
         report.stage("loading")
         if self._loaded is None or self._loaded[0] != base:
             self.release()
             self._loaded = (base, load_branch(base, self._device, settings.outputs / "cache"))
+            memory.place_for_rendering(self._loaded[1].pipeline, self._device)
         pipeline = self._loaded[1].pipeline
         get_method(tune["method"]).apply(pipeline, folder / "model", 1.0)
 
@@ -73,7 +78,7 @@ class Renderer:
 
         images = pipeline(
             prompt=text,
-            negative_prompt=prompt["negative_prompt"],
+            **({"negative_prompt": negative} if defaults.negative_prompt else {}),
             width=width,
             height=height,
             num_inference_steps=steps,

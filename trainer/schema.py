@@ -20,7 +20,6 @@ from pydantic import (
 )
 
 from trainer.branches import BRANCHES
-from trainer.branches import PLANNED as PLANNED_BRANCHES
 from trainer.methods import METHODS
 from trainer.methods import PLANNED as PLANNED_METHODS
 
@@ -54,6 +53,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'steps'?)` where a known name looks like it, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def default_caption(token: str, class_name: str) -> str:
+    """What a photo without a caption of its own is called; the hosted service's words."""
+    subject = f"{token} {class_name}"
+    return subject if "style" in class_name.lower() else f"A photo of {subject}"
 
 
 def _blank_is_none(value: Any) -> Any:
@@ -235,9 +240,7 @@ def _message(model: type[Request], problem: Any) -> str:
 
 
 def check_branch(branch: str) -> str:
-    """The branch, if this version has it. Raises InvalidRequest."""
-    if branch in PLANNED_BRANCHES:
-        raise InvalidRequest({"branch": [f"{branch} is not here yet; this version has {words(BRANCHES)}"]})
+    """The branch, if there is one of that name. Raises InvalidRequest."""
     if branch not in BRANCHES:
         raise InvalidRequest(
             {"branch": [f"unknown branch {branch!r}{nearest(branch, BRANCHES)}; known: {words(BRANCHES)}"]}

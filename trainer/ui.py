@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import tempfile
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from html import escape
@@ -17,7 +18,7 @@ import gradio as gr
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 
-from trainer import page
+from trainer import page, presets
 from trainer.branches import BRANCHES
 from trainer.jobs import Jobs
 from trainer.methods import METHODS
@@ -30,6 +31,7 @@ from trainer.schema import (
     Tune,
     TuneRequest,
     Upload,
+    default_caption,
 )
 
 WATCH_SECONDS = 1.0
@@ -68,14 +70,16 @@ def build(jobs: Jobs) -> gr.Blocks:
                 form = Form(jobs)
             with gr.Column(scale=6, min_width=420):
                 gr.Markdown("### Now")
-                now = gr.HTML(page.current(None, [], 0), elem_id="now")
+                now = gr.HTML(page.current(None, [], [], 0), elem_id="now")
+                seen = gr.HTML(elem_id="trained-pictures")
                 gr.Markdown("### All tunes")
                 tunes = gr.HTML(elem_id="tunes")
-        shown = gr.State(("", ""))
+        shown = gr.State(("", "", ""))
+        live = [now, seen, tunes, shown]
         watch = functools.partial(live_parts, jobs)
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        gr.Timer(WATCH_SECONDS).tick(watch, shown, [now, tunes, shown], **quiet)
-        blocks.load(watch, shown, [now, tunes, shown], **quiet)
+        gr.Timer(WATCH_SECONDS).tick(watch, shown, live, **quiet)
+        blocks.load(watch, shown, live, **quiet)
         blocks.load(form.choices, None, [form.fields["base_tune_id"], form.fields["preset"]], **quiet)
         form.button.click(
             form.submit,
@@ -84,21 +88,26 @@ def build(jobs: Jobs) -> gr.Blocks:
             api_visibility="private",
             concurrency_limit=None,
             show_progress="minimal",
-        ).then(watch, shown, [now, tunes, shown], **quiet)
+        ).then(watch, shown, live, **quiet)
         for endpoint in endpoints(jobs):
             gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)
     return blocks
 
 
-def live_parts(jobs: Jobs, shown: tuple[str, str]) -> tuple[Any, Any, tuple[str, str]]:
-    """The two live parts of the page; what has not changed is left alone, so that nothing folds up or flickers."""
+def live_parts(jobs: Jobs, shown: tuple[str, str, str]) -> tuple[Any, Any, Any, Any]:
+    """The live parts of the page, and what they are; what has not changed is left alone, so that nothing folds up or
+    flickers."""
     tunes = jobs.list_tunes(limit=TUNES_ON_PAGE)
     running = [tune for tune in tunes if _busy(tune)]
     tune = running[-1] if running else (tunes[0] if tunes else None)
-    curve = jobs.loss_curve(tune.id) if tune else []
-    parts = (page.current(tune, curve, len(running) - 1 if running else 0), page.earlier(tunes))
-    changed = [part if part != old else gr.skip() for part, old in zip(parts, shown, strict=True)]
-    return changed[0], changed[1], parts if parts != shown else gr.skip()
+    readings, moments, seen = (part(tune.id) if tune else [] for part in (jobs.readings, jobs.moments, jobs.seen))
+    parts = (
+        page.current(tune, readings, moments, len(running) - 1 if running else 0),
+        page.trained_pictures(seen),
+        page.earlier(tunes),
+    )
+    now, pictures, earlier = (part if part != old else gr.skip() for part, old in zip(parts, shown, strict=True))
+    return now, pictures, earlier, parts if parts != shown else gr.skip()
 
 
 def _busy(tune: Tune) -> bool:
@@ -128,6 +137,19 @@ class Form:
         with gr.Row():
             add("preset", gr.Dropdown, choices=[OWN], value="", label="Preset")
             add("token", gr.Textbox, label="Token", placeholder="ohwx (sd15: sks)")
+        with self._fold("Captions", "captions"):
+            gr.Markdown(
+                "What each photo is called while it is trained. Write what is not the subject: place, light, clothes."
+            )
+            self._captions = gr.Dataframe(
+                headers=["photo", "caption"], column_count=2, type="array", interactive=True, static_columns=[0],
+                show_label=False, elem_id="captions",
+            )  # fmt: skip
+            self._automatic = gr.State("")
+        named = [self.fields[name] for name in ("images", "name", "token", "branch")]
+        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        captions = [self._captions, self._automatic]
+        gr.on([field.change for field in named], self.caption, [*named, *captions], captions, **quiet)
         add(
             "prompts_attributes",
             gr.Textbox,
@@ -179,7 +201,7 @@ class Form:
 
     @property
     def inputs(self) -> list[Any]:
-        return [*self.fields.values(), *self._prompt_fields]
+        return [*self.fields.values(), *self._prompt_fields, self._captions, self._automatic]
 
     @property
     def outputs(self) -> list[Any]:
@@ -195,7 +217,7 @@ class Form:
     def submit(self, *values: Any) -> list[Any]:
         """Create the tune; returns what is wrong beside each field, what is wrong elsewhere, and what to unfold."""
         data = dict(zip(self.fields, values, strict=False))
-        shared = dict(zip(PROMPT_FIELDS, values[len(self.fields) :], strict=True))
+        shared = dict(zip(PROMPT_FIELDS, values[len(self.fields) : -2], strict=True))
         uploads = [Upload(Path(path).name, Path(path)) for path in data.pop("images") or []]
         name = str(data["name"] or "").strip()
         data["title"] = self._unique_title(str(data["title"] or "").strip(), name)
@@ -207,7 +229,9 @@ class Form:
         data["characteristics"] = {str(key or "").strip(): str(value or "").strip() for key, value in rows}
         problems: dict[str, list[str]] = {}
         try:
-            tune, _ = self._jobs.create_tune(data, uploads)
+            with tempfile.TemporaryDirectory() as folder:
+                uploads = with_captions(uploads, values[-2], values[-1], Path(folder))
+                tune, _ = self._jobs.create_tune(data, uploads)
             gr.Info(f"{tune.title} is queued", duration=4)
         except InvalidRequest as invalid:
             problems = invalid.problems
@@ -216,6 +240,22 @@ class Form:
         unfold = [gr.update(open=True) if set(names) & set(problems) else gr.skip() for _, names in self._folds]
         return [*(note(problems.get(name, [])) for name in self._notes), note(other), *unfold]
 
+    def caption(
+        self, paths: list[str] | None, name: str, token: str, branch: str, rows: list[list[str]], automatic: str
+    ) -> tuple[list[list[str]], str]:
+        """A row for each photo: what was written there, else the text file that came along, else the automatic one."""
+        token = (token or "").strip() or presets.default_token(self._jobs.settings.presets, branch)
+        now = default_caption(token, name.strip()) if (name or "").strip() else ""
+        written = {photo: caption for photo, caption in rows or [] if caption and caption != automatic}
+        files = [Path(path) for path in paths or []]
+        texts = {file.stem: file for file in files if file.suffix.lower() == ".txt"}
+        table = []
+        for photo in (file for file in files if file.suffix.lower() != ".txt"):
+            text = texts.get(photo.stem)
+            given = text.read_text("utf-8", errors="replace").strip() if text else now
+            table.append([photo.name, written.get(photo.name, given)])
+        return table, now
+
     def _unique_title(self, title: str, name: str) -> str:
         title = title or f"{name or 'tune'} {datetime.now(UTC):%Y-%m-%d %H:%M}"
         number, unique = 1, title
@@ -223,6 +263,17 @@ class Form:
             number += 1
             unique = f"{title} ({number})"
         return unique
+
+
+def with_captions(uploads: list[Upload], rows: list[list[str]], automatic: str, folder: Path) -> list[Upload]:
+    """The uploads with a text file for each caption that was written; it takes the place of one that came along."""
+    written = {Path(photo).stem: caption for photo, caption in rows or [] if caption and caption.strip() != automatic}
+    kept = [one for one in uploads if not (one.name.lower().endswith(".txt") and Path(one.name).stem in written)]
+    for stem in {Path(one.name).stem for one in kept} & written.keys():
+        file = folder / f"{stem}.txt"
+        file.write_text(written[stem], "utf-8")
+        kept.append(Upload(file.name, file))
+    return kept
 
 
 def note(messages: list[str]) -> str:

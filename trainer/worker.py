@@ -7,9 +7,10 @@ import logging
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import bases
+from trainer import bases, presets
 from trainer.files import read_json_lines
 from trainer.schema import InvalidRequest
 from trainer.settings import Settings
@@ -94,7 +95,7 @@ class Bench:
 
     def run(self, job: Job) -> None:
         """Do a job, whatever becomes of it."""
-        reporter = Reporter(self._settings, self._store, job, self._stopping)
+        reporter = Reporter(self._settings, self._store, job, self._stopping, self._device)
         try:
             if job.attempts >= MAX_ATTEMPTS:
                 raise RuntimeError(f"the app ended {job.attempts} times at this point; it is not tried again")
@@ -113,7 +114,8 @@ class Bench:
 
         tune = self._must(self._store.get("tunes", job.tune_id))
         self._renderer.release()
-        files = train_tune(tune, self._base(tune), self._settings, self._device, reporter)
+        config = self._fitted(tune)
+        files = train_tune(tune, self._base(tune), config, self._settings, self._device, reporter, self._preview(tune))
         if files is not None:
             reporter.stage("trained")
             self._store.finish(job, "trained", files=files, trained_at=now(), eta=now(), progress=reporter.progress)
@@ -122,6 +124,35 @@ class Bench:
             log.info("tune %s is put aside; it goes on at the next start", job.tune_id)
         else:
             self._store.finish(job, "canceled", eta=None, progress=reporter.progress)
+
+    def _fitted(self, tune: Row) -> presets.TrainConfig:
+        """The configuration, made to fit the card when the tune is first begun. Raises RuntimeError where none fits."""
+        from trainer.memory import free_gib
+
+        config = presets.TrainConfig(**presets.parse_args(tune["args"]))
+        folder = self._settings.outputs / "tunes" / str(tune["id"])
+        if (folder / "config.json").exists():
+            return config  # begun before; a run ends as it began
+        free, branch, method = free_gib(self._device), tune["branch"], tune["method"]
+        least = presets.least_gib(self._settings.presets, branch, method)
+        if free < least:
+            raise RuntimeError(
+                f"{branch} needs a card with {least:g} GiB of free memory; there are {free:.1f} GiB. Close what else"
+                " uses the card, or train a smaller branch"
+            )
+        asked = json.loads((folder / "request.json").read_text("utf-8"))["args"]
+        config = presets.fit(
+            self._settings.presets, config, branch=branch, model_type=method, asked=asked, free_gib=free
+        )
+        self._store.update("tunes", tune["id"], args=presets.as_args(config))
+        return config
+
+    def _preview(self, tune: Row) -> str:
+        """What the previews of a run show: its first prompt, else the subject alone."""
+        from trainer.render import fill
+
+        first = self._store.find("prompts", tune_id=tune["id"], oldest_first=True, limit=1)
+        return fill(first[0]["text"], tune["characteristics"])[0] if first else f"{tune['token']} {tune['name']}"
 
     def _render(self, job: Job, prompt_id: int, reporter: Reporter) -> None:
         from trainer.render import Stopped
@@ -154,13 +185,18 @@ class Bench:
 class Reporter:
     """What a running job tells: progress to the store, lines to the tune's log; and whether it is to go on."""
 
-    def __init__(self, settings: Settings, store: Store, job: Job, stopping: threading.Event) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, job: Job, stopping: threading.Event, device: torch.device
+    ) -> None:
         self._store = store
+        self._device = device
         self._job = job
         self._stopping = stopping
         self._table: Table = "tunes" if job.prompt_id is None else "prompts"
         self._row = job.prompt_id or job.tune_id
-        self._log = settings.outputs / "tunes" / str(job.tune_id) / "log.jsonl"
+        folder = settings.outputs / "tunes" / str(job.tune_id)
+        self._log = folder / "log.jsonl"
+        self._board = tensorboard(folder / "tensorboard") if settings.tensorboard and job.prompt_id is None else None
         self._began = time.monotonic()
         self._told = self._stepped = 0.0
         self.progress: dict[str, Any] = {
@@ -175,8 +211,10 @@ class Reporter:
         self.progress["stage"] = stage
         self._tell()
 
-    def step(self, step: int, steps: int, loss: float | None = None) -> bool:
+    def step(self, step: int, steps: int, loss: float | None = None, lr: float | None = None) -> bool:
         """See `loop.Report`."""
+        from trainer.memory import peak_gib
+
         moment = time.monotonic()
         if self._stepped and step:
             pace, took = self.progress["seconds_per_step"], moment - self._stepped
@@ -185,7 +223,13 @@ class Reporter:
         self.progress |= {"step": step, "steps": steps}
         if loss is not None:
             self.progress["loss"] = loss
-            self._write({"step": step, "loss": round(loss, 6), "seconds": round(moment - self._began, 3)})
+            peak = peak_gib(self._device)
+            line = {"step": step, "loss": round(loss, 6), "lr": lr, "peak_gib": round(peak, 3)}
+            self._write(line | {"seconds": round(moment - self._began, 3)})
+            if self._board:
+                for name, value in {"loss": loss, "lr": lr, "peak_gib": peak}.items():
+                    self._board.add_scalar(name, value, step)
+                self._board.flush()
         if moment - self._told > TELL_EVERY_SECONDS or step == steps:
             self._tell()
         return not (self._stopping.is_set() or self._store.cancel_wanted(self._table, self._row))
@@ -193,6 +237,12 @@ class Reporter:
     def saved(self, step: int) -> None:
         self._store.made_headway(self._job)
         self._stepped = time.monotonic()  # saving is not part of the pace of a step
+
+    def warn(self, message: str) -> None:
+        """Add to the warnings of the tune or prompt, once."""
+        row = self._store.get(self._table, self._row)
+        if row is not None and message not in row["warnings"]:
+            self._store.update(self._table, self._row, warnings=[*row["warnings"], message])
 
     def resumed(self, step: int) -> None:
         """Log where the run goes on, and drop the lines of steps that are now done again."""
@@ -217,9 +267,23 @@ class Reporter:
             file.write(json.dumps(line) + "\n")
 
 
+def tensorboard(folder: Path) -> Any:
+    """A writer of TensorBoard files. Raises RuntimeError in words where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RuntimeError(
+            "the setting tensorboard needs the package of that name: start with `uv run --extra tensorboard app.py`"
+        ) from None
+    return SummaryWriter(str(folder))
+
+
 def explain(error: Exception) -> str:
     """An unexpected error in words that name a remedy where one is known."""
     text = f"{type(error).__name__}: {error}".strip().rstrip(":")
     if type(error).__name__ == "OutOfMemoryError":
-        return f"{text} -- the card's memory is full: try args batch=1, a lower resolution or a lower rank"
+        return (
+            f"{text} -- the card's memory is full: try args micro_batch=1 gradient_checkpointing=true, a lower"
+            " resolution or a lower rank; or close what else uses the card"
+        )
     return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,43 +15,84 @@ if TYPE_CHECKING:
     from trainer.bases import Base
     from trainer.presets import TrainConfig
 
-BRANCHES = ("sd15", "fast")
-PLANNED = ("sdxl1", "flux1")  # words of the API that this version answers with "not yet"
+BRANCHES = ("sd15", "sdxl1", "flux1", "fast")
 
 
 class Branch(Protocol):
-    """What the loop, the methods and the renderer ask of a family."""
+    """What the loop, the methods and the renderer ask of a family.
+
+    Everything is loaded into ordinary memory; whoever needs a module on the device puts it there (`memory.placed`).
+    """
 
     denoiser: nn.Module
     text_encoders: dict[str, nn.Module]
-    device: torch.device
-    latent_scale: int  # pixels along a side for one latent along a side
+    vae: nn.Module
     pipeline: Any  # the stock diffusers pipeline over the very same modules
+    device: torch.device  # where it trains
+    dtype: torch.dtype  # of the frozen weights
+    latent_scale: int  # pixels along a side for one latent along a side
+    size_multiple: int  # sides of training pictures are multiples of this many pixels
+    lora_targets: Mapping[str, list[str]]  # for each word of `targets`: ends of names of the denoiser's linear layers
+    denoiser_name: str  # the denoiser's name in the pipeline, which is also its prefix in diffusers' LoRA keys
+    reads_kohya: bool  # whether stock diffusers reads kohya's keys of this family
+    metadata: Mapping[str, str]  # what a model file says of its family (modelspec.*, ss_*)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels (B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents, each (B, C, H/f, W/f)."""
         ...
 
     def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
-        """B captions -> exactly the keyword tensors that `loss` needs, batch first."""
+        """B captions -> exactly the keyword tensors that `loss` needs of them, batch first."""
+        ...
+
+    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
+        """What `loss` is told of one picture's (height, width) as it came, (top, left) of the crop and trained size.
+
+        Tensors (1, ...) with keys of their own; an empty dict where a family knows no such thing.
+        """
+        ...
+
+    def draw(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Noise like latents (B, C, H/f, W/f), and the timesteps (B,) in the family's own unit."""
         ...
 
     def loss(
         self,
         latents: Tensor,
         cond: dict[str, Tensor],
-        generator: torch.Generator,
+        noise: Tensor,
+        timesteps: Tensor,
         config: TrainConfig,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """Training loss of each sample, (B,). `weight` (B, 1, H/f, W/f) is the mask."""
+        """Training loss of each sample, (B,). `weight` (B, 1, H/f, W/f) is the mask; its mean is 1."""
+        ...
+
+    def prompt_inputs(self, cond: dict[str, Tensor], empty: dict[str, Tensor]) -> dict[str, Any]:
+        """Encoded prompts, and as many empty ones, as keyword arguments of the pipeline."""
+        ...
+
+    def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
+        """The denoiser's adapters under kohya's names.
+
+        adapters: name of a linear layer -> down (r, in), up (out, r). Returns name -> down (n r, in), up (out, n r)
+        and n, the number of layers that are one layer there.
+        """
+        ...
+
+    def drop_text_encoders(self) -> None:
+        """Give their memory back, once every caption is encoded."""
         ...
 
 
 def load_branch(base: Base, device: torch.device, cache: Path) -> Branch:
-    """Load a base with its family's module. `cache` is a folder for what a family makes for itself.
+    """Load a base with its family's module, from the hub where it is not here. `cache` is for what a family makes.
 
     Raises what the loader raises: OSError for missing files, ValueError for wrong ones.
     """
+    if base.repository and base.path is None:
+        from trainer import hub
+
+        base = replace(base, path=hub.fetch_pipeline(base.repository, base.revision, base.variant))
     branch: Branch = import_module(f"trainer.branches.{base.branch}").load(base, device, cache)
     return branch

@@ -16,7 +16,7 @@ PLANNED = ("checkpoint", "pti", "faceid")  # words of the API that this version 
 
 
 class Method(Protocol):
-    """What `train.py` and `render.py` ask of a model type: the three functions of its module."""
+    """What `train.py` and `render.py` ask of a model type: the functions of its module."""
 
     def attach(self, branch: Branch, config: TrainConfig) -> list[dict[str, Any]]:
         """Make the branch trainable; returns the optimizer's parameter groups (empty: nothing to train).
@@ -29,8 +29,16 @@ class Method(Protocol):
         """Write the files that the user keeps into `folder`; returns their names, the most widely read one first."""
         ...
 
-    def apply(self, pipeline: Any, folder: Path, scale: float) -> None:
+    def readable(self, branch: Branch) -> list[str]:
+        """The saved files that a stock pipeline reads; there is at least one."""
+        ...
+
+    def apply(self, pipeline: Any, folder: Path, scale: float, file: str = ...) -> None:
         """Put a saved model onto a stock pipeline of its base. `scale` 1 is the strength it was trained at."""
+        ...
+
+    def remove(self, pipeline: Any) -> None:
+        """Take it off again."""
         ...
 
 

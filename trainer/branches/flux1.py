@@ -1,0 +1,449 @@
+"""FLUX.1: a rectified-flow transformer over packed 2x2 patches of 8x smaller latents; CLIP and T5 text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+from trainer import loading
+from trainer.bases import Base, sidecar
+from trainer.loading import CLIP_L
+from trainer.objectives import logit_normal, masked_mean
+from trainer.presets import TrainConfig
+
+HOME = "black-forest-labs/FLUX.1-dev"  # where the parts come from that a single file does not hold
+ORIGINAL_PREFIX = "model.diffusion_model."  # of the transformer in a file that holds more than that
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
+
+# Linear layers of the original release (black-forest-labs/flux, model.py) -> those that diffusers makes of each, in the
+# order in which they are stacked. Single files are read by these, and kohya's LoRA names are made from them.
+DOUBLE_BLOCK: dict[str, tuple[str, ...]] = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "txt_mod.lin": ("norm1_context.linear",),
+}
+SINGLE_BLOCK: dict[str, tuple[str, ...]] = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
+}
+OUTER: dict[str, tuple[str, ...]] = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+SCALES = {  # of the norms of queries and keys
+    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+    "norm.query_norm.scale": "attn.norm_q.weight",
+    "norm.key_norm.scale": "attn.norm_k.weight",
+}
+
+
+def load(base: Base, device: torch.device, cache: Path) -> Flux1:
+    """Load all but the transformer from a diffusers folder or a single file; that comes when it is asked for.
+
+    Raises OSError where files are missing, ValueError where their content does not fit the family.
+    """
+    assert base.path is not None, "load_branch fetches what is not here"
+    dtype = loading.compute_dtype(device)
+    with loading.told_in_words(base):
+        read = read_file if base.path.is_file() else read_folder
+        pipeline, read_transformer = read(base.path, base.variant, dtype, cache)
+    loading.finish(base, pipeline)
+
+    def transformer() -> Any:
+        with loading.told_in_words(base):
+            module = read_transformer()
+        loading.freeze(module)
+        return module
+
+    return Flux1(pipeline, transformer, device, dtype)
+
+
+def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: Path) -> tuple[Any, Callable[[], Any]]:
+    """A diffusers folder."""
+    source = {
+        "pretrained_model_name_or_path": folder,
+        "local_files_only": True,
+        "use_safetensors": True,
+        "variant": variant,
+    }
+    pipeline = FluxPipeline.from_pretrained(
+        **source,
+        dtype={"vae": torch.float32, "default": dtype},
+        transformer=None,
+        text_encoder=loading.read_text_encoder(CLIPTextModel, "text_encoder", dtype, source),
+        text_encoder_2=loading.read_text_encoder(T5EncoderModel, "text_encoder_2", dtype, source),
+        image_encoder=None,
+        feature_extractor=None,
+    )
+    read = partial(FluxTransformer2DModel.from_pretrained, **source, subfolder="transformer", dtype=dtype)
+    return pipeline, read
+
+
+def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path) -> tuple[Any, Callable[[], Any]]:
+    """One file with the transformer's original keys; the other parts are in it too, in its sidecar, or on the hub."""
+    config = loading.single_file_config(file, cache, CONFIG)
+    with safe_open(file, "pt") as tensors:
+        keys = list(tensors.keys())
+    inside = {
+        "vae": any(key.startswith("vae.") for key in keys),
+        "text_encoder": any(key.startswith("text_encoders.clip_l.") for key in keys),
+        "text_encoder_2": any(key.startswith("text_encoders.t5xxl.") for key in keys),
+    }
+    beside = {name: next((sidecar(file) / name).glob("*.safetensors"), None) is not None for name in inside}
+    wanted = [name for name in inside if not inside[name] and not beside[name]]
+    wanted += [name for name in ("tokenizer", "tokenizer_2") if not (sidecar(file) / name).exists()]
+    home = from_home(wanted) if wanted else None
+
+    def place(name: str) -> Path:
+        """The folder of the part: the sidecar's, else the hub's."""
+        return home / name if home is not None and name in wanted else sidecar(file) / name
+
+    parts: dict[str, Any] = {
+        "tokenizer": AutoTokenizer.from_pretrained(place("tokenizer"), local_files_only=True),
+        "tokenizer_2": AutoTokenizer.from_pretrained(place("tokenizer_2"), local_files_only=True),
+        "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(config / "scheduler"),
+    }
+    if inside["vae"]:
+        parts["vae"] = AutoencoderKL.from_single_file(
+            str(file), config=str(config), subfolder="vae", local_files_only=True, dtype=torch.float32
+        )
+    else:
+        parts["vae"] = AutoencoderKL.from_pretrained(place("vae"), local_files_only=True, dtype=torch.float32)
+    for name, kind, prefix in (
+        ("text_encoder", CLIPTextModel, "text_encoders.clip_l.transformer."),
+        ("text_encoder_2", T5EncoderModel, "text_encoders.t5xxl.transformer."),
+    ):
+        if inside[name]:
+            parts[name] = encoder_from_file(file, kind, config / name, prefix, dtype)
+        else:
+            source = {"pretrained_model_name_or_path": place(name), "local_files_only": True, "use_safetensors": True}
+            parts[name] = loading.read_text_encoder(kind, "", dtype, source)
+    return FluxPipeline(transformer=None, **parts), partial(transformer_from_file, file, config, dtype)
+
+
+def from_home(parts: list[str]) -> Path:
+    """The folder of FLUX.1-dev with these parts of it, from the hub or its cache."""
+    from trainer import hub  # whoever has everything here does without its library
+
+    return hub.fetch_parts(HOME, [f"{part}/*" for part in parts])
+
+
+def encoder_from_file(file: Path, kind: Any, config: Path, prefix: str, dtype: torch.dtype) -> Any:
+    """A text encoder whose weights have this prefix in a file. Raises ValueError for missing ones."""
+    with safe_open(file, "pt") as tensors:
+        weights = {
+            key.removeprefix(prefix): tensors.get_tensor(key)
+            for key in tensors.keys()  # noqa: SIM118
+            if key.startswith(prefix)
+        }
+    encoder, facts = kind.from_pretrained(
+        None,
+        config=kind.config_class.from_pretrained(config),
+        state_dict=weights,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    loading.refuse_gaps(facts["missing_keys"])
+    return encoder
+
+
+def transformer_from_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
+    """The transformer of a file with the original keys. Raises ValueError for missing, unknown or misshapen weights."""
+    weights: dict[str, Tensor] = {}
+    with safe_open(file, "pt") as tensors:
+        keys = set(tensors.keys())
+        guided = any("guidance_in." in key for key in keys)  # FLUX.1-schnell is not
+        settings = FluxTransformer2DModel.load_config(config / "transformer") | {"guidance_embeds": guided}
+        with torch.device("meta"):
+            transformer = FluxTransformer2DModel.from_config(settings)
+        shapes = {name: weight.shape for name, weight in transformer.state_dict().items()}
+        prefix = ORIGINAL_PREFIX if any(key.startswith(ORIGINAL_PREFIX) for key in keys) else ""
+        left = {key for key in keys if key.startswith(prefix) and not key.startswith(("vae.", "text_encoders."))}
+        for original, layers in original_layers(transformer):
+            for kind in ("weight", "bias"):
+                if (key := f"{prefix}{original}.{kind}") not in left:
+                    continue
+                left.remove(key)
+                tensor = tensors.get_tensor(key).to(dtype)
+                if original == "final_layer.adaLN_modulation.1":  # shift and scale there, scale and shift here
+                    tensor = torch.cat(tensor.chunk(2)[::-1])
+                names = [f"{layer}.{kind}" for layer in layers]
+                rows = [shapes[name][0] for name in names]
+                if sum(rows) != len(tensor):
+                    raise ValueError(f"{key} has {len(tensor)} rows, not {sum(rows)}")
+                weights |= zip(names, tensor.split(rows), strict=True)
+        for original, name in original_scales(transformer):
+            if (key := f"{prefix}{original}") in left:
+                left.remove(key)
+                weights[name] = tensors.get_tensor(key).to(dtype)
+    if left:
+        raise ValueError(f"{len(left)} tensors are unknown, {min(left)} among them; quantised files are not read")
+    loading.refuse_gaps(shapes.keys() - weights.keys())
+    transformer.load_state_dict(weights, assign=True)
+    return transformer
+
+
+def original_layers(transformer: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each linear layer of the original release, and the layers of diffusers that are stacked in it."""
+    config = transformer.config
+    for original, layers in OUTER.items():
+        if not original.startswith("guidance_in") or config.guidance_embeds:
+            yield original, layers
+    for ours, theirs, count, table in (
+        ("transformer_blocks", "double_blocks", config.num_layers, DOUBLE_BLOCK),
+        ("single_transformer_blocks", "single_blocks", config.num_single_layers, SINGLE_BLOCK),
+    ):
+        for block in range(count):
+            for original, layers in table.items():
+                yield f"{theirs}.{block}.{original}", tuple(f"{ours}.{block}.{layer}" for layer in layers)
+
+
+def original_scales(transformer: Any) -> Iterator[tuple[str, str]]:
+    """Each norm's scale in the original release, and its name in diffusers."""
+    for original, name in SCALES.items():
+        double = original.startswith(("img_", "txt_"))
+        ours, theirs = (
+            ("transformer_blocks", "double_blocks") if double else ("single_transformer_blocks", "single_blocks")
+        )
+        count = transformer.config.num_layers if double else transformer.config.num_single_layers
+        for block in range(count):
+            yield f"{theirs}.{block}.{original}", f"{ours}.{block}.{name}"
+
+
+class Flux1:
+    """The modules of one base, ready to train and to render. The transformer is read when it is first asked for."""
+
+    lora_targets = {"attention": ATTENTION, "all": [*ATTENTION, *FEED_FORWARD]}  # noqa: RUF012
+    denoiser_name = "transformer"
+    reads_kohya = False  # diffusers 0.42 leaves out the final projection, and has the width of FLUX.1 built in
+    metadata = {  # noqa: RUF012
+        "modelspec.architecture": "flux-1-dev",
+        "ss_base_model_version": "flux1",
+        "ss_network_module": "networks.lora_flux",
+        "ss_guidance_scale": "1.0",
+        "ss_timestep_sampling": "sigmoid",
+        "ss_model_prediction_type": "raw",
+    }
+
+    def __init__(
+        self, pipeline: Any, read_transformer: Callable[[], Any], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._read_transformer = read_transformer
+        self._pipeline = pipeline
+        self.device = device
+        self.dtype = dtype
+        names = ("text_encoder", "text_encoder_2")
+        self.text_encoders: dict[str, nn.Module] = {name: getattr(pipeline, name) for name in names}
+        self.vae: nn.Module = pipeline.vae
+        self.latent_scale: int = pipeline.vae_scale_factor
+        self.size_multiple = 2 * self.latent_scale  # latents are packed two by two
+
+    @property
+    def denoiser(self) -> nn.Module:
+        transformer: nn.Module = self.pipeline.transformer
+        return transformer
+
+    @property
+    def pipeline(self) -> Any:
+        if self._pipeline.transformer is None:
+            self._pipeline.register_modules(transformer=self._read_transformer())
+        return self._pipeline
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (B, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (B, C, H/f, W/f), scaled."""
+        return loading.encode_pixels(self.vae, pixels, self.device)
+
+    def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
+        """B captions -> {"encoder_hidden_states": (B, 512, D), "pooled_projections": (B, P)}; longer ones are cut."""
+        with loading.autocast(self.device, self.dtype):
+            hidden, pooled, _ = self._pipeline.encode_prompt(captions, None, device=self.device)
+        return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
+        return {}
+
+    def draw(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Noise like latents (B, C, H/f, W/f), and times (B,) in (0, 1): 1 is all noise."""
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        return noise, logit_normal(len(latents), generator)
+
+    def loss(
+        self,
+        latents: Tensor,
+        cond: dict[str, Tensor],
+        noise: Tensor,
+        timesteps: Tensor,
+        config: TrainConfig,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Squared error of the velocity noise - latents (rectified flow; Liu et al. 2022, arXiv 2209.03003), (B,)."""
+        times = timesteps.view(-1, 1, 1, 1)
+        noisy = ((1 - times) * latents + times * noise).to(self.dtype)
+        batch, _, height, width = latents.shape
+        told = torch.full((batch,), config.guidance, device=latents.device)
+        text = cond["encoder_hidden_states"]
+        with loading.autocast(self.device, self.dtype):
+            predicted = self.denoiser(
+                hidden_states=pack(noisy),
+                timestep=timesteps,
+                guidance=told if self.pipeline.transformer.config.guidance_embeds else None,
+                pooled_projections=cond["pooled_projections"],
+                encoder_hidden_states=text,
+                img_ids=image_ids(height, width, latents.device),
+                txt_ids=torch.zeros(text.shape[1], 3, device=latents.device),
+                return_dict=False,
+            )[0]
+        return masked_mean((unpack(predicted.float(), height, width) - (noise - latents)) ** 2, weight)
+
+    def prompt_inputs(self, cond: dict[str, Tensor], empty: dict[str, Tensor]) -> dict[str, Any]:
+        return {"prompt_embeds": cond["encoder_hidden_states"], "pooled_prompt_embeds": cond["pooled_projections"]}
+
+    def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
+        """Layers have the original release's names there, where several of ours are one: their adapters lie beside
+        each other, each with a block of the output of its own, and zeros where a layer has none."""
+        stacked: dict[str, tuple[Tensor, Tensor, int]] = {}
+        for original, layers in original_layers(self.denoiser):
+            if not any(layer in adapters for layer in layers):
+                continue
+            down, up = next(adapters[layer] for layer in layers if layer in adapters)
+            downs, ups = [], []
+            for layer in layers:
+                rows: int = self.denoiser.get_submodule(layer).out_features  # type: ignore[assignment]
+                none = (torch.zeros_like(down), up.new_zeros(rows, up.shape[1]))
+                one, other = adapters.get(layer, none)
+                downs.append(one)
+                ups.append(other)
+            name = f"lora_unet_{original.replace('.', '_')}"
+            stacked[name] = (torch.cat(downs), torch.block_diag(*ups), len(layers))  # type: ignore[no-untyped-call]
+        return stacked
+
+    def drop_text_encoders(self) -> None:
+        self.text_encoders = {}
+        self._pipeline.register_modules(text_encoder=None, text_encoder_2=None)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H/2 W/2, 4 C): each token is a patch of two by two latents."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // 2 * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(B, H/2 W/2, 4 C) -> (B, C, H, W)."""
+    batch, _, channels = tokens.shape
+    patches = tokens.view(batch, height // 2, width // 2, channels // 4, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
+
+
+def image_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """(H/2 W/2, 3): 0, row and column of each token."""
+    rows, columns = torch.arange(height // 2.0, device=device), torch.arange(width // 2.0, device=device)
+    grid = torch.stack(torch.meshgrid(torch.zeros(1, device=device), rows, columns, indexing="ij"), dim=-1)
+    return grid.reshape(-1, 3)
+
+
+# Published numbers of FLUX.1-dev (black-forest-labs/flux, util.py), its autoencoder, and of T5 v1.1 XXL's encoder.
+CONFIG: dict[str, dict[str, Any]] = {
+    "model_index.json": {
+        "_class_name": "FluxPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    },
+    "scheduler/scheduler_config.json": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+    },
+    "text_encoder/config.json": CLIP_L,
+    "text_encoder_2/config.json": {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "vocab_size": 32128,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-06,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    },
+    "transformer/config.json": {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+        "axes_dims_rope": [16, 56, 56],
+    },
+    "vae/config.json": {
+        "_class_name": "AutoencoderKL",
+        "sample_size": 1024,
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "latent_channels": 16,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+}

@@ -1,0 +1,252 @@
+"""Stable Diffusion XL 1.0: a UNet over 8x smaller latents, two CLIP text encoders, and the picture's size as input."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from trainer import loading
+from trainer.bases import Base, sidecar
+from trainer.branches.sd15 import UNET_TARGETS
+from trainer.loading import CLIP_L
+from trainer.objectives import noise_and_timesteps, noise_loss
+from trainer.presets import TrainConfig
+
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+HOME = "stabilityai/stable-diffusion-xl-base-1.0"  # whose tokenizers a single file without a sidecar is read with
+
+# Where the original release has what diffusers calls a block's attention: kohya's names are made from the original's.
+# Blocks of two layers each (three on the way up); an entry of its own is the downsampler.
+SGM_BLOCKS = (
+    (re.compile(r"^down_blocks\.(\d)\.attentions\.(\d)"), lambda b, i: f"input_blocks.{3 * b + i + 1}.1"),
+    (re.compile(r"^mid_block\.attentions\.(\d)"), lambda _: "middle_block.1"),
+    (re.compile(r"^up_blocks\.(\d)\.attentions\.(\d)"), lambda b, i: f"output_blocks.{3 * b + i}.1"),
+)
+
+
+def load(base: Base, device: torch.device, cache: Path) -> SDXL1:
+    """Load from a diffusers folder or a single file.
+
+    Raises OSError where files are missing, ValueError where their content does not fit the family.
+    """
+    assert base.path is not None, "load_branch fetches what is not here"
+    dtype = loading.compute_dtype(device)
+    with loading.told_in_words(base):
+        read = read_file if base.path.is_file() else read_folder
+        pipeline = read(base.path, base.variant, dtype, cache)
+    loading.finish(base, pipeline)
+    return SDXL1(pipeline, device, dtype)
+
+
+def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: Path) -> Any:
+    """A diffusers folder."""
+    source = {
+        "pretrained_model_name_or_path": folder,
+        "local_files_only": True,
+        "use_safetensors": True,
+        "variant": variant,
+    }
+    return StableDiffusionXLPipeline.from_pretrained(
+        **source,
+        dtype={"vae": torch.float32, "default": dtype},  # SDXL's VAE overflows in half precision
+        text_encoder=loading.read_text_encoder(CLIPTextModel, "text_encoder", dtype, source),
+        text_encoder_2=loading.read_text_encoder(CLIPTextModelWithProjection, "text_encoder_2", dtype, source),
+        add_watermarker=False,
+    )
+
+
+def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path) -> Any:
+    """One file with the keys of the original release."""
+    config = loading.single_file_config(file, cache, CONFIG)
+    options: dict[str, Any] = {}
+    for name in ("tokenizer", "tokenizer_2"):
+        if not (sidecar(file) / name).exists():
+            from trainer import hub  # whoever has everything here does without its library
+
+            files = hub.fetch_files(HOME, [f"{name}/{part}" for part in TOKENIZER_FILES])
+            options[name] = CLIPTokenizer.from_pretrained(files / name)
+    # Read on its own: the file's half-precision weights fit the VAE, its half-precision arithmetic does not.
+    vae = AutoencoderKL.from_single_file(
+        str(file), config=str(config), subfolder="vae", local_files_only=True, dtype=torch.float32
+    )
+    return StableDiffusionXLPipeline.from_single_file(
+        str(file),
+        config=str(config),
+        local_files_only=True,
+        dtype=dtype,
+        vae=vae,
+        add_watermarker=False,
+        **options,
+    )
+
+
+class SDXL1:
+    """The modules of one base, ready to train and to render."""
+
+    lora_targets = UNET_TARGETS
+    denoiser_name = "unet"
+    reads_kohya = True
+
+    def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.pipeline = pipeline
+        self.device = device
+        self.dtype = dtype
+        self.denoiser: nn.Module = pipeline.unet
+        names = ("text_encoder", "text_encoder_2")
+        self.text_encoders: dict[str, nn.Module] = {name: getattr(pipeline, name) for name in names}
+        self.vae: nn.Module = pipeline.vae
+        self.latent_scale: int = pipeline.vae_scale_factor
+        self.size_multiple = self.latent_scale * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+        self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.noise_scheduler.alphas_cumprod = self.noise_scheduler.alphas_cumprod.to(device)
+        velocity = self.noise_scheduler.config.prediction_type == "v_prediction"
+        self.metadata = {
+            "modelspec.architecture": "stable-diffusion-xl-v1-base",
+            "modelspec.prediction_type": "v" if velocity else "epsilon",
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "ss_network_module": "networks.lora",
+        }
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (B, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (B, 4, H/f, W/f), scaled."""
+        return loading.encode_pixels(self.vae, pixels, self.device)
+
+    def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
+        """B captions -> {"encoder_hidden_states": (B, 77, D), "text_embeds": (B, P)}; an empty one is what it is when
+        rendering: zeros, where the base was trained so (`force_zeros_for_empty_prompt`)."""
+        with loading.autocast(self.device, self.dtype):
+            hidden, _, pooled, _ = self.pipeline.encode_prompt(
+                captions, device=self.device, do_classifier_free_guidance=False
+            )
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            said = torch.tensor([bool(caption) for caption in captions], dtype=hidden.dtype, device=self.device)
+            hidden, pooled = hidden * said[:, None, None], pooled * said[:, None]
+        return {"encoder_hidden_states": hidden, "text_embeds": pooled}
+
+    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
+        """{"time_ids": (1, 6)}: SDXL's micro-conditioning (Podell et al. 2023, arXiv 2307.01952, §2.2)."""
+        return {"time_ids": torch.tensor([[*original, *crop, *size]], dtype=self.dtype, device=self.device)}
+
+    def draw(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Noise like latents (B, 4, H/f, W/f), and timesteps (B,): whole numbers from 0 to 999, all alike likely."""
+        return noise_and_timesteps(self.noise_scheduler, latents, generator)
+
+    def loss(
+        self,
+        latents: Tensor,
+        cond: dict[str, Tensor],
+        noise: Tensor,
+        timesteps: Tensor,
+        config: TrainConfig,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """See `objectives.noise_loss`, (B,)."""
+        noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        added = {"text_embeds": cond["text_embeds"], "time_ids": cond["time_ids"]}
+        with loading.autocast(self.device, self.dtype):
+            predicted = self.denoiser(
+                noisy.to(self.dtype),
+                timesteps,
+                cond["encoder_hidden_states"],
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
+        return noise_loss(self.noise_scheduler, predicted, latents, noise, timesteps, config.min_snr, weight)
+
+    def prompt_inputs(self, cond: dict[str, Tensor], empty: dict[str, Tensor]) -> dict[str, Any]:
+        return {
+            "prompt_embeds": cond["encoder_hidden_states"],
+            "pooled_prompt_embeds": cond["text_embeds"],
+            "negative_prompt_embeds": empty["encoder_hidden_states"],
+            "negative_pooled_prompt_embeds": empty["text_embeds"],
+        }
+
+    def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
+        """Layers have the original release's names there, as in kohya's trainer for SDXL."""
+        return {
+            f"lora_unet_{original_name(name).replace('.', '_')}": (down, up, 1) for name, (down, up) in adapters.items()
+        }
+
+    def drop_text_encoders(self) -> None:
+        self.text_encoders = {}
+        self.pipeline.register_modules(text_encoder=None, text_encoder_2=None)
+
+
+def original_name(name: str) -> str:
+    """`down_blocks.1.attentions.0.proj_in` -> `input_blocks.4.1.proj_in`."""
+    for pattern, original in SGM_BLOCKS:
+        if found := pattern.match(name):
+            return original(*map(int, found.groups())) + name[found.end() :]
+    return name
+
+
+# Published numbers of SDXL 1.0 (Stability-AI/generative-models, sd_xl_base.yaml) and of OpenCLIP's ViT-bigG/14.
+CONFIG: dict[str, dict[str, Any]] = {
+    "model_index.json": {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": True,
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    },
+    "scheduler/scheduler_config.json": {
+        "_class_name": "EulerDiscreteScheduler",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+    },
+    "text_encoder/config.json": CLIP_L,
+    "text_encoder_2/config.json": CLIP_L
+    | {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+        "hidden_act": "gelu",
+    },
+    "unet/config.json": {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 128,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+        "layers_per_block": 2,
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "vae/config.json": {
+        "_class_name": "AutoencoderKL",
+        "sample_size": 1024,
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "scaling_factor": 0.13025,
+        "force_upcast": True,
+    },
+}

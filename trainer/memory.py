@@ -1,0 +1,60 @@
+"""Where modules are: on the device while they are needed, in ordinary memory otherwise. And how much there is."""
+
+from __future__ import annotations
+
+import gc
+import math
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+GIB = 2**30
+ROOM = 0.85  # of the free memory may be weights when a picture is rendered; the rest is for activations
+
+
+@contextmanager
+def placed(device: torch.device, *modules: nn.Module) -> Iterator[None]:
+    """Modules on the device for a while, and back in ordinary memory afterwards."""
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.to("cpu")
+        release(device)
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def free_gib(device: torch.device) -> float:
+    """Free memory of a card in GiB; infinite for devices that have none of their own."""
+    return torch.cuda.mem_get_info(device)[0] / GIB if device.type == "cuda" else math.inf
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory held so far in GiB: on a card by torch, elsewhere by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def place_for_rendering(pipeline: Any, device: torch.device) -> None:
+    """All parts of a pipeline on the device; where they do not fit together, each when its turn comes (accelerate)."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    size = sum(weight.nbytes for part in parts for weight in part.parameters()) / GIB
+    if size > ROOM * free_gib(device):
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
