@@ -164,7 +164,7 @@ def picture(pipeline: Any) -> np.ndarray:
 def triples_loss(pipeline: Any, folder: Path) -> float:
     """Mean squared error of the predicted noise over 64 fixed (photo, noise, timestep) triples."""
     pixels = []
-    for photo in sorted((folder / "images").iterdir()):
+    for photo in sorted((folder / "images").glob("*.jpg")):
         image = Image.open(photo)
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -308,6 +308,12 @@ def test_the_page_trains_the_dog(
     page.fill("#field-name :is(input, textarea)", "dog")
     page.fill("#field-title :is(input, textarea)", "by the page")
     page.fill("#field-prompts_attributes textarea", "ohwx dog\nohwx dog in the snow")
+    page.get_by_text("Captions", exact=True).click()
+    captions = page.locator("#captions [data-editable=true]:visible").filter(has_text="A photo of ohwx dog")
+    captions.first.dblclick()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("ohwx dog on a sofa")
+    page.keyboard.press("Enter")
     post(app, "before the page's", dog_photos(5), steps=60).raise_for_status()
     page.click("#create")
     tune = wait_for(lambda: app.http.get("/tunes", params={"title": "by the page"}).json())[0]
@@ -332,6 +338,12 @@ def test_the_page_trains_the_dog(
     assert page.locator(f"#tunes [data-tune='{tune['id']}'] .tb-photos img").count() == 5
     page.wait_for_timeout(500)
     page.screenshot(path=shots / "done.png", full_page=True)
+    assert page.locator(f"{shown} .tb-moments img").count() == 4
+    assert (
+        page.locator(f"{shown} .tb-moments a[download]").count() == 2
+    )  # the models of the middle and of three quarters
+    page.click("#seen summary")
+    assert "ohwx dog on a sofa" in page.inner_text("#seen") and "A photo of ohwx dog" in page.inner_text("#seen")
     with page.expect_download() as download:
         page.click(f"{shown} a.tb-primary")
     assert Path(download.value.path()).stat().st_size > 10_000

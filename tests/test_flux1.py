@@ -88,7 +88,7 @@ def test_captions_and_pictures_are_encoded_as_the_pipeline_does(tiny_flux1: Path
     branch, stock = load(tiny_flux1, tmp_path), FluxPipeline.from_pretrained(tiny_flux1, local_files_only=True)
     hidden, pooled, _ = stock.encode_prompt(["a dog", ""], None, device="cpu")
     cond = branch.encode_prompts(["a dog", ""])
-    assert torch.allclose(cond["encoder_hidden_states"], hidden, atol=1e-5)
+    assert torch.allclose(cond["encoder_hidden_states"], hidden, atol=1e-4)
     assert torch.allclose(cond["pooled_projections"], pooled, atol=1e-5)
     pixels = torch.rand(1, 3, 64, 96) * 2 - 1
     mean, std = branch.encode_images(pixels)

@@ -7,12 +7,14 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer import presets
 from trainer.branches import BRANCHES
 from trainer.schema import InvalidRequest, check_branch
-from trainer.settings import Settings
+
+if TYPE_CHECKING:
+    from trainer.settings import Settings
 
 FAST_ID = 1_000_000_000  # the small base of branch fast has no number at the hosted service
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit

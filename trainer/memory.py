@@ -50,6 +50,12 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+def forget_peak(device: torch.device) -> None:
+    """Count the peak of a card from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def place_for_rendering(pipeline: Any, device: torch.device) -> None:
     """All parts of a pipeline on the device; where they do not fit together, each when its turn comes (accelerate)."""
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]

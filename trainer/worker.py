@@ -110,8 +110,10 @@ class Bench:
             self._store.finish(job, "failed", error=explain(error))
 
     def _train(self, job: Job, reporter: Reporter) -> None:
+        from trainer.memory import forget_peak
         from trainer.train import train_tune
 
+        forget_peak(self._device)
         tune = self._must(self._store.get("tunes", job.tune_id))
         self._renderer.release()
         config = self._fitted(tune)
@@ -273,7 +275,7 @@ def tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise RuntimeError(
-            "the setting tensorboard needs the package of that name: start with `uv run --extra tensorboard app.py`"
+            "the setting tensorboard needs the package of that name: `uv pip install tensorboard`"
         ) from None
     return SummaryWriter(str(folder))
 
