@@ -131,7 +131,7 @@ def test_a_single_file_with_a_weight_missing_is_refused(file: Path, tmp_path: Pa
 
 def test_a_folder_without_a_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "tokenizer")
-    with pytest.raises(OSError, match="clip-vit-large-patch14 is not in the cache"):
+    with pytest.raises(OSError, match="tokenizer"):
         load(folder, tmp_path)
 
 
