@@ -223,6 +223,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_a_fourth_family_costs_a_file_a_preset_and_a_word(tmp_path: Path, tiny_sd15: Path, photos: list[Path]) -> None:
     for part in ("trainer", "presets"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))

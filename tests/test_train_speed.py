@@ -189,6 +189,7 @@ def test_what_cannot_be_measured_is_refused_in_words(words: list[str], problem: 
         train_speed.main(["--branch", "sd15", "--batch", "1", "--device", "cpu", *words])
 
 
+@pytest.mark.long
 def test_it_runs_where_nothing_is_installed_that_serves_the_page() -> None:
     # None in sys.modules: importing it fails, and a library that looks whether it is there does not find it.
     script = f"""
