@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
 from tests.studio import Studio, same
 from tests.web import client_of, multipart
+from trainer import loading
 from trainer.images import Decoder
 from trainer.schema import Tune
 
@@ -168,6 +170,19 @@ def test_a_preview_is_the_first_prompt_and_changes_as_it_learns(studio: Studio) 
     assert len({picture.tobytes() for picture in pictures}) == 4
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("branch", ["sd15", "sdxl1", "flux1"])
+def test_weights_in_half_precision_train_and_render(
+    studio: Studio, branch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a card computes in: frozen weights in bfloat16, adapters and VAE in float32. Here by the CPU, slowly."""
+    monkeypatch.setattr(loading, "compute_dtype", lambda device: torch.bfloat16)
+    tune = studio.ended(post(studio, Case(branch, "folder"), f"half {branch}")["id"])
+    assert (tune.status, tune.error) == ("trained", None)
+    assert [(prompt.status, prompt.error) for prompt in tune.prompts] == [("rendered", None)]
+    assert len(studio.pictures(tune.id)) == 1
+
+
 # A fourth family
 
 FAMILY = '''
@@ -199,6 +214,7 @@ import sys, time
 from pathlib import Path
 from fastapi.testclient import TestClient
 from trainer.api import create_app
+from trainer import loading
 from trainer.images import Decoder
 from trainer.jobs import Jobs
 from trainer.settings import read_settings

@@ -13,6 +13,7 @@ from trainer import memory, presets
 from trainer.bases import Base
 from trainer.branches import Branch, load_branch
 from trainer.files import whole_folder
+from trainer.loading import autocast
 from trainer.loop import Report
 from trainer.methods import get_method
 from trainer.presets import RenderConfig
@@ -76,18 +77,20 @@ class Renderer:
                 raise Stopped
             return tensors
 
-        images = pipeline(
-            prompt=text,
-            **({"negative_prompt": negative} if defaults.negative_prompt else {}),
-            width=width,
-            height=height,
-            num_inference_steps=steps,
-            guidance_scale=defaults.cfg_scale if prompt["cfg_scale"] is None else prompt["cfg_scale"],
-            num_images_per_prompt=prompt["num_images"],
-            # One generator a picture, on the CPU: a picture does not depend on its neighbours or on the card.
-            generator=[torch.Generator().manual_seed((seed + i) % 2**63) for i in range(prompt["num_images"])],
-            callback_on_step_end=watch,
-        ).images
+        # VAEs are kept in float32, and pipelines hand them what the denoiser gives: autocast makes the two meet.
+        with autocast(self._device, self._loaded[1].dtype):
+            images = pipeline(
+                prompt=text,
+                **({"negative_prompt": negative} if defaults.negative_prompt else {}),
+                width=width,
+                height=height,
+                num_inference_steps=steps,
+                guidance_scale=defaults.cfg_scale if prompt["cfg_scale"] is None else prompt["cfg_scale"],
+                num_images_per_prompt=prompt["num_images"],
+                # One generator a picture, on the CPU: a picture does not depend on its neighbours or on the card.
+                generator=[torch.Generator().manual_seed((seed + i) % 2**63) for i in range(prompt["num_images"])],
+                callback_on_step_end=watch,
+            ).images
         target = folder / "prompts" / str(prompt["id"])
         target.parent.mkdir(exist_ok=True)
         files = []
