@@ -177,7 +177,7 @@ def test_weights_in_half_precision_train_and_render(
 ) -> None:
     """What a card computes in: frozen weights in bfloat16, adapters and VAE in float32. Here by the CPU, slowly."""
     monkeypatch.setattr(loading, "compute_dtype", lambda device: torch.bfloat16)
-    tune = studio.ended(post(studio, Case(branch, "folder"), f"half {branch}")["id"])
+    tune = studio.ended(post(studio, Case(branch, "folder", args="warmup_steps=0 targets=all"), f"half {branch}")["id"])
     assert (tune.status, tune.error) == ("trained", None)
     assert [(prompt.status, prompt.error) for prompt in tune.prompts] == [("rendered", None)]
     assert len(studio.pictures(tune.id)) == 1

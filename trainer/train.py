@@ -28,7 +28,7 @@ from trainer.store import now
 PREVIEW_STEPS = 20  # of the sampler: enough to see what has been learned
 PREVIEW_SEED = 42
 CHECK_STEPS = 2  # enough to see that a model changes something
-ROUNDING = 1  # unit in the last place of the largest value, in the format that is computed in: a smaller change is none
+ROUNDING = 4  # units in the last place of the largest value: what summing in another order changes as well
 MODELS_KEPT_FROM = 0.5  # of the run; earlier ones are not worth a download
 
 if TYPE_CHECKING:
