@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,10 @@ from trainer.branches import Branch, load_branch
 from trainer.dataset import Dataset, Picture
 from trainer.methods import lora
 from trainer.presets import TrainConfig
+
+# The million objects of the libraries are never garbage; looking through them takes 0.3 s each time a base is placed.
+gc.freeze()
+atexit.register(gc.unfreeze)
 
 PRESETS = Path(__file__).parent.parent / "presets"
 STEPS = 6
@@ -64,13 +70,14 @@ class Bench:
     photos: list[Path]
     config: TrainConfig
     family: str = "sd15"
+    more: list[Picture] = field(default_factory=list)  # beside the photos
 
     def start(self, adapters_seed: int = 0) -> Run:
         base = Base(1, self.base.name, self.family, path=self.base)
         branch = load_branch(base, torch.device("cpu"), self.cache)
         captions = ["a red dog", "a blue dog", "a dog"]
         pictures = [Picture(*one, one[0].name) for one in zip(self.photos, captions, strict=True)]
-        data, _ = dataset.build(branch, pictures, [], self.config, self.cache / "dataset")
+        data, _ = dataset.build(branch, [*pictures, *self.more], [], self.config, self.cache / "dataset")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(adapters_seed)
             groups = lora.attach(branch, self.config)

@@ -1,4 +1,4 @@
-"""The training loop: resuming, states, cancelling, divergence and the schedule. On a tiny Stable Diffusion 1.5."""
+"""The training loop: resuming, states, cancelling, divergence and the schedule. Most of it on a tiny SD 1.5."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.bench import STEPS, Bench, Run, Told, config_of, same
+from tests.tiny import make_tiny_sdxl1
 from trainer import loop
+from trainer.dataset import Picture
 from trainer.loop import Diverged
 
 STATE_TENSORS = ("weight", "exp_avg", "exp_avg_sq", "step")
@@ -23,6 +25,23 @@ STATE_TENSORS = ("weight", "exp_avg", "exp_avg_sq", "step")
 @pytest.fixture
 def bench(thin_sd15: Path, tmp_path: Path, photos: list[Path]) -> Bench:
     return Bench(thin_sd15, tmp_path / "cache", photos, config_of())
+
+
+@pytest.fixture(scope="module")
+def thin_sdxl1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SDXL 1.0 of two blocks with a layer each. Read only."""
+    return make_tiny_sdxl1(tmp_path_factory.mktemp("tiny") / "thin", blocks=2, layers=1)
+
+
+@pytest.fixture
+def bench_of(tmp_path: Path, photos: list[Path], request: pytest.FixtureRequest) -> Callable[[str], Bench]:
+    """bench_of(family): a bench for the thinnest base of a family."""
+    thin = {"sd15": "thin_sd15", "sdxl1": "thin_sdxl1", "flux1": "tiny_flux1"}
+
+    def make(family: str) -> Bench:
+        return Bench(request.getfixturevalue(thin[family]), tmp_path / "cache", photos, config_of(), family)
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +82,23 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(
     assert same(load_file(last[0]), load_file(last[1]))  # the optimizer's moments, too
 
 
-@pytest.mark.parametrize("family", ["sdxl1", "flux1"])
+@pytest.mark.parametrize(("family", "text_encoder_lr"), [("sdxl1", 0), ("sdxl1", 5e-3), ("flux1", 0)])
 def test_a_run_of_another_family_resumes_bit_for_bit_as_well(
-    family: str, states: Path, photos: list[Path], tmp_path: Path, request: pytest.FixtureRequest
+    bench_of: Callable[[str], Bench], states: Path, family: str, text_encoder_lr: float
 ) -> None:
-    base = request.getfixturevalue(f"tiny_{family}")
-    bench = Bench(base, tmp_path / "cache", photos, config_of(resolution=64), family)
+    bench = bench_of(family)
+    bench.config = config_of(text_encoder_lr=text_encoder_lr)
     whole, stopped, resumed = bench.start(), bench.start(), bench.start(adapters_seed=1)
     whole.train(states / "whole", Told())
     stopped.train(states / "parts", Told(stop_at=3))
     assert not same(stopped.weights(), whole.weights())
+    assert not same(resumed.weights(), whole.weights())
     resumed.train(states / "parts", Told())
     assert same(resumed.weights(), whole.weights())
+    trained = {name.split(".")[0] for name in whole.weights()}
+    assert trained == {"denoiser"} | ({"text_encoder", "text_encoder_2"} if text_encoder_lr else set())
+    last = [states / name / f"step-{STEPS:06d}" / "state.safetensors" for name in ("whole", "parts")]
+    assert same(load_file(last[0]), load_file(last[1]))
 
 
 def test_a_finished_run_is_not_trained_further(bench: Bench, states: Path) -> None:
@@ -274,27 +298,62 @@ def spoil(
     run.branch.loss = loss  # type: ignore[method-assign]
 
 
+def finite(states: Path) -> bool:
+    """Every value of every state; there is at least one."""
+    kept = [load_file(state / "state.safetensors") for state in states.glob("step-*")]
+    return bool(kept) and all(torch.isfinite(tensor).all() for state in kept for tensor in state.values())
+
+
 def test_a_loss_that_is_not_finite_goes_back_and_on_at_half_the_rate(bench: Bench, states: Path) -> None:
     bench.config = config_of(schedule="constant", warmup_steps=0)
     run, told = bench.start(), Told()
+    told.on_saved = lambda: all_finite.append(finite(states))
+    all_finite: list[bool] = []
     spoil(run, lambda call: call == 4)  # the fourth step; states are saved after the second and the fourth
     assert run.train(states, told)
     assert told.resumed_at == [0, 2]
-    assert told.saved_at == [2, 4, 6]
+    assert told.saved_at == [2, 4, 6] and all_finite == [True] * 3
+    assert told.steps == [0, 1, 2, 3, 3, 4, 5, 6]  # the step that went wrong is not told as done
+    assert told.rates == pytest.approx([0.01, 0.01, 0.01, 0.005, 0.005, 0.005, 0.005])
     (warning,) = told.warnings
-    assert "not a finite number in step 4" in warning and "back to step 2" in warning and ".png" in warning
-    assert sorted(set(told.rates)) == pytest.approx([0.005, 0.01])
+    assert "the loss was not a finite number in step 4" in warning and "back to step 2" in warning
+    assert "learning rate 0.005" in warning
+    named = {name for name in ("0.png", "1.png", "2.png") if name in warning}
+    assert named == set(run.data.names(3))
     # The same as a run that was told to go on from that state at half the rate, without any harm.
-    other = bench.start(adapters_seed=1)
-    shutil.copytree(states, states.parent / "again")
-    for state in (states.parent / "again").glob("step-*"):
-        shutil.rmtree(state)
-    first = bench.start()
+    other, first = bench.start(adapters_seed=1), bench.start()
     first.train(states.parent / "again", Told(stop_at=2))
-    manifest = next((states.parent / "again").glob("step-*")) / "manifest.json"
+    manifest = states.parent / "again" / "step-000002" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"halvings": 0', '"halvings": 1'))
     other.train(states.parent / "again", Told())
     assert same(other.weights(), run.weights())
+
+
+@pytest.mark.parametrize("stop", [4, 5])
+def test_a_run_that_is_stopped_after_it_went_back_resumes_bit_for_bit(bench: Bench, states: Path, stop: int) -> None:
+    whole, stopped, resumed, unharmed = bench.start(), bench.start(), bench.start(adapters_seed=1), bench.start()
+    spoil(whole, lambda call: call == 4)
+    spoil(stopped, lambda call: call == 4)
+    assert whole.train(states / "whole", Told())
+    told = Told()
+    assert not stopped.train(states / "parts", Told(stop_at=stop))
+    assert resumed.train(states / "parts", told)
+    assert told.resumed_at == [stop] and told.warnings == []
+    assert same(resumed.weights(), whole.weights())
+    last = [states / name / f"step-{STEPS:06d}" / "state.safetensors" for name in ("whole", "parts")]
+    assert same(load_file(last[0]), load_file(last[1]))
+    unharmed.train(states / "unharmed", Told())
+    assert not same(unharmed.weights(), whole.weights())  # the rate that was halved stays so
+
+
+def test_the_rate_is_halved_twice_and_no_more(bench: Bench, states: Path) -> None:
+    bench.config = config_of(schedule="constant", warmup_steps=0)
+    run, told = bench.start(), Told()
+    spoil(run, lambda call: call in (3, 7))  # steps 3 and 4 are calls 5 and 6 the second time, then 5 is call 7
+    assert run.train(states, told)
+    assert told.resumed_at == [0, 2, 4]
+    assert told.rates[-1] == pytest.approx(0.0025) and sorted(set(told.rates)) == pytest.approx([0.0025, 0.005, 0.01])
+    assert len(told.warnings) == 2 and finite(states)
 
 
 def test_before_the_first_state_it_goes_back_to_the_beginning(bench: Bench, states: Path) -> None:
@@ -303,7 +362,13 @@ def test_before_the_first_state_it_goes_back_to_the_beginning(bench: Bench, stat
     spoil(run, lambda call: call == 3)
     assert run.train(states, told)
     assert told.resumed_at == [0, 0]
-    assert all(torch.isfinite(weight).all() for weight in run.weights().values())
+    assert "back to step 0" in told.warnings[0]
+    assert finite(states)
+    # The very beginning: as a run that starts at half the rate does. AdamW knows the rate only.
+    bench.config = config_of(save_every=100, lr=5e-3)
+    other = bench.start()
+    other.train(states.parent / "other", Told())
+    assert same(other.weights(), run.weights())
 
 
 def test_a_run_that_diverges_three_times_fails_and_names_the_pictures(bench: Bench, states: Path) -> None:
@@ -313,9 +378,9 @@ def test_a_run_that_diverges_three_times_fails_and_names_the_pictures(bench: Ben
         run.train(states, told)
     assert failed.value.step == 2
     assert told.resumed_at == [0, 2, 2]
-    assert set(run.data.names(2)) <= {word.strip(",") for word in str(failed.value).split()}
-    kept = [load_file(state / "state.safetensors") for state in states.iterdir()]
-    assert kept and all(torch.isfinite(tensor).all() for state in kept for tensor in state.values())
+    named = {word.strip(",") for word in str(failed.value).split() if ".png" in word}
+    assert named == set(run.data.names(2))
+    assert told.saved_at == [2] and finite(states)
 
 
 def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(bench: Bench, states: Path) -> None:
@@ -323,30 +388,91 @@ def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(bench: Bench,
     # The root of 0 has an infinite slope and a finite value.
     spoil(run, lambda call: call == 3, lambda loss: loss.detach() + (loss - loss.detach()).sqrt())
     assert run.train(states, told)
-    assert "the gradient was not a finite number in step 3" in told.warnings[0]
+    assert len(told.warnings) == 1 and "the gradient was not a finite number in step 3" in told.warnings[0]
+    assert all(math.isfinite(loss) for loss in told.losses) and finite(states)
 
 
-# Micro-batches and memory
+def test_a_weight_that_is_not_finite_though_loss_and_gradient_are_is_not_saved(bench: Bench, states: Path) -> None:
+    run, told = bench.start(), Told()
+    weight = run.groups[0]["params"][0]
+
+    def overflow(loss: Tensor) -> Tensor:
+        weight.data[0, 0] = math.inf
+        return loss
+
+    spoil(run, lambda call: call == 4, overflow)
+    assert run.train(states, told)
+    assert told.resumed_at == [0, 2] and "a weight was not a finite number" in told.warnings[0]
+    assert finite(states) and torch.isfinite(weight).all()
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2])
-def test_smaller_micro_batches_take_the_same_steps(bench: Bench, states: Path, micro_batch: int) -> None:
-    bench.config = config_of(batch=3, micro_batch=3)
-    whole = bench.start()
-    whole.train(states / "whole", Told())
-    bench.config = config_of(batch=3, micro_batch=micro_batch)
-    parts = bench.start()
-    parts.train(states / "parts", Told())
-    for name, weight in whole.weights().items():
-        assert torch.allclose(parts.weights()[name], weight, rtol=1e-3, atol=1e-5), name
+def test_who_looks_in_between_sees_finite_weights_only(bench: Bench, states: Path) -> None:
+    bench.config = config_of(save_every=100)
+    run, seen = bench.start(), []
+
+    def look(step: int) -> None:
+        seen.append((step, all(torch.isfinite(weight).all() for weight in run.weights().values())))
+
+    spoil(run, lambda call: call == 3)
+    loop.train(run.branch, run.groups, run.data, run.config, Told(), states, look, look_at=(2, 3, 5))
+    assert seen == [(2, True), (2, True), (3, True), (5, True)]  # after the step that went wrong nobody looked
 
 
-def test_checkpointing_changes_no_bit(bench: Bench, states: Path) -> None:
+# Micro-batches, memory and class pictures
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl1", "flux1"])
+def test_smaller_micro_batches_take_the_same_steps(bench_of: Callable[[str], Bench], states: Path, family: str) -> None:
+    bench, ends = bench_of(family), []
+    for micro_batch in (4, 2, 1):
+        bench.config = config_of(batch=4, micro_batch=micro_batch, steps=4)
+        run = bench.start()
+        start = run.weights()
+        assert len(list(run.data.batches(run.branch, 0))) == 4 // micro_batch
+        run.train(states / str(micro_batch), Told())
+        ends.append(run.weights())
+    for name, weight in ends[0].items():
+        assert float((weight - start[name]).abs().max()) > 0.01, name
+        assert all(torch.allclose(end[name], weight, rtol=1e-4, atol=1e-5) for end in ends[1:]), name
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl1", "flux1"])
+def test_checkpointing_changes_no_bit(bench_of: Callable[[str], Bench], states: Path, family: str) -> None:
+    bench = bench_of(family)
+    bench.config = config_of(steps=3)
     plain, thrifty = bench.start(), bench.start()
-    thrifty.branch.denoiser.enable_gradient_checkpointing()
-    plain.train(states / "plain", Told())
-    thrifty.train(states / "thrifty", Told())
+    # As train.py has it.
+    thrifty.branch.pipeline.components[thrifty.branch.denoiser_name].enable_gradient_checkpointing()
+
+    def computed(run: Run) -> int:
+        """Train; returns how often a layer of a transformer block was computed."""
+        calls: list[int] = []
+        name = next(name for name in run.weights() if ".to_q.lora_A." in name)
+        layer = run.branch.denoiser.get_submodule(name.removeprefix("denoiser.").partition(".lora_A.")[0])
+        layer.register_forward_hook(lambda *_: calls.append(1))
+        run.train(states / str(run is thrifty), Told())
+        return len(calls)
+
+    assert (computed(plain), computed(thrifty)) == (3, 6)  # once in a step, and once more for its gradients
     assert same(thrifty.weights(), plain.weights())
+
+
+def test_class_pictures_add_their_share_to_the_loss(bench: Bench, photos: list[Path], states: Path) -> None:
+    def first_step(prior_weight: float) -> tuple[float, Run]:
+        """Its loss, and the run after it."""
+        bench.config = config_of(steps=1, prior_weight=prior_weight, caption_dropout=0, flip=False)
+        run, told = bench.start(), Told()
+        run.train(states / f"{prior_weight} {len(bench.more)}", told)
+        return told.losses[0], run
+
+    alone, without = first_step(1)
+    bench.more = [Picture(photo, "any dog", f"class {photo.stem}", "class") for photo in photos[:2]]
+    (half, _), (once, run), (twice, _) = (first_step(weight) for weight in (0.5, 1, 2))
+    share = once - alone
+    assert share > 0.1 * alone
+    assert [half, twice] == pytest.approx([alone + 0.5 * share, alone + 2 * share], rel=1e-5)
+    assert not same(run.weights(), without.weights())
+    assert set(run.data.names(0)) == {*without.data.names(0), "class 0", "class 1"}
 
 
 @pytest.mark.parametrize("kind", ["weight", "exp_avg"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -72,7 +73,10 @@ def test_the_hub_is_not_asked_for_what_is_here(
     assert asked == []
 
 
-def test_a_single_file_without_a_tokenizer_is_refused_where_the_hub_has_none_either(file: Path, tmp_path: Path) -> None:
+def test_a_single_file_without_a_tokenizer_is_refused_where_the_hub_has_none_either(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))  # not this machine's own
     load(file, tmp_path)
     shutil.rmtree(sidecar(file) / "tokenizer")
     with pytest.raises(OSError, match="clip-vit-large-patch14 is not in the cache"):
@@ -110,22 +114,44 @@ def remove(file: Path) -> None:
     file.unlink()
 
 
-@pytest.mark.parametrize("spoil", [drop_weight, change_shape, truncate, remove])
+REASONS = {drop_weight: "missing", change_shape: "shape|mismatch", truncate: "load", remove: "no file"}
+
+
+@pytest.mark.parametrize("spoil", list(REASONS))
 @pytest.mark.parametrize("part", PARTS)
 def test_a_folder_with_a_part_that_is_not_whole_is_refused(
     folder: Path, tmp_path: Path, part: str, spoil: Callable[[Path], None]
 ) -> None:
     spoil(next((folder / part).glob("*.safetensors")))
-    with pytest.raises((OSError, ValueError)):
+    with pytest.raises((OSError, ValueError), match=re.compile(REASONS[spoil], re.IGNORECASE)):
         load(folder, tmp_path)
 
 
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "first_stage_model.", "cond_stage_model."])
-def test_a_single_file_with_a_weight_missing_is_refused(file: Path, tmp_path: Path, prefix: str) -> None:
+FILE_KEYS = [
+    "model.diffusion_model.time_embed.0.weight",
+    "model.diffusion_model.middle_block.1.proj_in.weight",
+    "model.diffusion_model.output_blocks.5.1.transformer_blocks.0.attn2.to_k.weight",
+    "first_stage_model.quant_conv.weight",
+    "first_stage_model.decoder.mid.attn_1.q.weight",
+    "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc2.weight",
+    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+]
+
+
+@pytest.mark.parametrize("key", FILE_KEYS)
+def test_a_single_file_with_a_weight_missing_is_refused(file: Path, tmp_path: Path, key: str) -> None:
     tensors = load_file(file)
-    del tensors[next(name for name in tensors if name.startswith(prefix) and name.endswith(".weight"))]
+    del tensors[key]
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(ValueError, match=r"base.* missing"):
+        load(file, tmp_path)
+
+
+@pytest.mark.parametrize("key", FILE_KEYS)
+def test_a_single_file_with_a_weight_of_another_shape_is_refused(file: Path, tmp_path: Path, key: str) -> None:
+    tensors = load_file(file)
+    save_file(tensors | {key: tensors[key][:-1].contiguous()}, file)
+    with pytest.raises(ValueError, match=r"base.* cannot be loaded: .*shape"):
         load(file, tmp_path)
 
 

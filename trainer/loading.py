@@ -37,7 +37,9 @@ def told_in_words(base: Base) -> Iterator[None]:
         yield
     except NotImplementedError as problem:  # diffusers moves a weight that it has not found in the file
         raise ValueError(f"{base.title} cannot be loaded: weights are missing from it") from problem
-    except (RuntimeError, SafetensorError, SingleFileComponentError) as problem:
+    except KeyError as problem:  # diffusers does not find one of those that it looks for by name
+        raise ValueError(f"{base.title} cannot be loaded: {problem} is missing from it") from problem
+    except (RuntimeError, ValueError, SafetensorError, SingleFileComponentError) as problem:
         raise ValueError(f"{base.title} cannot be loaded: {problem}") from problem
 
 
@@ -60,9 +62,11 @@ def finish(base: Base, pipeline: Any) -> None:
     pipeline.set_progress_bar_config(disable=True)
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
-            freeze(part)
-        elif name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens):
-            # transformers makes a tokenizer that knows no word where it finds none, and says nothing.
+            with told_in_words(base):
+                freeze(part)
+        elif name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens) + 1:
+            # transformers makes a tokenizer that knows no word where it finds none (T5's: the mark where words begin),
+            # and says nothing.
             raise OSError(f"{base.title} has no vocabulary in {name}/")
 
 

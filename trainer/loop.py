@@ -23,6 +23,7 @@ READ_LOSS_EVERY = 10  # reading a number from the device waits for it
 STATES_KEPT = 2
 MAX_HALVINGS = 2  # of the learning rate, where the loss stops being a number
 SCHEMA = 2
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -244,13 +245,13 @@ def resume(
         if not same_run or not file.exists() or facts.get("sha256") != sha256(file):
             continue
         with safe_open(file, "pt") as tensors, torch.no_grad():
+            held = set(tensors.keys())
             for name, param in params.items():
                 param.copy_(tensors.get_tensor(f"weight/{name}"))
-                optimizer.state[param] = {
-                    "step": tensors.get_tensor(f"step/{name}").to(param.device),  # fused AdamW wants it there
-                    "exp_avg": tensors.get_tensor(f"exp_avg/{name}").to(param.device),
-                    "exp_avg_sq": tensors.get_tensor(f"exp_avg_sq/{name}").to(param.device),
-                }
+                # None where a layer never had a gradient, as the last one of SDXL's first encoder, whose output nobody
+                # reads. Fused AdamW wants all three on the device.
+                kept = [key for key in MOMENTS if f"{key}/{name}" in held]
+                optimizer.state[param] = {key: tensors.get_tensor(f"{key}/{name}").to(param.device) for key in kept}
         return int(facts["step"]), int(facts["halvings"])
     return None
 

@@ -86,7 +86,7 @@ def load(base: Base, device: torch.device, cache: Path) -> Flux1:
     def transformer() -> Any:
         with loading.told_in_words(base):
             module = read_transformer()
-        loading.freeze(module)
+            loading.freeze(module)
         return module
 
     return Flux1(pipeline, transformer, device, dtype)
