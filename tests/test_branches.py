@@ -43,12 +43,12 @@ class Case:
         return f"{self.branch} {self.kind} {self.preset or 'null'} {self.name} {self.args}".strip()
 
 
-CASES = [  # one of each family in the default run
-    Case("sd15", "file", args="prior_weight=1 prior_images=2"),
+CASES = [  # in the default run; test_app.py has sd15 there, as folder and as file
     Case("sdxl1", "folder"),
     Case("flux1", "folder", "flux-lora-portrait", "woman"),
 ]
 MORE_CASES = [
+    Case("sd15", "file", args="prior_weight=1 prior_images=2"),
     Case("sd15", "folder"),
     Case("sd15", "folder", "mine"),
     Case("sdxl1", "file", args="batch=3 micro_batch=2 crops=2"),

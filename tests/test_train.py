@@ -194,6 +194,7 @@ def train_bench(studio: Studio) -> Any:
 # Class pictures
 
 
+@pytest.mark.long
 def test_class_pictures_are_made_once_and_their_loss_counts(studio: Studio) -> None:
     args = "prior_weight=1 prior_images=3"
     first = studio.ended(studio.create("with prior", args=args))
@@ -214,6 +215,7 @@ def test_class_pictures_are_made_once_and_their_loss_counts(studio: Studio) -> N
 # TensorBoard
 
 
+@pytest.mark.long
 def test_tensorboard_files_are_written_only_where_they_are_asked_for(
     tmp_path: Path, decoder: Decoder, dog_photos: Callable[[int], list[Path]]
 ) -> None:
