@@ -1,0 +1,65 @@
+"""Make the base of branch fast: draw pictures, train the VAE, then the text encoder and the UNet; write the folder.
+
+    uv run python -m benchmarks.fast_base.train WORK     # goes on where WORK holds a state; the base is WORK/base
+
+Everything is drawn and seeded here: no photo and no foreign weight is involved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.fast_base import textures, vae
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder for pictures, states, log and the base")
+    parser.add_argument("--settings", type=Path, default=HERE / "settings.toml")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    settings, work, device = tomllib.loads(options.settings.read_text()), options.work, torch.device(options.device)
+    work.mkdir(parents=True, exist_ok=True)
+    seed, side = settings["pictures"]["seed"], settings["pictures"]["side"]
+
+    leaves = drawn(work / "leaves.npy", draw_leaves, settings["pictures"]["leaves"], seed, side)
+    autoencoder = vae.train_vae(leaves, settings["vae"], seed, work, device)
+
+
+def drawn(file: Path, draw: Callable[[Any], Any], count: int, seed: int, side: int) -> Tensor:
+    """`count` pictures as (N, 3, H, W), 8 bits, drawn on all cores unless `file` has them already."""
+    if not file.exists():
+        with multiprocessing.Pool() as pool:
+            pictures = pool.map(draw, [(seed, side, number) for number in range(count)], chunksize=50)
+        np.save(file, np.stack(pictures))
+    return torch.from_numpy(np.load(file)).permute(0, 3, 1, 2)
+
+
+def draw_leaves(job: tuple[int, int, int]) -> Any:
+    seed, side, number = job
+    return textures.dead_leaves(np.random.default_rng((seed, number)), bank(seed), side)
+
+
+_banks: dict[int, textures.Textures] = {}
+
+
+def bank(seed: int) -> textures.Textures:
+    """One bank a process."""
+    if seed not in _banks:
+        _banks[seed] = textures.Textures(seed)
+    return _banks[seed]
+
+
+if __name__ == "__main__":
+    main()
