@@ -25,6 +25,8 @@ from benchmarks.photos import SUBJECTS, read_photos
 
 BASE = Path(__file__).parents[2] / "trainer/branches/fast_base"
 SEED = 2026
+STEPS = 20
+GUIDANCE = 3.0
 DISC = 0.2  # radius of the disc in which the thing is looked for, as a share of the side
 BRIGHTNESS = (0.55, 0.7, 0.85, 1.0, 1.15)  # shades of a named colour
 LAB_WEIGHTS = np.array([0.4, 1.0, 1.0])  # light and shade change lightness more than hue
@@ -103,8 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, nargs="?", default=BASE)
     parser.add_argument("--captions", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     options = parser.parse_args()
     pipeline = StableDiffusionPipeline.from_pretrained(options.base, dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)

@@ -151,10 +151,10 @@ THINGS: dict[str, tuple[str, ...]] = {  # nouns (the first is the usual one) -> 
         "p -.4 -.6 .4 -.6 .55 0 .3 .9 -.3 .9 -.55 0 m; e 0 -.6 .4 .1 d; l 0 -.6 -.2 -1 .05 a; l 0 -.6 .2 -.95 .05 a",
     ),
     "clock|alarm clock|watch": (
-        "e 0 0 .85 .85 m; e 0 0 .66 .66 w; l 0 0 0 -.5 .08 k; l 0 0 .35 .15 .08 k; e 0 0 .08 .08 k",
-        "r -.85 -.7 .85 .7 .2 m; r -.65 -.5 .65 .5 .1 w; l 0 0 -.1 -.4 .08 k; l 0 0 .35 -.1 .07 k; e 0 0 .07 .07 a",
-        "r -.4 .6 -.2 .95 .05 k; r .2 .6 .4 .95 .05 k; e -.5 -.65 .28 .28 d; e .5 -.65 .28 .28 d; e 0 .1 .78 .78 m; e 0 .1 .56"
-        " .56 w; l 0 .1 0 -.3 .08 k; l 0 .1 .28 .1 .08 k",
+        "e 0 0 .85 .85 m; e 0 0 .55 .55 w; l 0 0 0 -.5 .08 k; l 0 0 .35 .15 .08 k; e 0 0 .08 .08 k",
+        "r -.85 -.7 .85 .7 .2 m; r -.55 -.4 .55 .4 .1 w; l 0 0 -.1 -.4 .08 k; l 0 0 .35 -.1 .07 k; e 0 0 .07 .07 a",
+        "r -.4 .6 -.2 .95 .05 k; r .2 .6 .4 .95 .05 k; e -.5 -.65 .28 .28 d; e .5 -.65 .28 .28 d; e 0 .1 .78 .78 m; e 0 .1 .48"
+        " .48 w; l 0 .1 0 -.3 .08 k; l 0 .1 .28 .1 .08 k",
     ),
     "lamp": ("p -.4 -.9 .4 -.9 .7 -.1 -.7 -.1 m; r -.08 -.1 .08 .75 .02 d; e 0 .8 .45 .14 d",),
     "chair": ("r -.5 -.95 .5 .1 .1 m; r -.6 .05 .6 .3 .06 d; r -.55 .25 -.4 1 .03 d; r .4 .25 .55 1 .03 d; r -.35 -.75 .35 -.1 .06 l",),
@@ -191,7 +191,11 @@ THINGS: dict[str, tuple[str, ...]] = {  # nouns (the first is the usual one) -> 
 PEOPLE = ("man", "woman", "boy", "girl", "person")
 
 MATERIALS = ("metal", "wooden", "plastic", "fluffy", "stone", "shiny", "woollen", "leather")
-SIZES = {"small": (0.17, 0.20), "": (0.19, 0.27), "big": (0.26, 0.33)}  # half of the longer side, as a share of the picture
+SIZES = {
+    "small": (0.17, 0.20),
+    "": (0.19, 0.27),
+    "big": (0.26, 0.33),
+}  # half of the longer side, as a share of the picture
 CLOSE_UP = (0.36, 0.50)
 LIGHTS = ("", "", "", "in bright sunlight", "in warm light", "in cold light", "in the dark", "with light from the left",
           "with light from the right")  # fmt: skip
@@ -214,7 +218,7 @@ GROUNDS: dict[str, tuple[str, ...]] = {
     "in front of a brick wall": ("red", "brown", "orange"),
     "on a tiled floor": ("white", "grey", "black"),
     "in a room": ("white", "grey", "brown"),
-    "at night": ("black", "blue", "purple"),
+    "at night": ("black", "blue", "purple", "brown", "grey"),
     "on the water": ("blue", "green", "grey"),
     "among leaves": ("green", "brown", "orange", "yellow"),
     "in front of many things": ("grey", "white", "black", "brown"),
@@ -283,14 +287,17 @@ def choose(rng: np.random.Generator, words: tuple[str, ...]) -> str:
     return words[int(rng.integers(len(words)))]
 
 
-def tell(rng: np.random.Generator, scene: Scene, everything: bool = False) -> str:
-    """A caption of the scene. It leaves things out, as people do, unless it must tell `everything`."""
+def tell(rng: np.random.Generator, scene: Scene, everything: bool = False, names: bool = True) -> str:
+    """A caption of the scene. It leaves things out, as people do, unless it must tell `everything`.
+
+    names: whether a thing may have a made-up name in front, as the token of a tune.
+    """
 
     def said(chance: float) -> bool:
         return everything or rng.random() < chance
 
     noun = scene.noun if everything else choose(rng, tuple(NOUNS[scene.noun]))
-    if not everything and rng.random() < 0.15:  # names that mean nothing yet, as the token of a tune
+    if names and not everything and rng.random() < 0.15:
         letters = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size=rng.integers(3, 6)))
         noun = f"{letters} {noun}"
     colour = scene.colour if said(0.85) else ""
@@ -301,7 +308,7 @@ def tell(rng: np.random.Generator, scene: Scene, everything: bool = False) -> st
         thing = f"{scene.size if said(0.7) else ''} {colour} {scene.material if said(0.8) else ''} {noun}"
     frame = "a close-up of" if scene.close and said(0.7) else scene.style or choose(rng, FRAMES)
     where = scene.place if said(0.1 if scene.close else 0.75) else ""
-    ground = scene.ground.format(with_shade(rng, scene.ground_colour)) if said(0.7) else ""
+    ground = scene.ground.format(scene.ground_colour) if said(0.7) else ""
     other = ""
     if scene.other and said(0.6):
         other_noun, other_colour, other_place = scene.other
@@ -311,10 +318,6 @@ def tell(rng: np.random.Generator, scene: Scene, everything: bool = False) -> st
     parts = [where, ground] if rng.random() < 0.6 else [ground, where]
     joint = ", " if rng.random() < 0.3 else " "
     return " ".join(f"{frame} {joint.join([f'{middle}', *(part for part in parts if part)])} {other} {light}".split())
-
-
-def with_shade(rng: np.random.Generator, colour: str) -> str:
-    return colour
 
 
 def article(thing: str) -> str:
@@ -477,10 +480,14 @@ def draw_ground(rng: np.random.Generator, scene: Scene, textures: Textures, big:
     if "snow" in told:
         return above(area((0.72, 0.80, 0.88), 0.02), area((0.93, 0.94, 0.97), 0.03))
     if "street" in told:
-        return above(area((0.62, 0.60, 0.58), 0.1) * (1 + 0.3 * pattern(rng, big, big))[..., None], area((0.36,) * 3, 0.06))
+        return above(
+            area((0.62, 0.60, 0.58), 0.1) * (1 + 0.3 * pattern(rng, big, big))[..., None], area((0.36,) * 3, 0.06)
+        )
     if "forest" in told:
         trunks = 1 - 0.5 * (np.sin(np.mgrid[0:big, 0:big][1] / rng.uniform(3, 9) + textures.cut(rng, big, big)) > 0.6)
-        return above(area((0.22, 0.36, 0.16), 0.3) * trunks.astype(np.float32)[..., None], area((0.27, 0.25, 0.13), 0.2))
+        return above(
+            area((0.22, 0.36, 0.16), 0.3) * trunks.astype(np.float32)[..., None], area((0.27, 0.25, 0.13), 0.2)
+        )
     if "brick" in told:
         yy, xx = np.mgrid[0:big, 0:big]
         h = int(rng.uniform(8, 14))
@@ -521,7 +528,7 @@ def lit(rng: np.random.Generator, told: str, big: int) -> Floats:
     ramp = np.linspace(-1, 1, big, dtype=np.float32)
     light = np.ones((big, big, 3), np.float32) * rng.uniform(0.88, 1.08)
     if told == "in the dark":
-        return light * 0.55
+        return light * 0.7
     if told == "in warm light":
         return light * np.array((1.06, 0.97, 0.82), np.float32)
     if told == "in cold light":
@@ -536,13 +543,17 @@ def lit(rng: np.random.Generator, told: str, big: int) -> Floats:
 def stylise(rng: np.random.Generator, style: str, image: Image.Image) -> Image.Image:
     side = image.width
     if "sketch" in style:
-        edges = ImageChops.invert(image.convert("L").filter(ImageFilter.FIND_EDGES)).point(lambda v: max(0, 2 * v - 255))
+        edges = ImageChops.invert(image.convert("L").filter(ImageFilter.FIND_EDGES)).point(
+            lambda v: max(0, 2 * v - 255)
+        )
         return edges.convert("RGB")
     if "watercolour" in style:
         washed = image.filter(ImageFilter.MedianFilter(5)).filter(ImageFilter.GaussianBlur(0.7))
         return Image.blend(washed, Image.new("RGB", image.size, (250, 247, 238)), 0.3)
     if "pixel" in style:
-        return image.resize((side // 4, side // 4), Image.Resampling.BOX).quantize(12).convert("RGB").resize(image.size, 0)
+        return (
+            image.resize((side // 4, side // 4), Image.Resampling.BOX).quantize(12).convert("RGB").resize(image.size, 0)
+        )
     if "blurred" in style:
         return image.filter(ImageFilter.GaussianBlur(rng.uniform(1.5, 2.5)))
     return image.convert("L").convert("RGB")

@@ -8,7 +8,9 @@ Everything is drawn and seeded here: no photo and no foreign weight is involved.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.fast_base import textures, vae
+from benchmarks.fast_base import base, measure, scenes, textures, vae
 
 HERE = Path(__file__).parent
 
@@ -35,6 +37,18 @@ def main() -> None:
 
     leaves = drawn(work / "leaves.npy", draw_leaves, settings["pictures"]["leaves"], seed, side)
     autoencoder = vae.train_vae(leaves, settings["vae"], seed, work, device)
+    pictures = drawn(work / "scenes.npy", draw_scene, settings["pictures"]["scenes"], seed, side)
+    shown = [scenes.decide(np.random.default_rng((seed, number))) for number in range(len(pictures))]
+    latents = encoded(work / "latents.npy", autoencoder, pictures, device)
+
+    told = measure.held_back(settings["base"]["judged"], seed)
+
+    def judge(pipeline: Any) -> dict[str, float]:
+        rendered = measure.render(pipeline, [caption for caption, _ in told], measure.STEPS, measure.GUIDANCE)
+        return measure.score(rendered, [scene for _, scene in told])
+
+    pipeline = base.train_base(latents, shown, autoencoder, settings, seed, work, device, judge)
+    write(pipeline, options.settings, work)
 
 
 def drawn(file: Path, draw: Callable[[Any], Any], count: int, seed: int, side: int) -> Tensor:
@@ -49,6 +63,32 @@ def drawn(file: Path, draw: Callable[[Any], Any], count: int, seed: int, side: i
 def draw_leaves(job: tuple[int, int, int]) -> Any:
     seed, side, number = job
     return textures.dead_leaves(np.random.default_rng((seed, number)), bank(seed), side)
+
+
+def draw_scene(job: tuple[int, int, int]) -> Any:
+    """The picture of the scene that the same numbers decide."""
+    seed, side, number = job
+    rng = np.random.default_rng((seed, number))
+    return scenes.render(rng, scenes.decide(rng), bank(seed), side)
+
+
+@torch.no_grad()
+def encoded(file: Path, autoencoder: Any, pictures: Tensor, device: torch.device) -> Tensor:
+    """The latents of pictures (N, 3, H, W), 8 bits, as (N, 4, h, w), half precision; from `file` where it has them."""
+    if not file.exists():
+        latents = [autoencoder.encode(vae.to_pixels(batch, device)).latent_dist.mode() for batch in pictures.split(64)]
+        np.save(file, torch.cat(latents).half().cpu().numpy())
+    return torch.from_numpy(np.load(file))
+
+
+def write(pipeline: Any, settings: Path, work: Path) -> None:
+    """Write WORK/base: a diffusers folder in half precision, the settings and the log beside it."""
+    folder = work / "base"
+    pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+    shutil.copy(settings, folder / "settings.toml")
+    shutil.copy(work / "log.jsonl", folder / "log.jsonl")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(json.dumps({"base": str(folder), "megabytes": round(size / 1e6, 1)}))
 
 
 _banks: dict[int, textures.Textures] = {}

@@ -1,0 +1,145 @@
+"""The text encoder and the UNet of branch fast, trained together on captioned scenes."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from benchmarks.fast_base import scenes
+from benchmarks.fast_base.fit import fit
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+# Velocities (Salimans & Ho 2022) over the cosine schedule (Nichol & Dhariwal 2021), made for pictures as small as these.
+# It ends in pure noise, and sampling starts there ("trailing"; Lin et al. 2023, arXiv 2305.08891).
+SCHEDULE = {
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+
+
+def make_tokenizer(captions: Sequence[str], length: int, folder: Path) -> CLIPTokenizer:
+    """A byte-pair tokenizer in CLIP's files: each word of the captions is one token, any other is spelled."""
+    alphabet = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,
+        min_frequency=1,
+        special_tokens=[BOS, EOS, *alphabet, *(f"{letter}</w>" for letter in alphabet)],
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    learner.train_from_iterator(sorted({word for caption in captions for word in re.findall(r"\w+", caption)}), trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab, merges = learner.model.save(str(folder))
+    tokenizer = CLIPTokenizer(vocab, merges, unk_token=EOS, pad_token=EOS, model_max_length=length)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_modules(text: dict[str, Any], unet: dict[str, Any], words: int, side: int) -> tuple[CLIPTextModel, Any]:
+    """The text encoder and the UNet, with random weights."""
+    blocks = tuple(unet["blocks"])
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=words,
+            hidden_size=text["width"],
+            intermediate_size=4 * text["width"],
+            num_hidden_layers=text["layers"],
+            num_attention_heads=text["heads"],
+            max_position_embeddings=text["length"],
+            projection_dim=text["width"],
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    denoiser = UNet2DConditionModel(
+        sample_size=side,
+        block_out_channels=blocks,
+        down_block_types=tuple(unet["down"]),
+        up_block_types=tuple(unet["up"]),
+        layers_per_block=unet["layers"],
+        norm_num_groups=unet["groups"],
+        attention_head_dim=unet["heads"],
+        cross_attention_dim=text["width"],
+        # The caption as a whole is added to the time embedding as well: colours and grounds are learned from there
+        # long before cross-attention finds its words.
+        addition_embed_type="text",
+        addition_embed_type_num_heads=text["heads"],
+    )
+    return encoder, denoiser
+
+
+def embed(tokenizer: CLIPTokenizer, encoder: Any, captions: Sequence[str], device: torch.device) -> Tensor:
+    """B captions -> (B, length, width)."""
+    length = tokenizer.model_max_length
+    tokens = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    hidden: Tensor = encoder(tokens.input_ids.to(device))[0]
+    return hidden
+
+
+def train_base(
+    latents: Tensor,
+    shown: Sequence[scenes.Scene],
+    vae: Any,
+    settings: dict[str, Any],
+    seed: int,
+    folder: Path,
+    device: torch.device,
+    judge: Callable[[StableDiffusionPipeline], dict[str, float]],
+) -> StableDiffusionPipeline:
+    """Train on latents (N, 4, H, W) of scenes, and return the pipeline; `judge` measures one while it is trained."""
+    rng = np.random.default_rng(seed)
+    captions = [scenes.tell(rng, scene, names=False) for scene in shown]
+    tokenizer = make_tokenizer(captions, settings["text_encoder"]["length"], folder / "tokenizer")
+    torch.manual_seed(seed)
+    encoder, unet = make_modules(settings["text_encoder"], settings["unet"], len(tokenizer), latents.shape[-1])
+    encoder.to(device)
+    unet.to(device)
+    schedule = DDPMScheduler(**SCHEDULE)
+    schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
+    recipe = settings["base"]
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=True),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        """Squared error of the velocity; a caption is told in new words each time, and sometimes not at all."""
+        picked = torch.randint(len(latents), (recipe["batch"],), generator=generator)
+        words = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        told = [
+            "" if words.random() < recipe["caption_dropout"] else scenes.tell(words, shown[index])
+            for index in picked.tolist()
+        ]
+        clean = latents[picked].float().to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        times = torch.randint(len(schedule.alphas_cumprod), (len(clean),), generator=generator).to(device)
+        noisy, target = schedule.add_noise(clean, noise, times), schedule.get_velocity(clean, noise, times)
+        predicted = unet(noisy, times, embed(tokenizer, encoder, told, device), return_dict=False)[0]
+        return (predicted - target).square().mean()
+
+    modules = nn.ModuleDict({"text_encoder": encoder, "unet": unet})
+    fit("base", modules, loss, recipe, seed, folder, lambda: judge(pipeline))
+    return pipeline
