@@ -20,7 +20,7 @@ from benchmarks.fast_base.fit import fit
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
-# Velocities (Salimans & Ho 2022) over the cosine schedule (Nichol & Dhariwal 2021), made for pictures as small as these.
+# Velocities (Salimans & Ho 2022) over the cosine schedule (Nichol & Dhariwal 2021), made for small pictures.
 # It ends in pure noise, and sampling starts there ("trailing"; Lin et al. 2023, arXiv 2305.08891).
 SCHEDULE = {
     "beta_schedule": "squaredcos_cap_v2",

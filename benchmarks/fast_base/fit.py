@@ -1,4 +1,4 @@
-"""One optimizer loop for both stages: seeded by the step, so that it goes on after a break as if there had been none."""
+"""One optimizer loop for both stages: seeded by the step, so it goes on after a break as if there had been none."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def disc(place: str, side: int) -> NDArray[np.bool_]:
 
 
 def colour_right(picture: Pixels, scene: Scene) -> bool:
-    """Whether, of all colours, the told one is the most peculiar to the told place: share there minus share elsewhere."""
+    """Whether, of all colours, the told one is most peculiar to the told place: share there minus share elsewhere."""
     named, there = name_colours(picture), disc(scene.place, len(picture))
     excess = [np.mean(named[there] == index) - np.mean(named[~there] == index) for index in range(len(NAMES))]
     return NAMES[int(np.argmax(excess))] == scene.colour

@@ -5,8 +5,10 @@ A scene is first decided (`decide`), then told (`tell`) and drawn (`render`), so
 
 from __future__ import annotations
 
+import tomllib
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -44,150 +46,9 @@ PLACES = {
 SKIN = ((0.96, 0.80, 0.69), (0.87, 0.66, 0.52), (0.68, 0.46, 0.33), (0.42, 0.27, 0.18))
 HAIR = ((0.10, 0.08, 0.07), (0.33, 0.20, 0.10), (0.62, 0.42, 0.18), (0.85, 0.72, 0.45), (0.55, 0.54, 0.53))
 
-# Things, drawn from simple parts in a box from -1 to 1, y downwards: `e` ellipse (middle, radii), `r` rectangle with
-# rounded corners (two corners, radius), `p` polygon, `l` line (points, width last). The letter at the end is its paint:
-# m the main colour, d and l the same but darker and lighter, a another colour, s skin, h hair, k black, w white.
-FACE = "e 0 -.45 .36 .42 s; e -.14 -.5 .05 .05 k; e .14 -.5 .05 .05 k; l -.1 -.26 .1 -.26 .05 d"
-BODY = "r -.75 .02 .75 1.1 .3 m; r -.13 -.1 .13 .1 .05 s"
-EYES = "e -.2 -.45 .07 .07 k; e .2 -.45 .07 .07 k"
-THINGS: dict[str, tuple[str, ...]] = {  # nouns (the first is the usual one) -> ways to draw it
-    "man|guy|male": (
-        f"{BODY}; e 0 -.55 .4 .42 h; {FACE}",
-        "r -.3 -.35 .3 .35 .1 m; r -.28 .3 -.03 1 .05 d; r .03 .3 .28 1 .05 d; r -.5 -.3 -.3 .3 .08 l; r .3 -.3 .5 .3 .08"
-        " l; e 0 -.68 .2 .24 s; e 0 -.8 .21 .14 h",
-    ),
-    "woman|lady|female": (
-        f"e 0 -.3 .55 .7 h; {BODY}; {FACE}; e 0 -.8 .4 .16 h",
-        "p 0 -.5 .55 .6 -.55 .6 m; r -.2 .5 -.05 1 .05 s; r .05 .5 .2 1 .05 s; e 0 -.65 .28 .32 h; e 0 -.66 .18 .22 s",
-    ),
-    "boy": (f"{BODY}; e 0 -.6 .42 .36 h; {FACE}; e 0 -.82 .42 .14 a",),
-    "girl": (f"{BODY}; e -.45 -.35 .2 .4 h; e .45 -.35 .2 .4 h; e 0 -.6 .42 .36 h; {FACE}; e 0 -.85 .35 .12 h",),
-    "person|child|baby": (f"{BODY}; e 0 -.5 .4 .46 h; e 0 -.42 .37 .42 s; {EYES}; l -.1 -.22 .1 -.22 .06 d",),
-    "dog|puppy": (
-        "e -.1 .2 .62 .34 m; r -.6 .3 -.42 .95 .08 d; r .2 .3 .38 .95 .08 d; r -.35 .3 -.18 .95 .08 m; r .42 .3 .6 .95 .08"
-        " m; l -.65 .1 -.95 -.4 .14 m; e .55 -.3 .36 .32 m; e .85 -.18 .2 .14 l; e .95 -.22 .08 .07 k; e .6 -.38 .06 .06"
-        " k; e .35 -.3 .14 .3 d",
-        "e 0 0 .7 .75 m; e -.7 -.1 .25 .6 d; e .7 -.1 .25 .6 d; e 0 .35 .36 .32 l; e 0 .2 .15 .11 k; e -.28 -.15 .1 .1 k;"
-        " e .28 -.15 .1 .1 k; l -.12 .5 .12 .5 .05 k",
-        "e 0 .5 .5 .55 m; e 0 -.35 .48 .45 m; e -.48 -.4 .16 .36 d; e .48 -.4 .16 .36 d; e 0 -.15 .22 .2 l; e 0 -.24 .09"
-        f" .07 k; {EYES}; e -.25 .95 .2 .1 l; e .25 .95 .2 .1 l",
-    ),
-    "cat|kitten": (
-        "e 0 .1 .72 .68 m; p -.7 -.2 -.65 -.95 -.15 -.5 m; p .7 -.2 .65 -.95 .15 -.5 m; p -.6 -.3 -.58 -.75 -.3 -.5 a; p .6"
-        " -.3 .58 -.75 .3 -.5 a; e -.28 0 .15 .13 w; e .28 0 .15 .13 w; e -.28 0 .06 .12 k; e .28 0 .06 .12 k; p -.08 .22"
-        " .08 .22 0 .32 k; l -.9 .3 -.3 .34 .03 w; l .9 .3 .3 .34 .03 w",
-        "e 0 .45 .45 .55 m; l .4 .8 .8 .6 .85 0 .14 d; e 0 -.3 .42 .38 m; p -.4 -.4 -.38 -.95 -.08 -.6 m; p .4 -.4 .38"
-        f" -.95 .08 -.6 m; e -.16 -.35 .07 .07 k; e .16 -.35 .07 .07 k; e 0 -.18 .06 .05 a; e 0 .5 .22 .3 l",
-    ),
-    "bird|parrot": (
-        "e 0 .1 .5 .4 m; e .4 -.4 .28 .26 m; p .62 -.45 .98 -.35 .62 -.25 a; e .45 -.45 .06 .06 k; p -.35 .1 -1 .45 -.4 .4"
-        " d; e -.1 .1 .35 .22 d; l 0 .45 0 .95 .05 a; l .2 .45 .2 .95 .05 a",
-    ),
-    "horse|pony": (
-        "e -.1 .05 .6 .3 m; r -.6 .1 -.46 1 .05 d; r .25 .1 .39 1 .05 d; r -.4 .1 -.27 1 .05 m; r .4 .1 .53 1 .05 m; p .2 0"
-        " .55 -.75 .8 -.6 .55 .2 m; e .72 -.62 .26 .15 m; l .3 -.2 .55 -.85 .14 h; l -.65 0 -.85 .6 .12 h",
-    ),
-    "rabbit|bunny": (
-        f"e -.22 -.6 .13 .4 m; e .22 -.6 .13 .4 m; e 0 .5 .5 .5 m; e 0 -.1 .4 .38 m; e -.16 -.15 .06 .07 k; e .16 -.15 .06"
-        " .07 k; e 0 .02 .07 .05 a; e 0 .55 .25 .3 l",
-    ),
-    "fish": ("e .1 0 .6 .42 m; p -.4 0 -.95 -.45 -.95 .45 d; e .45 -.1 .1 .1 w; e .47 -.1 .05 .05 k; p 0 -.4 .35 -.4 .1 -.7 d",),
-    "stuffed animal|teddy bear|plush toy|plushie": (
-        "e -.45 -.75 .22 .22 m; e .45 -.75 .22 .22 m; e 0 .5 .5 .48 m; e -.55 .3 .2 .34 d; e .55 .3 .2 .34 d; e -.4 .88 .24"
-        " .16 l; e .4 .88 .24 .16 l; e 0 -.35 .52 .46 m; e 0 -.2 .22 .17 l; e 0 -.27 .08 .06 k; e -.2 -.45 .06 .06 k; e .2"
-        " -.45 .06 .06 k; e 0 .52 .27 .28 l",
-        "e 0 .15 .68 .75 m; e -.75 .25 .2 .3 d; e .75 .25 .2 .3 d; e -.3 -.1 .2 .22 w; e .3 -.1 .2 .22 w; e -.28 -.08 .09"
-        " .1 k; e .28 -.08 .09 .1 k; l -.3 .4 0 .5 .3 .4 .08 k; l -.3 -.5 -.4 -.95 .1 d; l .3 -.5 .4 -.95 .1 d",
-    ),
-    "toy robot|robot|toy": (
-        "r -.6 -.1 .6 .6 .08 m; r -.4 .05 .4 .4 .05 d; e -.2 .2 .08 .08 a; e .2 .2 .08 .08 w; r -.5 -.85 .5 -.2 .1 m; e -.22"
-        " -.55 .13 .13 w; e .22 -.55 .13 .13 w; e -.22 -.55 .06 .06 k; e .22 -.55 .06 .06 k; r -.4 .6 -.1 1 .05 d; r .1 .6"
-        " .4 1 .05 d; r -.85 -.05 -.65 .5 .08 l; r .65 -.05 .85 .5 .08 l; l 0 -.85 0 -1 .06 a",
-    ),
-    "toy monster|monster|toy": (
-        "e 0 .1 .7 .75 m; e 0 -.2 .3 .3 w; e 0 -.2 .13 .13 k; r -.4 .35 .4 .55 .08 k; p -.3 .35 -.15 .35 -.22 .48 w; p .3"
-        " .35 .15 .35 .22 .48 w; p -.5 -.4 -.7 -1 -.25 -.6 a; p .5 -.4 .7 -1 .25 -.6 a; e -.35 .9 .22 .12 d; e .35 .9 .22"
-        " .12 d",
-    ),
-    "car|toy car|toy": (
-        "p -.6 0 -.4 -.45 .35 -.45 .6 0 d; p -.48 -.03 -.34 -.36 -.05 -.36 -.05 -.03 w; p .05 -.03 .05 -.36 .3 -.36 .47 -.03"
-        " w; r -.98 -.05 .98 .4 .15 m; e -.55 .42 .24 .24 k; e .55 .42 .24 .24 k; e -.55 .42 .1 .1 w; e .55 .42 .1 .1 w; e"
-        " .9 .1 .07 .09 a",
-        "r -.75 -.3 .75 .3 .2 m; r -.85 -.6 -.45 -.1 .1 k; r .45 -.6 .85 -.1 .1 k; r -.85 .2 -.45 .7 .1 k; r .45 .2 .85 .7 .1"
-        " k; e 0 -.1 .35 .28 d; l -.75 -.45 .75 -.45 .12 a",
-    ),
-    "truck|bus": (
-        "r -.95 -.5 .35 .4 .05 m; r .38 -.2 .95 .4 .1 d; r .5 -.12 .85 .12 .04 w; e -.6 .45 .2 .2 k; e .6 .45 .2 .2 k; r -.8"
-        " -.35 -.5 -.05 .03 w; r -.35 -.35 -.05 -.05 .03 w",
-    ),
-    "bicycle|bike": (
-        "l -.55 .3 -.2 -.25 .35 -.25 -.05 .3 -.55 .3 .12 m; l -.05 .3 -.25 -.4 .1 m; l .55 .3 .3 -.45 .12 m; l .15 -.45 .4"
-        " -.5 .1 k; e -.25 -.45 .16 .07 k; e -.55 .35 .4 .4 k; e -.55 .35 .31 .31 l; e .55 .35 .4 .4 k; e .55 .35 .31 .31 l",
-    ),
-    "boat|ship": ("p -.95 .3 .95 .3 .6 .85 -.6 .85 m; l 0 .3 0 -.95 .08 d; p .06 -.9 .06 .2 .7 .2 w; p -.06 -.7 -.06 .2 -.5 .2 a",),
-    "backpack|bag": (
-        "r -.6 -.75 .6 .9 .35 m; r -.42 .2 .42 .75 .12 d; l -.15 -.75 -.15 -.95 .15 -.95 .15 -.75 .08 k; l -.5 -.15 .5 -.15"
-        " .06 a; r -.75 -.1 -.6 .7 .06 d; r .6 -.1 .75 .7 .06 d",
-        "r -.6 -.6 .6 .9 .3 m; e -.4 -.65 .2 .2 d; e .4 -.65 .2 .2 d; e -.22 -.25 .12 .12 w; e .22 -.25 .12 .12 w; e -.22"
-        " -.25 .05 .05 k; e .22 -.25 .05 .05 k; e 0 0 .1 .07 k; r -.4 .3 .4 .75 .1 l",
-    ),
-    "handbag|suitcase|bag": ("r -.85 -.25 .85 .8 .12 m; l -.4 -.25 -.3 -.8 .3 -.8 .4 -.25 .12 d; r -.15 -.3 .15 .05 .03 a; l -.85 .2 .85 .2 .05 d",),
-    "sneaker|shoe": (
-        "p -.9 .4 -.85 -.45 -.4 -.5 -.2 -.2 .5 .05 .9 .15 .95 .42 m; r -.95 .36 .98 .58 .08 w; p -.9 .4 -.87 -.2 -.5 -.2"
-        " -.45 .4 d; l -.2 -.15 .05 .12 .06 w; l 0 -.08 .22 .16 .06 w; l .2 0 .4 .2 .06 w; e .75 .28 .2 .12 a",
-    ),
-    "boot": ("p -.5 -.9 .1 -.9 .15 .2 .8 .4 .85 .75 -.5 .75 m; r -.55 .7 .9 .92 .05 k; r -.52 -.95 .14 -.7 .05 d",),
-    "teapot|kettle": (
-        "e -.05 .15 .6 .55 m; p .4 .1 .98 -.4 .98 -.2 .5 .45 m; l -.55 -.2 -.95 -.2 -.95 .4 -.5 .45 .12 d; e -.05 -.38 .36 .1"
-        " d; e -.05 -.55 .1 .1 a; r -.4 .62 .3 .75 .05 d",
-        "e 0 .25 .75 .45 m; p .55 .1 .98 -.15 .95 .1 .65 .4 m; l -.5 -.1 -.45 -.8 .45 -.8 .5 -.1 .1 k; e 0 -.12 .4 .12 d; e 0"
-        " -.25 .1 .08 k",
-    ),
-    "cup|mug": ("r -.6 -.55 .45 .75 .15 m; e -.08 -.55 .52 .14 d; l .45 -.25 .85 -.25 .85 .35 .45 .35 .13 m",),
-    "bowl": ("p -.9 -.2 .9 -.2 .5 .65 -.5 .65 m; e 0 -.2 .9 .2 d; r -.4 .6 .4 .75 .04 l",),
-    "bottle": ("r -.35 -.2 .35 .95 .12 m; p -.35 -.1 -.12 -.5 .12 -.5 .35 -.1 m; r -.12 -.95 .12 -.45 .04 d; r -.3 .2 .3 .6 .02 w",),
-    "vase": (
-        "e 0 .35 .5 .6 m; r -.2 -.7 .2 0 .05 m; e 0 -.7 .3 .1 d; l -.48 .3 .48 .3 .1 a",
-        "p -.4 -.6 .4 -.6 .55 0 .3 .9 -.3 .9 -.55 0 m; e 0 -.6 .4 .1 d; l 0 -.6 -.2 -1 .05 a; l 0 -.6 .2 -.95 .05 a",
-    ),
-    "clock|alarm clock|watch": (
-        "e 0 0 .85 .85 m; e 0 0 .55 .55 w; l 0 0 0 -.5 .08 k; l 0 0 .35 .15 .08 k; e 0 0 .08 .08 k",
-        "r -.85 -.7 .85 .7 .2 m; r -.55 -.4 .55 .4 .1 w; l 0 0 -.1 -.4 .08 k; l 0 0 .35 -.1 .07 k; e 0 0 .07 .07 a",
-        "r -.4 .6 -.2 .95 .05 k; r .2 .6 .4 .95 .05 k; e -.5 -.65 .28 .28 d; e .5 -.65 .28 .28 d; e 0 .1 .78 .78 m; e 0 .1 .48"
-        " .48 w; l 0 .1 0 -.3 .08 k; l 0 .1 .28 .1 .08 k",
-    ),
-    "lamp": ("p -.4 -.9 .4 -.9 .7 -.1 -.7 -.1 m; r -.08 -.1 .08 .75 .02 d; e 0 .8 .45 .14 d",),
-    "chair": ("r -.5 -.95 .5 .1 .1 m; r -.6 .05 .6 .3 .06 d; r -.55 .25 -.4 1 .03 d; r .4 .25 .55 1 .03 d; r -.35 -.75 .35 -.1 .06 l",),
-    "table": ("p -.9 -.3 .9 -.3 .98 -.05 -.98 -.05 m; r -.85 -.08 -.68 .85 .03 d; r .68 -.08 .85 .85 .03 d; r -.98 -.08 .98 .08 .02 d",),
-    "sofa|couch": ("r -.75 -.55 .75 .2 .15 m; r -.95 -.15 -.65 .6 .12 d; r .65 -.15 .95 .6 .12 d; r -.65 .1 .65 .5 .08 l",),
-    "house": ("r -.65 -.15 .65 .85 .01 m; p -.85 -.12 0 -.9 .85 -.12 a; r -.15 .3 .15 .85 .02 d; r -.5 .1 -.25 .4 .01 w; r .25 .1 .5 .4 .01 w",),
-    "tree": ("r -.14 .2 .14 1 .03 h; e 0 -.3 .6 .62 m; e -.35 0 .36 .35 d; e .35 -.05 .36 .35 m",),
-    "flower": (
-        "l 0 .2 .05 1 .09 d; e 0 -.55 .25 .3 m; e -.38 -.2 .3 .25 m; e .38 -.2 .3 .25 m; e -.22 .15 .25 .28 m; e .22 .15 .25"
-        " .28 m; e 0 -.18 .2 .2 a",
-    ),
-    "apple|fruit": ("e -.2 .1 .52 .6 m; e .2 .1 .52 .6 m; l 0 -.4 .08 -.8 .08 h; p .05 -.6 .5 -.85 .3 -.5 d",),
-    "cake": ("r -.75 -.05 .75 .7 .08 m; r -.75 -.2 .75 .15 .12 w; e 0 -.35 .13 .13 a; e -.4 -.28 .1 .1 a; e .4 -.28 .1 .1 a; r -.9 .68 .9 .8 .03 d",),
-    "book": ("p -.75 -.65 .6 -.75 .75 .65 -.6 .75 m; p .6 -.75 .72 -.65 .85 .7 .75 .65 w; l -.4 -.3 .35 -.36 .1 l; l -.35 0 .4 -.05 .1 l",),
-    "phone|camera": ("r -.85 -.5 .85 .6 .12 m; e .1 .05 .4 .4 k; e .1 .05 .25 .25 d; r -.7 -.65 -.3 -.45 .04 d; e -.6 -.2 .1 .1 w",),
-    "guitar": ("e -.4 .45 .5 .42 m; e -.05 .1 .36 .33 m; e -.25 .3 .14 .14 k; l 0 .1 .7 -.7 .13 d; l .62 -.62 .9 -.92 .22 k",),
-    "hat|cap": ("e 0 .3 .95 .24 m; r -.5 -.6 .5 .35 .25 m; r -.5 .05 .5 .25 .02 a",),
-    "shirt|dress": ("p -.35 -.75 .35 -.75 .95 -.25 .7 .1 .48 -.1 .5 .85 -.5 .85 -.48 -.1 -.7 .1 -.95 -.25 m; e 0 -.75 .2 .14 d",),
-    "umbrella": ("e 0 0 .9 .7 m; p -.35 -.05 0 -.7 .35 -.05 l; r -1 .02 1 .75 .01 -; l 0 0 0 .9 .07 d",),
-    "balloon": ("e 0 -.25 .6 .68 m; p -.1 .4 .1 .4 0 .55 d; l 0 .5 .08 1 .04 k; e -.22 -.5 .13 .18 l",),
-    "ball": ("e 0 0 .85 .85 m", "e 0 0 .85 .85 m; e 0 0 .3 .85 l; l -.85 0 .85 0 .08 d"),
-    "box|cube": ("r -.75 -.75 .75 .75 .02 m", "p -.8 -.3 .3 -.3 .3 .8 -.8 .8 m; p -.8 -.3 -.35 -.75 .75 -.75 .3 -.3 l; p .3 -.3 .75 -.75 .75 .35 .3 .8 d"),
-    "circle|disc": ("e 0 0 .85 .85 m",),
-    "square": ("r -.75 -.75 .75 .75 0 m",),
-    "triangle|pyramid": ("p 0 -.85 .9 .75 -.9 .75 m",),
-    "star": ("p 0 -.95 .25 -.3 .95 -.3 .4 .12 .6 .85 0 .4 -.6 .85 -.4 .12 -.95 -.3 -.25 -.3 m",),
-    "heart": ("e -.42 -.3 .45 .45 m; e .42 -.3 .45 .45 m; p -.84 -.12 .84 -.12 0 .9 m",),
-    "cross": ("r -.25 -.85 .25 .85 0 m; r -.85 -.25 .85 .25 0 m",),
-    "bear": (
-        "e 0 .3 .7 .6 m; e -.4 -.7 .18 .18 d; e .4 -.7 .18 .18 d; e 0 -.3 .5 .46 m; e 0 -.15 .25 .2 l; e 0 -.25 .1 .08 k;"
-        f" {EYES}; r -.6 .6 -.3 1 .1 d; r .3 .6 .6 1 .1 d",
-    ),
-}  # fmt: skip
+THINGS = tomllib.loads((Path(__file__).parent / "things.toml").read_text())["thing"]
+NOUNS = {thing["names"][0]: tuple(thing["names"]) for thing in THINGS}  # usual name -> all names
+WAYS = {thing["names"][0]: tuple(thing["ways"]) for thing in THINGS}
 PEOPLE = ("man", "woman", "boy", "girl", "person")
 
 MATERIALS = ("metal", "wooden", "plastic", "fluffy", "stone", "shiny", "woollen", "leather")
@@ -229,7 +90,7 @@ GROUNDS: dict[str, tuple[str, ...]] = {
 class Scene:
     """What a picture shows. Empty words: nothing is said, and chance decides."""
 
-    noun: str  # a key of THINGS, up to its first |
+    noun: str  # a key of NOUNS
     colour: str
     place: str
     ground: str
@@ -240,10 +101,6 @@ class Scene:
     light: str = ""
     style: str = ""
     other: tuple[str, str, str] | None = None  # a second, smaller thing: noun, colour, place
-
-
-NOUNS = {names.split("|")[0]: names.split("|") for names in THINGS}
-WAYS = {names.split("|")[0]: ways for names, ways in THINGS.items()}
 
 
 def held_back(noun: str, colour: str, place: str) -> bool:
@@ -296,7 +153,7 @@ def tell(rng: np.random.Generator, scene: Scene, everything: bool = False, names
     def said(chance: float) -> bool:
         return everything or rng.random() < chance
 
-    noun = scene.noun if everything else choose(rng, tuple(NOUNS[scene.noun]))
+    noun = scene.noun if everything else choose(rng, NOUNS[scene.noun])
     if names and not everything and rng.random() < 0.15:
         letters = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size=rng.integers(3, 6)))
         noun = f"{letters} {noun}"
@@ -351,7 +208,7 @@ def paint(rng: np.random.Generator, name: str) -> Floats:
     return np.clip(colour, 0.02, 0.98).astype(np.float32)
 
 
-PAINTS = "mdlashkw"
+PAINTS = "xmdlashkw"
 
 
 def draw_thing(
@@ -375,9 +232,9 @@ def draw_thing(
     draw = ImageDraw.Draw(parts)
     for part in choose(rng, WAYS[noun]).split(";"):
         kind, *numbers, role = part.split()
-        draw_part(draw, kind, [float(n) for n in numbers], PAINTS.find(role) + 1, turn, x, y, half)
+        draw_part(draw, kind, [float(n) for n in numbers], PAINTS.index(role), turn, x, y, half)
     roles = np.asarray(parts)
-    table = np.zeros((len(PAINTS) + 1, 3), np.float32)
+    table = np.zeros((len(PAINTS), 3), np.float32)
     accent = np.array(COLOURS[choose(rng, tuple(COLOURS))], np.float32)
     skin, hair = SKIN[rng.integers(len(SKIN))], HAIR[rng.integers(len(HAIR))]
     table[1:] = [colour, colour * 0.7, colour + (1 - colour) * 0.25, accent, skin, hair, (0.07,) * 3, (0.93,) * 3]
@@ -389,7 +246,7 @@ def draw_thing(
     picture *= 1 - rng.uniform(0, 0.45) * shade
     # Round things are lighter towards the light, and darker at the rim.
     gy, gx = np.gradient(soft)
-    towards = rng.normal(size=2) + (0, -1.0)
+    towards = rng.normal(size=2) - np.array([0.0, 1.0])
     relief = 1 + 1.2 * half / 8 * (gx * towards[0] + gy * towards[1]) * rng.uniform(0.1, 0.9)
     surface = table[roles] * (relief * (0.8 + 0.25 * soft))[..., None]
     surface *= (1 + grain(rng, textures, material, big))[..., None]
@@ -405,7 +262,7 @@ def draw_thing(
 def draw_part(
     draw: ImageDraw.ImageDraw, kind: str, n: list[float], role: int, turn: Floats, x: float, y: float, half: float
 ) -> None:
-    """One part of a thing into the map of paints. See THINGS."""
+    """One part of a thing into the map of paints. See things.toml."""
 
     def placed(points: Floats) -> list[tuple[float, float]]:
         return [(x + px, y + py) for px, py in (points @ turn.T) * half]
