@@ -6,11 +6,13 @@ Huang 2001, "Occlusion models for natural images"). The VAE is trained on these 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-Floats = NDArray[np.float32]
+Floats = NDArray[Any]  # float32, or float64 for a moment
 Pixels = NDArray[np.uint8]
 
 BANK_SIDE = 256
