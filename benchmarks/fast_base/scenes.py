@@ -237,7 +237,18 @@ def draw_thing(
     table = np.zeros((len(PAINTS), 3), np.float32)
     accent = np.array(COLOURS[choose(rng, tuple(COLOURS))], np.float32)
     skin, hair = SKIN[rng.integers(len(SKIN))], HAIR[rng.integers(len(HAIR))]
-    table[1:] = [colour, colour * 0.7, colour + (1 - colour) * 0.25, accent, skin, hair, (0.07,) * 3, (0.93,) * 3]
+    table[1:] = np.stack(
+        [
+            colour,
+            colour * 0.7,
+            colour + (1 - colour) * 0.25,
+            accent,
+            np.array(skin),
+            np.array(hair),
+            np.full(3, 0.07),
+            np.full(3, 0.93),
+        ]
+    )
 
     cover = parts.point(lambda role: 255 if role else 0)
     soft = np.asarray(cover.filter(ImageFilter.GaussianBlur(0.22 * half)), np.float32) / 255
