@@ -64,7 +64,7 @@ def train_vae(pictures: Tensor, settings: dict[str, Any], seed: int, folder: Pat
     open_at_path(vae, to_pixels(pictures[:256], device))
     fit("vae", modules, loss, settings["whole"], seed, folder, lambda: {"psnr": psnr(vae, held_back)})
     vae.eval().requires_grad_(False)
-    normalise(vae, pictures[:512])
+    whiten(vae, pictures[:512])
     return vae
 
 
@@ -114,7 +114,7 @@ def open_at_path(vae: Any, pixels: Tensor) -> None:
         half.conv_norm_out.bias[0] -= constant
         half.conv_out.bias -= lift * half.conv_out.weight.sum(dim=(1, 2, 3))
     scale, count = latents.std(dim=(0, 2, 3)), latents.shape[1]
-    rescale(vae, torch.zeros_like(scale), scale)
+    change(vae, torch.diag(1 / scale), torch.zeros_like(scale))
     vae.quant_conv.weight[count:] = 0
     vae.quant_conv.bias[count:] = 2 * math.log(FIRST_DEVIATION)
 
@@ -148,17 +148,29 @@ def psnr(vae: Any, pictures: Tensor) -> float:
 
 
 @torch.no_grad()
-def normalise(vae: Any, pictures: Tensor) -> None:
-    """Give each latent channel mean 0 and deviation 1, by weights alone: pipelines know one factor for all channels."""
-    latents = torch.cat([vae.encode(to_pixels(batch, vae.device)).latent_dist.mode() for batch in pictures.split(16)])
-    rescale(vae, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
+def whiten(vae: Any, pictures: Tensor) -> None:
+    """Give the latents mean 0 and unit covariance, by weights alone.
+
+    Colours lie in the directions of the least variance, and the denoiser's error counts all directions alike. The
+    whitening is the symmetric one (ZCA; Bell & Sejnowski 1997). Each posterior deviation becomes a constant.
+    """
+    latents, variances = [], []
+    for batch in pictures.split(16):
+        posterior = vae.encode(to_pixels(batch, vae.device)).latent_dist
+        latents.append(posterior.mean.movedim(1, 0).flatten(1))
+        variances.append(posterior.var.movedim(1, 0).flatten(1))
+    values, vectors = torch.linalg.eigh(torch.cov(torch.cat(latents, dim=1)))
+    whitening = vectors @ torch.diag(values**-0.5) @ vectors.T
+    change(vae, whitening, torch.cat(latents, dim=1).mean(dim=1))
+    vae.quant_conv.weight[len(values) :] = 0
+    vae.quant_conv.bias[len(values) :] = (whitening.square() @ torch.cat(variances, dim=1).mean(dim=1)).log()
 
 
-def rescale(vae: Any, shift: Tensor, scale: Tensor) -> None:
-    """Give latents (x - shift) / scale for x, (C,) each, and take them back so."""
-    encoder, decoder, count = vae.quant_conv, vae.post_quant_conv, len(scale)
-    encoder.weight[:count] /= scale.view(-1, 1, 1, 1)
-    encoder.bias[:count] = (encoder.bias[:count] - shift) / scale
-    encoder.bias[count:] -= 2 * scale.log()  # the log variance
+def change(vae: Any, matrix: Tensor, shift: Tensor) -> None:
+    """Give latents matrix (x - shift) for x, (C, C) and (C,), and take them back so."""
+    encoder, decoder, count = vae.quant_conv, vae.post_quant_conv, len(shift)
+    inverse = torch.linalg.inv(matrix)
+    encoder.weight[:count] = torch.einsum("ij,jklm->iklm", matrix, encoder.weight[:count])
+    encoder.bias[:count] = matrix @ (encoder.bias[:count] - shift)
     decoder.bias += decoder.weight[:, :, 0, 0] @ shift
-    decoder.weight *= scale.view(1, -1, 1, 1)
+    decoder.weight[:, :, 0, 0] = decoder.weight[:, :, 0, 0] @ inverse
