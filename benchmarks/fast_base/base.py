@@ -20,12 +20,17 @@ from benchmarks.fast_base.fit import fit
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
-# Velocities (Salimans & Ho 2022) over the cosine schedule (Nichol & Dhariwal 2021), made for small pictures.
-# It ends in pure noise, and sampling starts there ("trailing"; Lin et al. 2023, arXiv 2305.08891).
+# Velocities (Salimans & Ho 2022) over the linear schedule (Ho et al. 2020). What a caption tells, the colour and place
+# of a thing of some 60 latents, is open only where the noise has over 60 times the variance of the signal: 36 % of this
+# schedule, and 8 % of the cosine one. It is made to end in pure noise, where sampling starts (Lin et al. 2023).
 SCHEDULE = {
-    "beta_schedule": "squaredcos_cap_v2",
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
     "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
+    "steps_offset": 1,  # unused by this spacing, and asked for by the pipeline
     "clip_sample": False,
 }
 
