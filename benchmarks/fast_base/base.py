@@ -35,6 +35,20 @@ SCHEDULE = {
 }
 
 
+# What a caption may tell of a scene, and the values that it may have.
+FACTS: dict[str, list[str]] = {
+    "noun": list(scenes.NOUNS),
+    "colour": list(scenes.COLOURS),
+    "place": list(scenes.PLACES),
+    "ground": list(scenes.GROUNDS),
+    "ground_colour": ["", *scenes.COLOURS],
+    "light": list(dict.fromkeys(scenes.LIGHTS)),
+    "material": ["", *scenes.MATERIALS],
+    "size": list(scenes.SIZES),
+    "style": ["", *scenes.STYLES],
+}
+
+
 def make_tokenizer(captions: Sequence[str], length: int, folder: Path) -> CLIPTokenizer:
     """A byte-pair tokenizer in CLIP's files: each word of the captions is one token, any other is spelled."""
     alphabet = [*string.ascii_lowercase, *string.digits, *string.punctuation]
@@ -81,6 +95,7 @@ def make_modules(text: dict[str, Any], unet: dict[str, Any], words: int, side: i
         norm_num_groups=unet["groups"],
         attention_head_dim=unet["heads"],
         cross_attention_dim=text["width"],
+        resnet_time_scale_shift="scale_shift",
         # The caption as a whole is added to the time embedding as well: colours and grounds are learned from there
         # long before cross-attention finds its words.
         addition_embed_type="text",
@@ -95,6 +110,57 @@ def embed(tokenizer: CLIPTokenizer, encoder: Any, captions: Sequence[str], devic
     tokens = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     hidden: Tensor = encoder(tokens.input_ids.to(device))[0]
     return hidden
+
+
+def train_words(
+    tokenizer: CLIPTokenizer,
+    encoder: Any,
+    shown: Sequence[scenes.Scene],
+    recipe: dict[str, Any],
+    seed: int,
+    folder: Path,
+    device: torch.device,
+) -> None:
+    """Teach the text encoder to tell scenes apart by their captions, before it speaks to the UNet.
+
+    From the last token, which has seen all others, each fact of the scene is to be told by a linear layer. It takes
+    minutes; what a caption says of colour and place would take the UNet's error hours to teach.
+    """
+    heads = nn.ModuleDict({fact: nn.Linear(encoder.config.hidden_size, len(values)) for fact, values in FACTS.items()})
+    heads.to(device)
+
+    def told(captions: Sequence[str], picked: Sequence[scenes.Scene]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each fact the logits (B, values) and which value is true (B,)."""
+        last = embed(tokenizer, encoder, captions, device)[:, -1]
+        true = {fact: [values.index(getattr(scene, fact)) for scene in picked] for fact, values in FACTS.items()}
+        return {fact: (heads[fact](last), torch.tensor(true[fact], device=device)) for fact in FACTS}
+
+    def loss(generator: torch.Generator) -> Tensor:
+        picked = torch.randint(len(shown), (recipe["batch"],), generator=generator).tolist()
+        words = word_generator(generator)
+        answers = told([scenes.tell(words, shown[index]) for index in picked], [shown[index] for index in picked])
+        return torch.stack([nn.functional.cross_entropy(*answer) for answer in answers.values()]).sum()
+
+    def judge() -> dict[str, float]:
+        rng = np.random.default_rng(seed)
+        unseen = [scenes.decide(rng, for_measure=True) for _ in range(recipe["judged"])]
+        answers = told([scenes.tell(rng, scene, everything=True) for scene in unseen], unseen)
+        return {fact: float((logits.argmax(dim=1) == true).float().mean()) for fact, (logits, true) in answers.items()}
+
+    fit("words", nn.ModuleDict({"text_encoder": encoder, "heads": heads}), loss, recipe, seed, folder, judge)
+
+
+def word_generator(generator: torch.Generator) -> np.random.Generator:
+    return np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+
+
+def near(place: str, side: int, weight: float) -> Tensor:
+    """(1, H, W): `weight` in the disc of a quarter of the side around a place, 1 elsewhere; brought to mean 1."""
+    x, y = scenes.PLACES[place]
+    across = (torch.arange(side) + 0.5) / side
+    there = torch.hypot(across[None, :] - x, across[:, None] - y) < 0.25
+    weights = torch.where(there, weight, 1.0)[None]
+    return weights / weights.mean()
 
 
 def train_base(
@@ -115,6 +181,7 @@ def train_base(
     encoder, unet = make_modules(settings["text_encoder"], settings["unet"], len(tokenizer), latents.shape[-1])
     encoder.to(device)
     unet.to(device)
+    train_words(tokenizer, encoder, shown, settings["words"], seed, folder, device)
     schedule = DDPMScheduler(**SCHEDULE)
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
     recipe = settings["base"]
@@ -130,20 +197,25 @@ def train_base(
     )
     pipeline.set_progress_bar_config(disable=True)
 
+    places = {place: near(place, latents.shape[-1], recipe["thing_weight"]) for place in scenes.PLACES}
+
     def loss(generator: torch.Generator) -> Tensor:
-        """Squared error of the velocity; a caption is told in new words each time, and sometimes not at all."""
+        """Squared error of the velocity, which counts more around the main thing; a caption is told in new words each
+        time, and sometimes not at all."""
         picked = torch.randint(len(latents), (recipe["batch"],), generator=generator)
-        words = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        words = word_generator(generator)
         told = [
             "" if words.random() < recipe["caption_dropout"] else scenes.tell(words, shown[index])
             for index in picked.tolist()
         ]
         clean = latents[picked].float().to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        times = torch.randint(len(schedule.alphas_cumprod), (len(clean),), generator=generator).to(device)
+        late = torch.rand(len(clean), generator=generator).sqrt()  # twice as often where the layout is decided
+        times = (len(schedule.alphas_cumprod) * late).long().to(device)
         noisy, target = schedule.add_noise(clean, noise, times), schedule.get_velocity(clean, noise, times)
         predicted = unet(noisy, times, embed(tokenizer, encoder, told, device), return_dict=False)[0]
-        return (predicted - target).square().mean()
+        weight = torch.stack([places[shown[index].place] for index in picked.tolist()]).to(device)
+        return ((predicted - target).square() * weight).mean()
 
     modules = nn.ModuleDict({"text_encoder": encoder, "unet": unet})
     fit("base", modules, loss, recipe, seed, folder, lambda: judge(pipeline))

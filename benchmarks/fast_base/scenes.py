@@ -145,13 +145,14 @@ def choose(rng: np.random.Generator, words: tuple[str, ...]) -> str:
 
 
 def tell(rng: np.random.Generator, scene: Scene, everything: bool = False, names: bool = True) -> str:
-    """A caption of the scene. It leaves things out, as people do, unless it must tell `everything`.
+    """A caption of the scene: all of it, or, one time in three, with things left out, as people do.
 
-    names: whether a thing may have a made-up name in front, as the token of a tune.
+    everything: leave nothing out. names: whether a thing may have a made-up name in front, as the token of a tune.
     """
+    full = rng.random() < 2 / 3
 
     def said(chance: float) -> bool:
-        return everything or rng.random() < chance
+        return everything or full or rng.random() < chance
 
     noun = scene.noun if everything else choose(rng, NOUNS[scene.noun])
     if names and not everything and rng.random() < 0.15:
