@@ -123,17 +123,21 @@ def train_words(
 ) -> None:
     """Teach the text encoder to tell scenes apart by their captions, before it speaks to the UNet.
 
-    From the last token, which has seen all others, each fact of the scene is to be told by a linear layer. It takes
-    minutes; what a caption says of colour and place would take the UNet's error hours to teach.
+    The last tokens, which have seen all others and are padding but in the longest captions, are to tell one fact of the
+    scene each, by a linear layer. It takes minutes, and what a caption says of colour and place would take the UNet's
+    error hours to teach.
     """
     heads = nn.ModuleDict({fact: nn.Linear(encoder.config.hidden_size, len(values)) for fact, values in FACTS.items()})
     heads.to(device)
 
     def told(captions: Sequence[str], picked: Sequence[scenes.Scene]) -> dict[str, tuple[Tensor, Tensor]]:
         """Of each fact the logits (B, values) and which value is true (B,)."""
-        last = embed(tokenizer, encoder, captions, device)[:, -1]
+        hidden = embed(tokenizer, encoder, captions, device)
         true = {fact: [values.index(getattr(scene, fact)) for scene in picked] for fact, values in FACTS.items()}
-        return {fact: (heads[fact](last), torch.tensor(true[fact], device=device)) for fact in FACTS}
+        return {
+            fact: (heads[fact](hidden[:, -1 - place]), torch.tensor(true[fact], device=device))
+            for place, fact in enumerate(FACTS)
+        }
 
     def loss(generator: torch.Generator) -> Tensor:
         picked = torch.randint(len(shown), (recipe["batch"],), generator=generator).tolist()

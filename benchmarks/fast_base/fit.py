@@ -26,12 +26,16 @@ def fit(
 ) -> None:
     """Train `modules` and leave the moving average of their weights in them.
 
-    loss(generator) draws a batch and returns its loss; judge() measures the averaged weights at every save. State and
+    settings: `lr` is that of all modules but those that have their own, NAME_lr. loss(generator) draws a batch and returns its loss; judge() measures the averaged weights at every save. State and
     log go to `folder`, and a state that lies there is gone on from.
     """
     weights = dict(modules.named_parameters())
+    groups = [
+        {"params": list(module.parameters()), "peak": settings.get(f"{name}_lr", settings["lr"])}
+        for name, module in modules.items()
+    ]
     optimizer = torch.optim.AdamW(
-        weights.values(), lr=settings["lr"], betas=(0.9, 0.99), weight_decay=settings["weight_decay"], fused=True
+        groups, lr=settings["lr"], betas=(0.9, 0.99), weight_decay=settings["weight_decay"], fused=True
     )
     average = {name: weight.detach().clone() for name, weight in weights.items()}
     done, seconds, state = 0, 0.0, folder / f"{stage}.pt"
@@ -44,7 +48,7 @@ def fit(
     start, losses = time.perf_counter() - seconds, []
     while done < settings["steps"]:
         for group in optimizer.param_groups:
-            group["lr"] = settings["lr"] * rate(done, settings["warmup_steps"], settings["steps"])
+            group["lr"] = group["peak"] * rate(done, settings["warmup_steps"], settings["steps"])
         value = loss(torch.Generator().manual_seed(seed * 1_000_003 + done))
         value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
