@@ -26,8 +26,9 @@ def fit(
 ) -> None:
     """Train `modules` and leave the moving average of their weights in them.
 
-    settings: `lr` is that of all modules but those that have their own, NAME_lr. loss(generator) draws a batch and returns its loss; judge() measures the averaged weights at every save. State and
-    log go to `folder`, and a state that lies there is gone on from.
+    settings: `lr` is that of all modules but those that have their own, NAME_lr. loss(generator) draws a batch and
+    returns its loss; judge() measures the averaged weights at every save. State and log go to `folder`, and a state
+    that lies there is gone on from.
     """
     weights = dict(modules.named_parameters())
     groups = [
