@@ -35,18 +35,26 @@ SCHEDULE = {
 }
 
 
-# What a caption may tell of a scene, and the values that it may have.
+# What a caption may tell, and the values that each may have. A thing that is shown close has that for its size.
 FACTS: dict[str, list[str]] = {
     "noun": list(scenes.NOUNS),
     "colour": list(scenes.COLOURS),
     "place": list(scenes.PLACES),
-    "ground": list(scenes.GROUNDS),
-    "ground_colour": ["", *scenes.COLOURS],
-    "light": list(dict.fromkeys(scenes.LIGHTS)),
+    "size": [*scenes.SIZES, "close"],
     "material": ["", *scenes.MATERIALS],
-    "size": list(scenes.SIZES),
+    "ground": list(scenes.GROUNDS),
+    "ground colour": ["", *scenes.COLOURS],
+    "light": list(dict.fromkeys(scenes.LIGHTS)),
     "style": ["", *scenes.STYLES],
+    "role": ["thing", "other", "ground", "light"],  # what the token itself speaks of
+    "name": list(string.ascii_lowercase),  # letters of a made-up name
 }
+WEIGHTS = {"size": 0.5, "material": 0.5, "role": 0.5, "name": 0.15}  # of the facts' codes; else 1
+CODE_SCALE = 3.0
+COPIES = 4  # of the tokens that tell; the more there are, the more of the UNet's attention they have from the start
+RIDGE = 20.0  # keeps the reading apart of nearly as many codes as they have dimensions from amplifying what is amiss
+GRID = 4  # bumps along a side that tell a place
+BUMP = 0.2  # their width, as a share of the side
 
 
 def make_tokenizer(captions: Sequence[str], length: int, folder: Path) -> CLIPTokenizer:
@@ -94,7 +102,9 @@ def make_modules(text: dict[str, Any], unet: dict[str, Any], words: int, side: i
         layers_per_block=unet["layers"],
         norm_num_groups=unet["groups"],
         attention_head_dim=unet["heads"],
-        cross_attention_dim=text["width"],
+        cross_attention_dim=unet["told"],
+        encoder_hid_dim=text["width"],  # a linear layer, trained with the text encoder
+        encoder_hid_dim_type="text_proj",
         resnet_time_scale_shift="scale_shift",
         # The caption as a whole is added to the time embedding as well: colours and grounds are learned from there
         # long before cross-attention finds its words.
@@ -112,46 +122,103 @@ def embed(tokenizer: CLIPTokenizer, encoder: Any, captions: Sequence[str], devic
     return hidden
 
 
+def make_codes(width: int) -> dict[str, Tensor]:
+    """A vector for each value of each fact, (values, width): random ones, but near for places that are near."""
+    generator = torch.Generator().manual_seed(0)
+    codes = {fact: torch.randn(len(values), width, generator=generator) for fact, values in FACTS.items()}
+    middles = torch.tensor([scenes.PLACES[place] for place in FACTS["place"]])
+    grid = (torch.arange(GRID) + 0.5) / GRID
+    apart = (middles[:, None, None] - torch.cartesian_prod(grid, grid)[None, None]).square().sum(dim=-1)[:, 0]
+    bumps = torch.exp(-apart / (2 * BUMP**2))
+    placed = (bumps - bumps.mean(dim=0)) @ torch.randn(GRID**2, width, generator=generator)
+    codes["place"] = placed / placed.std()
+    return {fact: CODE_SCALE * WEIGHTS.get(fact, 1.0) * code for fact, code in codes.items()}
+
+
+def facts_of(scene: scenes.Scene, name: str = "") -> list[dict[str, str]]:
+    """What each of the last tokens tells: of the main thing, of the other, of the ground, of the light."""
+    size = "close" if scene.close else scene.size
+    thing = {"noun": scene.noun, "colour": scene.colour, "place": scene.place, "size": size}
+    other = dict(zip(("noun", "colour", "place"), scene.other, strict=True)) if scene.other else {}
+    return [
+        {"role": "thing", **thing, "material": scene.material, "name": name},
+        {"role": "other", **other} if other else {},
+        {"role": "ground", "ground": scene.ground, "ground colour": scene.ground_colour},
+        {"role": "light", "light": scene.light, "style": scene.style},
+    ]
+
+
+def encode_facts(codes: dict[str, Tensor], told: list[dict[str, str]]) -> Tensor:
+    """The sum of the codes of what each token tells, (tokens, width). Of a name, each letter counts."""
+    tokens = torch.zeros(len(told), codes["role"].shape[1])
+    for token, facts in zip(tokens, told, strict=True):
+        for fact, value in facts.items():
+            for one in value if fact == "name" else [value]:
+                token += codes[fact][FACTS[fact].index(one)]
+    return tokens
+
+
 def train_words(
     tokenizer: CLIPTokenizer,
     encoder: Any,
+    projection: nn.Linear,
     shown: Sequence[scenes.Scene],
     recipe: dict[str, Any],
     seed: int,
     folder: Path,
     device: torch.device,
 ) -> None:
-    """Teach the text encoder to tell scenes apart by their captions, before it speaks to the UNet.
+    """Teach the text encoder, and the layer of the UNet that takes its words, to tell what captions say.
 
-    The last tokens, which have seen all others and are padding but in the longest captions, are to tell one fact of the
-    scene each, by a linear layer. It takes minutes, and what a caption says of colour and place would take the UNet's
-    error hours to teach.
+    The last tokens, which have seen all others and are padding but in the longest captions, become the sums of the
+    codes of what is told: all of a thing is in one token, so the UNet finds its colour where it finds its place. All
+    other tokens become zero. The error of the UNet would take hours to teach that.
     """
-    heads = nn.ModuleDict({fact: nn.Linear(encoder.config.hidden_size, len(values)) for fact, values in FACTS.items()})
-    heads.to(device)
+    codes = make_codes(projection.out_features)
+    targets = torch.stack([encode_facts(codes, facts_of(scene)) for scene in shown])
+    slots = targets.shape[1]
+    silent = torch.zeros(recipe["batch"], tokenizer.model_max_length - COPIES * slots, targets.shape[2])
+    letters = codes["name"]
 
-    def told(captions: Sequence[str], picked: Sequence[scenes.Scene]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of each fact the logits (B, values) and which value is true (B,)."""
-        hidden = embed(tokenizer, encoder, captions, device)
-        true = {fact: [values.index(getattr(scene, fact)) for scene in picked] for fact, values in FACTS.items()}
-        return {
-            fact: (heads[fact](hidden[:, -1 - place]), torch.tensor(true[fact], device=device))
-            for place, fact in enumerate(FACTS)
-        }
+    def told(captions: Sequence[str]) -> Tensor:
+        hidden: Tensor = projection(embed(tokenizer, encoder, captions, device))
+        return hidden
 
     def loss(generator: torch.Generator) -> Tensor:
         picked = torch.randint(len(shown), (recipe["batch"],), generator=generator).tolist()
         words = word_generator(generator)
-        answers = told([scenes.tell(words, shown[index]) for index in picked], [shown[index] for index in picked])
-        return torch.stack([nn.functional.cross_entropy(*answer) for answer in answers.values()]).sum()
+        target = targets[picked]
+        captions = []
+        for row, index in enumerate(picked):
+            if words.random() < recipe["caption_dropout"]:
+                captions.append("")
+                target[row] = 0
+                continue
+            name = scenes.made_up(words, recipe["names"])
+            captions.append(scenes.tell(words, shown[index], name=name))
+            target[row, 0] += sum((letters[FACTS["name"].index(letter)] for letter in name), torch.zeros(()))
+        wanted = torch.cat([silent, target.repeat(1, COPIES, 1)], dim=1).to(device)
+        return (told(captions) - wanted).square().mean() / CODE_SCALE**2
 
     def judge() -> dict[str, float]:
+        """Share of unseen scenes whose facts are read back from the tokens, by ridge regression on the codes."""
         rng = np.random.default_rng(seed)
         unseen = [scenes.decide(rng, for_measure=True) for _ in range(recipe["judged"])]
-        answers = told([scenes.tell(rng, scene, everything=True) for scene in unseen], unseen)
-        return {fact: float((logits.argmax(dim=1) == true).float().mean()) for fact, (logits, true) in answers.items()}
+        captions = [scenes.tell(rng, scene, everything=True) for scene in unseen]
+        tokens = told(captions)[:, -slots:].cpu()
+        right = {}
+        for slot, facts in enumerate(zip(*[facts_of(scene) for scene in unseen], strict=True)):
+            names = [fact for fact in facts[0] if fact != "name"]
+            if all(facts):  # not every scene has another thing
+                table = torch.cat([codes[fact] for fact in names])
+                shares = tokens[:, slot] @ table.T @ torch.linalg.inv(table @ table.T + RIDGE * torch.eye(len(table)))
+                parts = shares.split([len(codes[fact]) for fact in names], dim=1)
+                for fact, part in zip(names, parts, strict=True):
+                    true = torch.tensor([FACTS[fact].index(one[fact]) for one in facts])
+                    right[fact] = float((part.argmax(dim=1) == true).float().mean())
+        return right
 
-    fit("words", nn.ModuleDict({"text_encoder": encoder, "heads": heads}), loss, recipe, seed, folder, judge)
+    fit("words", nn.ModuleDict({"text_encoder": encoder, "projection": projection}), loss, recipe, seed, folder, judge)
 
 
 def word_generator(generator: torch.Generator) -> np.random.Generator:
@@ -179,13 +246,13 @@ def train_base(
 ) -> StableDiffusionPipeline:
     """Train on latents (N, 4, H, W) of scenes, and return the pipeline; `judge` measures one while it is trained."""
     rng = np.random.default_rng(seed)
-    captions = [scenes.tell(rng, scene, names=False) for scene in shown]
+    captions = [scenes.tell(rng, scene) for scene in shown]
     tokenizer = make_tokenizer(captions, settings["text_encoder"]["length"], folder / "tokenizer")
     torch.manual_seed(seed)
     encoder, unet = make_modules(settings["text_encoder"], settings["unet"], len(tokenizer), latents.shape[-1])
     encoder.to(device)
     unet.to(device)
-    train_words(tokenizer, encoder, shown, settings["words"], seed, folder, device)
+    train_words(tokenizer, encoder, unet.encoder_hid_proj, shown, settings["words"], seed, folder, device)
     schedule = DDPMScheduler(**SCHEDULE)
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
     recipe = settings["base"]
@@ -209,7 +276,9 @@ def train_base(
         picked = torch.randint(len(latents), (recipe["batch"],), generator=generator)
         words = word_generator(generator)
         told = [
-            "" if words.random() < recipe["caption_dropout"] else scenes.tell(words, shown[index])
+            ""
+            if words.random() < recipe["caption_dropout"]
+            else scenes.tell(words, shown[index], name=scenes.made_up(words, recipe["names"]))
             for index in picked.tolist()
         ]
         clean = latents[picked].float().to(device)

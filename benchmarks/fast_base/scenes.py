@@ -5,6 +5,7 @@ A scene is first decided (`decide`), then told (`tell`) and drawn (`render`), so
 
 from __future__ import annotations
 
+import string
 import tomllib
 import zlib
 from dataclasses import dataclass
@@ -144,10 +145,17 @@ def choose(rng: np.random.Generator, words: tuple[str, ...]) -> str:
     return words[int(rng.integers(len(words)))]
 
 
-def tell(rng: np.random.Generator, scene: Scene, everything: bool = False, names: bool = True) -> str:
+def made_up(rng: np.random.Generator, chance: float) -> str:
+    """A made-up name such as the token of a tune, or, mostly, none."""
+    if rng.random() >= chance:
+        return ""
+    return "".join(rng.choice(list(string.ascii_lowercase), size=rng.integers(3, 6)))
+
+
+def tell(rng: np.random.Generator, scene: Scene, everything: bool = False, name: str = "") -> str:
     """A caption of the scene: all of it, or, one time in three, with things left out, as people do.
 
-    everything: leave nothing out. names: whether a thing may have a made-up name in front, as the token of a tune.
+    everything: leave nothing out. name: of the main thing; it stands before the noun.
     """
     full = rng.random() < 2 / 3
 
@@ -155,9 +163,7 @@ def tell(rng: np.random.Generator, scene: Scene, everything: bool = False, names
         return everything or full or rng.random() < chance
 
     noun = scene.noun if everything else choose(rng, NOUNS[scene.noun])
-    if names and not everything and rng.random() < 0.15:
-        letters = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size=rng.integers(3, 6)))
-        noun = f"{letters} {noun}"
+    noun = f"{name} {noun}".strip()
     colour = scene.colour if said(0.85) else ""
     if scene.noun in PEOPLE:
         worn = choose(rng, ("in {}", "in a {} shirt", "wearing {}")).format(colour) if colour else ""
