@@ -34,8 +34,11 @@ class Decoder:
 
     def warm(self) -> None:
         """Start the child, so that the first request need not wait for it."""
+        threading.Thread(target=self._start, daemon=True).start()
+
+    def _start(self) -> None:
         with self._lock:
-            self._running().submit(decode.warm)
+            self._running()
 
     def close(self) -> None:
         with self._lock:
@@ -60,8 +63,10 @@ class Decoder:
             raise ValueError("broke the decoder; it is damaged, or made to do so")
 
     def _running(self) -> ProcessPoolExecutor:
+        """The child, which has its own time to start: on a busy machine that may take longer than a photo may."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=decode.limit)
+            self._pool.submit(decode.warm).result()
         return self._pool
 
     def _stop(self) -> None:
