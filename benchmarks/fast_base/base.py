@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,6 @@ def train_base(
     train_words(tokenizer, encoder, unet.encoder_hid_proj, shown, settings["words"], seed, folder, device)
     schedule = DDPMScheduler(**SCHEDULE)
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
-    recipe = settings["base"]
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=encoder,
@@ -268,9 +268,9 @@ def train_base(
     )
     pipeline.set_progress_bar_config(disable=True)
 
-    places = {place: near(place, latents.shape[-1], recipe["thing_weight"]) for place in scenes.PLACES}
+    places = {place: near(place, latents.shape[-1], settings["base"]["thing_weight"]) for place in scenes.PLACES}
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(recipe: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Squared error of the velocity, which counts more around the main thing; a caption is told in new words each
         time, and sometimes not at all."""
         picked = torch.randint(len(latents), (recipe["batch"],), generator=generator)
@@ -283,7 +283,7 @@ def train_base(
         ]
         clean = latents[picked].float().to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        late = torch.rand(len(clean), generator=generator).sqrt()  # twice as often where the layout is decided
+        late = torch.rand(len(clean), generator=generator) ** recipe["early"]
         times = (len(schedule.alphas_cumprod) * late).long().to(device)
         noisy, target = schedule.add_noise(clean, noise, times), schedule.get_velocity(clean, noise, times)
         predicted = unet(noisy, times, embed(tokenizer, encoder, told, device), return_dict=False)[0]
@@ -291,5 +291,7 @@ def train_base(
         return ((predicted - target).square() * weight).mean()
 
     modules = nn.ModuleDict({"text_encoder": encoder, "unet": unet})
-    fit("base", modules, loss, recipe, seed, folder, lambda: judge(pipeline))
+    for stage in ("base", "detail"):
+        recipe = settings[stage]
+        fit(stage, modules, partial(loss, recipe), recipe, seed, folder, lambda: judge(pipeline))
     return pipeline
