@@ -22,6 +22,7 @@ from trainer.settings import Settings
 from trainer.urls import fetch_all
 
 MAX_CAPTION_BYTES = 10_000
+START_SECONDS = 120.0  # for the child: some imports, on a machine that may be busy
 
 
 class Decoder:
@@ -66,7 +67,13 @@ class Decoder:
         """The child, which has its own time to start: on a busy machine that may take longer than a photo may."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=decode.limit)
-            self._pool.submit(decode.warm).result()
+            try:
+                self._pool.submit(decode.warm).result(timeout=START_SECONDS)
+            except TimeoutError:
+                self._stop()
+                raise RuntimeError(
+                    f"the process that decodes photos did not start within {START_SECONDS:g} s"
+                ) from None
         return self._pool
 
     def _stop(self) -> None:

@@ -129,8 +129,8 @@ def make_codes(width: int) -> dict[str, Tensor]:
     codes = {fact: torch.randn(len(values), width, generator=generator) for fact, values in FACTS.items()}
     middles = torch.tensor([scenes.PLACES[place] for place in FACTS["place"]])
     grid = (torch.arange(GRID) + 0.5) / GRID
-    apart = (middles[:, None, None] - torch.cartesian_prod(grid, grid)[None, None]).square().sum(dim=-1)[:, 0]
-    bumps = torch.exp(-apart / (2 * BUMP**2))
+    apart = torch.cdist(middles, torch.cartesian_prod(grid, grid))
+    bumps = torch.exp(-((apart / BUMP) ** 2) / 2)
     placed = (bumps - bumps.mean(dim=0)) @ torch.randn(GRID**2, width, generator=generator)
     codes["place"] = placed / placed.std()
     return {fact: CODE_SCALE * WEIGHTS.get(fact, 1.0) * code for fact, code in codes.items()}
