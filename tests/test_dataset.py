@@ -578,7 +578,8 @@ def test_encoders_are_on_the_device_only_while_they_encode(
     family.diary.clear()
     spoken = [said(batch.cond) for step in range(3) for batch in data.batches(family, step)]
     assert sorted({caption for captions in spoken for caption in captions}) == ["a cat", "a dog", "closeup a cat"]
-    assert family.diary == ([f"encodes {captions}" for captions in spoken] if text_encoder_lr else [])
+    distinct = [list(dict.fromkeys(captions)) for captions in spoken]
+    assert family.diary == ([f"encodes {captions}" for captions in distinct] if text_encoder_lr else [])
 
 
 def test_encoders_leave_the_device_where_encoding_fails(tmp_path: Path, pictures: list[Picture]) -> None:

@@ -171,7 +171,9 @@ class Dataset:
 
     def _conditions(self, branch: Branch, captions: list[str], views: list[View]) -> dict[str, Tensor]:
         if self.cond is None:
-            cond = branch.encode_prompts(captions)
+            distinct = list(dict.fromkeys(captions))  # most often one: each is encoded once
+            rows = [distinct.index(caption) for caption in captions]
+            cond = {key: value[rows] for key, value in branch.encode_prompts(distinct).items()}
         else:
             said = [self.cond[self.captions.index(caption)] for caption in captions]
             cond = {key: torch.cat([one[key] for one in said]) for key in said[0]}
