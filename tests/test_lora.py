@@ -298,10 +298,13 @@ def attached() -> Callable[[str, str], Any]:
 @pytest.mark.parametrize(
     ("family", "targets", "count"),
     [
+        ("sd15", "cross_attention", 16 * 2),
         ("sd15", "attention", 128),
         ("sd15", "all", 192),
+        ("sdxl1", "cross_attention", 70 * 2),
         ("sdxl1", "attention", 560),
         ("sdxl1", "all", 722),  # the number that kohya's own trainer tells for SDXL
+        ("flux1", "cross_attention", 19 * 2),
         ("flux1", "attention", 19 * 8 + 38 * 3),
         ("flux1", "all", 419),
     ],

@@ -52,7 +52,10 @@ class TrainConfig(BaseModel):
     text_encoder_lr: float = Field(ge=0, le=1, description="learning rate of the text encoders; 0 leaves them alone")
     rank: int = Field(ge=1, le=512, description="inner width of the adapters")
     alpha: float = Field(gt=0, le=1024, description="scale of the adapters, times rank")
-    targets: Literal["attention", "all"] = Field(description="which linear layers of the denoiser get adapters")
+    targets: Literal["cross_attention", "attention", "all"] = Field(
+        description="which linear layers of the denoiser get adapters; cross_attention: the keys and values of text "
+        "alone (Kumari et al. 2022, arXiv 2212.04488), which is the fastest and keeps the rest best"
+    )
     resolution: Resolutions = Field(description="side of the training pictures in pixels; several: each photo at each")
     buckets: bool = Field(description="keep each photo's aspect ratio; else its centre square is trained")
     crops: int = Field(ge=1, le=16, description="different crops of each photo; the first is its centre")

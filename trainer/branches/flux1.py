@@ -27,6 +27,7 @@ from trainer.presets import TrainConfig
 HOME = "black-forest-labs/FLUX.1-dev"  # where the parts come from that a single file does not hold
 ORIGINAL_PREFIX = "model.diffusion_model."  # of the transformer in a file that holds more than that
 
+TEXT_KEYS = ["add_k_proj", "add_v_proj"]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
 
@@ -247,7 +248,11 @@ def original_scales(transformer: Any) -> Iterator[tuple[str, str]]:
 class Flux1:
     """The modules of one base, ready to train and to render. The transformer is read when it is first asked for."""
 
-    lora_targets = {"attention": ATTENTION, "all": [*ATTENTION, *FEED_FORWARD]}  # noqa: RUF012
+    lora_targets = {  # noqa: RUF012
+        "cross_attention": TEXT_KEYS,
+        "attention": ATTENTION,
+        "all": [*ATTENTION, *FEED_FORWARD],
+    }
     denoiser_name = "transformer"
     reads_kohya = False  # diffusers 0.42 leaves out the final projection, and has the width of FLUX.1 built in
     metadata = {  # noqa: RUF012

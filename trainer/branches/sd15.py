@@ -18,6 +18,7 @@ from trainer.presets import TrainConfig
 
 # Linear layers of diffusers' UNets; every family that has such a UNet trains these.
 UNET_TARGETS = {
+    "cross_attention": ["attn2.to_k", "attn2.to_v"],
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
     "all": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"],
 }
