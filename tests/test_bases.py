@@ -287,5 +287,5 @@ def test_an_unknown_branch_is_refused_with_the_nearest(settings: Settings) -> No
 
 
 def test_branch_fast_takes_any_id_and_uses_its_own_base(settings: Settings) -> None:
-    own = bases.fast_base(settings)
+    own = bases.fast_base()
     assert [bases.resolve(settings, base_id, "fast") for base_id in (None, 690204, 123456)] == [own] * 3

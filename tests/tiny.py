@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import string
@@ -32,8 +33,6 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
-
-from trainer.branches.fast import vocabulary, write_tokenizer
 
 
 def make_tiny_sd15(folder: Path, seed: int = 0, blocks: int = 4, layers: int = 2) -> Path:
@@ -215,6 +214,21 @@ def tiny_clip(width: int, activation: str) -> CLIPTextConfig:
         eos_token_id=1,
         pad_token_id=1,
     )
+
+
+def vocabulary() -> list[str]:
+    """A character vocabulary for CLIP's byte-pair tokenizer: no merges, so that every letter is a token."""
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    return ["<|startoftext|>", "<|endoftext|>", *characters, *(f"{c}</w>" for c in characters)]
+
+
+def write_tokenizer(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(vocabulary())}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    end = "<|endoftext|>"
+    vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+    CLIPTokenizer(vocab, merges, unk_token=end, model_max_length=77).save_pretrained(folder)
 
 
 def t5_vocabulary() -> list[tuple[str, float]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trainer.settings import Settings
 
 FAST_ID = 1_000_000_000  # the small base of branch fast has no number at the hosted service
+FAST_FOLDER = Path(__file__).parent / "branches" / "fast_base"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 EDITING_MODEL = "it is a model for inpainting or editing, which takes a picture as input; those are not trained here"
@@ -41,15 +42,15 @@ class Base:
     error: str | None = None  # why it cannot be used
 
 
-def fast_base(settings: Settings) -> Base:
-    """The base of branch fast. Its folder is made at first use."""
-    return Base(FAST_ID, "Tunebooth fast", "fast", path=settings.outputs / "cache" / "fast-base-1")
+def fast_base() -> Base:
+    """The base of branch fast, which is part of the package."""
+    return Base(FAST_ID, "Tunebooth fast", "fast", path=FAST_FOLDER)
 
 
 def list_bases(settings: Settings) -> list[Base]:
     """All bases: the presets' hub repositories, the fast one, and whatever lies in the models folder."""
     hub = [_of_hub(row, branch) for branch in BRANCHES for row in presets.base_rows(settings.presets, branch)]
-    return [*hub, fast_base(settings), *_scan(settings.models)]
+    return [*hub, fast_base(), *_scan(settings.models)]
 
 
 def _of_hub(row: presets.BaseRow, branch: str) -> Base:
@@ -62,7 +63,7 @@ def resolve(settings: Settings, base_tune_id: int | None, branch: str | None) ->
     if branch is not None:
         check_branch(branch)
     if branch == "fast":
-        return fast_base(settings)  # a way to test a call: it takes any base_tune_id and uses its own
+        return fast_base()  # a way to test a call: it takes any base_tune_id and uses its own
     if base_tune_id is None:
         branch = branch or "sd15"
         return _of_hub(presets.base_rows(settings.presets, branch)[0], branch)
