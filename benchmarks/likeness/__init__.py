@@ -1,0 +1,183 @@
+"""Whether a tune on branch fast learns its subject and keeps the rest, as a table over the ten subjects.
+
+    uv run python -m benchmarks.likeness                     # all ten, some ten minutes on two cores
+    uv run python -m benchmarks.likeness dog teapot --args "lr=2e-3"
+
+Likeness: each of eight pictures of `TOKEN CLASS` votes for the subject of its nearest photo, by root colour histograms
+of the whole and of its centre (an L2 distance of roots is Hellinger's). The photos themselves, left out one at a time,
+tell what that measure can see. Rest: 20 captions that no training has seen, without the token, drawn with and without
+the tune; the score is the share of right colours and right places (benchmarks/fast_base/measure.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks import photos
+from benchmarks.fast_base import measure
+from trainer import presets
+from trainer.bases import FAST_FOLDER
+from trainer.files import read_json_lines
+from trainer.images import Decoder
+from trainer.jobs import Jobs
+from trainer.schema import Upload
+from trainer.settings import read_settings
+from trainer.store import Store
+from trainer.worker import Bench
+
+TOKEN = "ohwx"
+PICTURES = 8
+REST = 20
+NEAR = 0.1  # of the base's score: what a tune may lose of the rest
+SEED = 1
+BINS = 6  # for each of red, green and blue
+
+Pixels = NDArray[np.uint8]
+
+
+def features(picture: Pixels) -> NDArray[np.float64]:
+    """Root histograms of the colours of a picture (64, 64, 3) and of its middle (32, 32, 3), end to end."""
+    return np.concatenate([root_histogram(picture), root_histogram(picture[16:48, 16:48])])
+
+
+def root_histogram(pixels: Pixels) -> NDArray[np.float64]:
+    bins = pixels.reshape(-1, 3).astype(int) * BINS // 256
+    counts = np.bincount(bins @ [BINS * BINS, BINS, 1], minlength=BINS**3)
+    roots: NDArray[np.float64] = np.sqrt(counts / counts.sum())
+    return roots
+
+
+def vote(picture: Pixels, of_photos: Iterable[tuple[str, NDArray[np.float64]]]) -> str:
+    """The subject of the nearest photo."""
+    mine = features(picture)
+    return min(of_photos, key=lambda photo: float(np.linalg.norm(photo[1] - mine)))[0]
+
+
+def described(shown: dict[str, list[Pixels]]) -> list[tuple[str, NDArray[np.float64]]]:
+    return [(subject, features(photo)) for subject, pictures in shown.items() for photo in pictures]
+
+
+def left_one_out(shown: dict[str, list[Pixels]]) -> dict[str, Counter[str]]:
+    """The votes of the photos themselves, each without itself: what the measure can see at best."""
+    everything, votes = described(shown), {subject: Counter[str]() for subject in shown}
+    pixels = [photo for pictures in shown.values() for photo in pictures]
+    for number, (subject, _) in enumerate(everything):
+        votes[subject][vote(pixels[number], everything[:number] + everything[number + 1 :])] += 1
+    return votes
+
+
+class Studio:
+    """The studio without its page: tunes go through the very verbs and the very worker of the app."""
+
+    def __init__(self, outputs: Path) -> None:
+        self.settings = read_settings(outputs=outputs, models=outputs / "models", device="cpu")
+        self.store = Store(outputs)
+        self.decoder = Decoder(self.settings)
+        self.jobs = Jobs(self.settings, self.store, self.decoder)
+
+    def close(self) -> None:
+        self.decoder.close()
+        self.store.close()
+
+    def tune(self, subject: str, args: str = "") -> tuple[Path, float]:
+        """Train a subject. Returns the folder of its model, and the seconds from the first step to the last."""
+        uploads = [Upload(file.name, file) for file in photos.files(subject)]
+        request = {"title": subject, "name": photos.CLASSES[subject], "branch": "fast", "token": TOKEN, "args": args}
+        tune = self.jobs.create_tune(request, uploads)[0]
+        job = self.store.claim()
+        assert job is not None and job.tune_id == tune.id
+        Bench(self.settings, self.store, torch.device("cpu"), threading.Event()).run(job)
+        done = self.jobs.get_tune(tune.id)
+        assert done.status == "trained", done.error
+        folder = self.jobs.folder(tune.id)
+        lines = [line for line in read_json_lines(folder / "log.jsonl") if "loss" in line]
+        return folder / "model", lines[-1]["seconds"] - lines[0]["seconds"]
+
+
+def load_base() -> Any:
+    """The base in a stock pipeline, as whoever downloads a tune would load it."""
+    pipeline = StableDiffusionPipeline.from_pretrained(FAST_FOLDER, torch_dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def render(pipeline: Any, prompts: Sequence[str], seed: int) -> list[Pixels]:
+    """A picture of each prompt, (64, 64, 3), as the preset's [render] has it."""
+    defaults = presets.render_config(Path(__file__).parents[2] / "presets", "fast")
+    return measure.render(pipeline, prompts, defaults.steps, defaults.cfg_scale, seed)
+
+
+def pictures_of(pipeline: Any, subject: str) -> list[Pixels]:
+    return render(pipeline, [f"{TOKEN} {photos.CLASSES[subject]}"] * PICTURES, SEED)
+
+
+def kept(pipeline: Any, told: Sequence[tuple[str, Any]]) -> float:
+    """The share of right colours and right places over captions without the token."""
+    marks = measure.score(render(pipeline, [caption for caption, _ in told], SEED), [scene for _, scene in told])
+    return (marks["colour"] + marks["place"]) / 2
+
+
+def is_right(votes: Counter[str], subject: str) -> bool:
+    """Whether the subject has more votes than any other."""
+    others = [count for other, count in votes.items() if other != subject]
+    return votes[subject] > max(others, default=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subjects", nargs="*", default=list(photos.CLASSES), help="names of folders; all ten at first")
+    parser.add_argument("--args", default="", help="of every tune, as the API's `args`")
+    parser.add_argument("--sheets", type=Path, help="folder for a picture of the eight renders of each subject")
+    options = parser.parse_args()
+    shown = photos.read_photos()
+    of_photos, ceiling, told = described(shown), left_one_out(shown), measure.held_back(REST, SEED)
+    base = kept(load_base(), told)
+    print(f"votes for the subject; rest: the base's score is {base:.0%}\n")
+    print(f"{'':20}{'photos':>8}{'base':>8}{'tune':>8}{'rest':>8}{'seconds':>9}")
+    right, rests = Counter[str](), []
+    with tempfile.TemporaryDirectory() as folder, closing(Studio(Path(folder))) as studio:
+        for subject in options.subjects:
+            model, seconds = studio.tune(subject, options.args)
+            pipeline, row = load_base(), f"{subject:20}"
+            untuned = pictures_of(pipeline, subject)
+            pipeline.load_lora_weights(model, weight_name="lora.safetensors")
+            tuned = pictures_of(pipeline, subject)
+            rests.append(kept(pipeline, told))
+            votes = {
+                "photos": ceiling[subject],
+                "base": Counter(vote(picture, of_photos) for picture in untuned),
+                "tune": Counter(vote(picture, of_photos) for picture in tuned),
+            }
+            for name, counted in votes.items():
+                right[name] += is_right(counted, subject)
+                row += f"{counted[subject]:>5}/{counted.total()}{'+' if is_right(counted, subject) else ' '}"
+            print(f"{row}{rests[-1]:>8.0%}{seconds:>9.1f}", flush=True)
+            if options.sheets:
+                write_sheet([shown[subject], untuned, tuned], options.sheets / f"{subject}.png")
+    count = len(options.subjects)
+    print(f"{'right':20}" + "".join(f"{right[name]:>5}/{count} " for name in ("photos", "base", "tune")), end="")
+    near = sum(rest >= base - NEAR for rest in rests)
+    print(f"{np.mean(rests):>8.0%}, {near}/{count} within {NEAR:.0%} of the base's")
+
+
+def write_sheet(rows: Sequence[Sequence[Pixels]], file: Path) -> None:
+    """Photos, the base's pictures and the tune's, a row each."""
+    sheet = np.zeros((64 * len(rows), 64 * PICTURES, 3), np.uint8)
+    for top, row in enumerate(rows):
+        for left, picture in enumerate(row[:PICTURES]):
+            sheet[64 * top : 64 * top + 64, 64 * left : 64 * left + 64] = picture
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), Image.Resampling.NEAREST).save(file)
