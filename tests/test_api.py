@@ -196,7 +196,7 @@ def test_a_new_tune_says_what_was_made_of_the_request(client: TestClient) -> Non
     nothing_yet = ("eta", "trained_at", "started_training_at", "expires_at", "ckpt_url", "error", "steps")
     assert [tune[name] for name in nothing_yet] == [None] * len(nothing_yet)
     assert (tune["status"], tune["ckpt_urls"], tune["token"]) == ("queued", [], "ohwx")
-    assert re.search(r"\bsteps=160\b.*\bseed=42\b", tune["args"])  # what null became
+    assert re.search(r"\bsteps=128\b.*\bseed=42\b", tune["args"])  # what null became
     assert tune["url"] == "http://127.0.0.1:7860/tunes/1.json"
     for moment in (tune["created_at"], tune["updated_at"]):
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", moment)

@@ -323,7 +323,7 @@ def test_the_page_trains_the_dog(
     first = int(page.evaluate(bar))
     page.wait_for_function(f"{bar} > {first}")
     page.wait_for_selector(f"{shown} svg polyline", state="attached")
-    assert re.search(r"step \d+ of 200", page.inner_text(f"{shown} .tb-facts"))
+    assert re.search(r"step \d+ of 160", page.inner_text(f"{shown} .tb-facts"))
     page.screenshot(path=shots / "training.png")
     page.reload()
     page.wait_for_selector(f"{shown}[data-status=training]")  # seen again, in mid-training
@@ -446,7 +446,7 @@ def test_a_killed_app_takes_up_its_work_and_ends_with_the_same_weights(
     with running(tmp_path) as app:
         app.ready()
         for title in ("first", "second", "third"):
-            post(app, title, photos, steps=60, **{"prompts_attributes][][text": "ohwx dog"}).raise_for_status()
+            post(app, title, photos, steps=45, **{"prompts_attributes][][text": "ohwx dog"}).raise_for_status()
         wait_for(lambda: app.tune(2)["progress"]["step"] > 30)
         killed_after = app.tune(2)["progress"]["step"]
         app.kill()
@@ -462,9 +462,9 @@ def test_a_killed_app_takes_up_its_work_and_ends_with_the_same_weights(
             ["started"],
         ]
         resumed_at = starts[1][1]["step"]
-        assert 0 < resumed_at <= 60 and killed_after - resumed_at <= 25
+        assert 0 < resumed_at <= 45 and killed_after - resumed_at <= 25
         steps = [line["step"] for line in app.log(2) if "loss" in line]
-        assert steps == sorted(set(steps)) and steps[-1] == 60
+        assert steps == sorted(set(steps)) and steps[-1] == 45
         # The first and the third were never interrupted, and had the same photos and the same seed.
         weights = [load_file(tmp_path / f"tunes/{tune_id}/model/lora.safetensors") for tune_id in (1, 2, 3)]
         for name, expected in weights[0].items():
