@@ -13,7 +13,7 @@ from benchmarks import likeness, photos
 from benchmarks.fast_base import measure
 from tests.conftest import SHARED
 
-PAIR = ("backpack_dog", "cat2")
+PAIR = ("backpack_dog", "dog")  # far from the bounds with one thread and with two, which round differently
 
 
 @pytest.fixture(scope="module")

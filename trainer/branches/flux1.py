@@ -27,7 +27,7 @@ from trainer.presets import TrainConfig
 HOME = "black-forest-labs/FLUX.1-dev"  # where the parts come from that a single file does not hold
 ORIGINAL_PREFIX = "model.diffusion_model."  # of the transformer in a file that holds more than that
 
-TEXT_KEYS = ["add_k_proj", "add_v_proj"]
+TEXT_KEYS = ["add_k_proj", "add_v_proj"]  # of the double blocks; single ones have no keys of text alone
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
 
