@@ -99,6 +99,9 @@ def picture(pipeline: Any) -> Tensor:
     return latents
 
 
+ROUNDING = 1e-4  # the same sums in another order: on some CPUs a kernel depends on where its numbers lie in memory
+
+
 def distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max())
 
@@ -246,11 +249,11 @@ def test_apply_renders_at_the_strength_that_is_asked_for(trained: Trained, stock
     lora.apply(stock, trained.folder, 1.0)
     assert distance(picture(stock), expected) < 1e-4
     lora.apply(stock, trained.folder, 0.0)
-    assert distance(picture(stock), base) == 0
+    assert distance(picture(stock), base) < ROUNDING
     lora.apply(stock, trained.folder, 0.5)
     assert distance(picture(stock), base) > 0.01 and distance(picture(stock), expected) > 0.01
     lora.remove(stock)
-    assert distance(picture(stock), base) == 0
+    assert distance(picture(stock), base) < ROUNDING
 
 
 def test_apply_takes_the_place_of_the_model_before(trained: Trained, stock: Any, tmp_path: Path) -> None:
@@ -265,7 +268,7 @@ def test_apply_takes_the_place_of_the_model_before(trained: Trained, stock: Any,
         )
     lora.apply(stock, silent, 1.0)
     assert distance(changed, base) > 0.1
-    assert distance(picture(stock), base) == 0  # nothing of the first one is left
+    assert distance(picture(stock), base) < ROUNDING  # nothing of the first one is left
 
 
 # Full size, without memory for the weights of the base
