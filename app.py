@@ -43,11 +43,13 @@ class Studio:
     """Everything behind the guard: imported and started while `/health` answers already."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
+        from trainer.looking import Looker
         from trainer.worker import Worker
 
         self._settings = settings
         self._store = store
-        self._worker = Worker(settings, store)
+        self._looker = Looker(settings)
+        self._worker = Worker(settings, store, self._looker)
 
     def load(self) -> Any:
         """Build the web app."""
@@ -59,7 +61,7 @@ class Studio:
 
         sweep(self._settings.outputs)
         self._decoder = Decoder(self._settings)
-        self._jobs = Jobs(self._settings, self._store, self._decoder)
+        self._jobs = Jobs(self._settings, self._store, self._decoder, self._looker)
         return ui.mount(create_app(self._jobs), self._jobs)
 
     def begin(self) -> None:
@@ -76,6 +78,7 @@ class Studio:
     def close(self) -> None:
         """Put a running job aside, its state saved, and let go of the outputs folder."""
         self._worker.stop()
+        self._looker.close()
         self._decoder.close()
         self._store.close()
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from trainer.files import read_json_lines
 from trainer.images import Decoder
 from trainer.jobs import Jobs
+from trainer.looking import Looker
 from trainer.schema import ENDED, Tune, Upload
 from trainer.settings import read_settings
 from trainer.store import Store
@@ -32,10 +33,14 @@ class Watched(Store):
     def __init__(self, outputs: Path) -> None:
         super().__init__(outputs)
         self.at_step: dict[tuple[int, int], Callable[[], object]] = {}  # (tune, step of its first run)
+        self.at_photos: dict[int, Callable[[], object]] = {}  # by tune: while its photos are looked at
         self._asked: Counter[int] = Counter()
 
     def cancel_wanted(self, table: Any, row_id: int) -> bool:
-        if table == "tunes":
+        row = self.get(table, row_id) or {}
+        if "photos" in row and row["progress"]["stage"].startswith(("photos", "faces")):
+            self.at_photos.pop(row_id, lambda: None)()
+        elif table == "tunes":
             if act := self.at_step.pop((row_id, self._asked[row_id]), None):
                 act()
             self._asked[row_id] += 1
@@ -49,8 +54,9 @@ class Studio:
         folders = {"outputs": folder / "outputs", "models": folder / "models"}
         self.settings = read_settings(**folders, device="cpu", **settings)
         self.store = Watched(self.settings.outputs)
-        self.jobs = Jobs(self.settings, self.store, decoder)
-        self.worker = Worker(self.settings, self.store)
+        self.looker = Looker(self.settings)
+        self.jobs = Jobs(self.settings, self.store, decoder, self.looker)
+        self.worker = Worker(self.settings, self.store, self.looker)
         self.photos = photos
 
     def create(self, title: str, **more: Any) -> int:
@@ -71,6 +77,7 @@ class Studio:
 
     def close(self) -> None:
         self.worker.stop()
+        self.looker.close()
         self.store.close()
 
     def events(self, tune_id: int) -> list[tuple[str, int]]:

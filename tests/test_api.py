@@ -52,7 +52,7 @@ def create(client: TestClient, title: str = "Rex", *more: tuple[str, Value]) -> 
 @pytest.fixture
 def private(jobs: Jobs) -> Jobs:
     """The same store for an owner who allows image_urls of private addresses."""
-    return Jobs(jobs.settings.model_copy(update={"private_urls": "allow"}), jobs.store, jobs.decoder)
+    return Jobs(jobs.settings.model_copy(update={"private_urls": "allow"}), jobs.store, jobs.decoder, jobs.looker)
 
 
 # One request in all the ways in which it can be said; what it says is in ASKED.
@@ -171,7 +171,9 @@ def test_a_title_is_free_again_when_its_tune_is_deleted(client: TestClient) -> N
 
 
 def test_titles_may_repeat_where_that_is_set(jobs: Jobs) -> None:
-    client = client_of(Jobs(jobs.settings.model_copy(update={"idempotency": False}), jobs.store, jobs.decoder))
+    client = client_of(
+        Jobs(jobs.settings.model_copy(update={"idempotency": False}), jobs.store, jobs.decoder, jobs.looker)
+    )
     assert [post(client, GOOD).status_code for _ in range(2)] == [201, 201]
 
 
@@ -376,7 +378,7 @@ def test_presets_are_listed(jobs: Jobs, tmp_path: Path) -> None:
     for name in BRANCHES:
         (tmp_path / f"{name}.toml").write_bytes((jobs.settings.presets / f"{name}.toml").read_bytes())
     (tmp_path / "mine.toml").write_text("[lora]\nrank = 4\n")
-    own = Jobs(jobs.settings.model_copy(update={"presets": tmp_path}), jobs.store, jobs.decoder)
+    own = Jobs(jobs.settings.model_copy(update={"presets": tmp_path}), jobs.store, jobs.decoder, jobs.looker)
     assert client_of(own).get("/presets").json() == ["mine"]
     hosted = ["flux-lora-fast", "flux-lora-focus", "flux-lora-portrait"]
     assert client_of(jobs).get("/presets").json() == hosted
@@ -669,7 +671,7 @@ def test_a_link_ends_when_its_time_is_over(client: TestClient, jobs: Jobs, links
 def test_a_link_survives_a_restart_and_no_other_installation_knows_it(
     client: TestClient, jobs: Jobs, links: dict[str, str], tmp_path: Path
 ) -> None:
-    restarted = Jobs(jobs.settings.model_copy(), jobs.store, jobs.decoder)
+    restarted = Jobs(jobs.settings.model_copy(), jobs.store, jobs.decoder, jobs.looker)
     restarted.settings.__dict__.pop("link_secret", None)  # it is read once
     assert client_of(restarted).get(links["photo"]).status_code == 200
     (jobs.settings.outputs / ".link-secret").write_text("another one")

@@ -115,7 +115,8 @@ def app(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path, tiny_sd15_fil
     shutil.copy(tiny_sd15_file, models / "single.safetensors")
     shutil.copytree(tiny_sd15_file.with_suffix(""), models / "single")
     (models / "broken.safetensors").write_bytes(tiny_sd15_file.read_bytes()[:-100])
-    with running(tmp_path_factory.mktemp("outputs"), "--models", str(models)) as app:
+    options = ["--models", str(models), "--weights", str(SHARED / "weights")]
+    with running(tmp_path_factory.mktemp("outputs"), *options) as app:
         yield app.ready()
 
 
@@ -333,7 +334,7 @@ def test_the_page_trains_the_dog(
         f'[...document.querySelectorAll("{shown} .tb-pictures img")].every(i => i.naturalWidth == 64)'
     )
     page.click(f"#tunes [data-tune='{tune['id']}'] summary")
-    assert page.locator(f"#tunes [data-tune='{tune['id']}'] .tb-photos img").count() == 5
+    assert page.locator(f"#tunes [data-tune='{tune['id']}'] [data-photo] img").count() == 5
     page.wait_for_timeout(500)
     page.screenshot(path=shots / "done.png", full_page=True)
     assert page.locator(f"{shown} .tb-moments img").count() == 4
@@ -380,6 +381,33 @@ def test_the_page_says_what_is_wrong_beside_the_field(
     page.click("[role=option]:has-text('broken.safetensors (cannot be used)')")
     page.click("#create")
     page.wait_for_function("document.querySelector('#note-base_tune_id').innerText.includes('it is broken')")
+    assert app.http.get("/tunes").json() == before
+
+
+def test_the_page_and_a_script_tell_the_same_of_photos(app: App, browser_page: Page) -> None:
+    faces = SHARED / "data/faces"
+    if not faces.exists():
+        pytest.skip("the photos and weights beside the repository are not here")
+    photos = [faces / "exif/astronaut_orientation_6.jpg", faces / "noface/coffee.jpg"]
+    before = app.http.get("/tunes").json()
+    page = browser_page
+    with page.expect_response("**/gradio_api/run/predict"):
+        page.goto(app.url)
+    page.fill("#field-name :is(input, textarea)", "woman")
+    page.set_input_files("#field-images input[type=file]", [str(photo) for photo in photos])
+    page.wait_for_function("document.querySelectorAll('#thumbnails img').length == 2")
+    page.click("#check")
+    page.wait_for_selector("#verdicts")
+    told = [page.inner_text(f"#verdicts [data-photo='{photo.name}']") for photo in photos]
+    assert "turned upright" in told[0] and "1 face" in told[0]
+    assert "no face" in told[1]
+    page.wait_for_function("[...document.querySelectorAll('#verdicts img')].every(i => i.naturalWidth == 64)")
+    client = Client(app.url, verbose=False)
+    check = client.predict(images=[handle_file(photo) for photo in photos], name="woman", api_name="/check_photos")
+    assert [(photo["name"], photo["rotated"], len(photo["faces"])) for photo in check["photos"]] == [
+        ("astronaut_orientation_6.jpg", True, 1),
+        ("coffee.jpg", False, 0),
+    ]
     assert app.http.get("/tunes").json() == before
 
 

@@ -19,11 +19,12 @@ HEAVY = {"torch", "torchvision", "diffusers", "peft", "transformers", "accelerat
 WEB = {
     "app", "trainer", "trainer.ui", "trainer.api", "trainer.jobs", "trainer.presets", "trainer.bases", "trainer.images",
     "trainer.urls", "trainer.links", "trainer.store", "trainer.schema", "trainer.settings", "trainer.guard",
-    "trainer.page", "trainer.files", "trainer.decode", "trainer.demo", "trainer.branches", "trainer.methods",
+    "trainer.page", "trainer.files", "trainer.decode", "trainer.child", "trainer.looking", "trainer.weights",
+    "trainer.demo", "trainer.branches", "trainer.methods",
 }  # fmt: skip
 WORK = {
     "trainer.worker", "trainer.train", "trainer.render", "trainer.dataset", "trainer.loop", "trainer.objectives",
-    "trainer.loading", "trainer.memory", "trainer.hub",
+    "trainer.loading", "trainer.memory", "trainer.hub", "trainer.faces",
 }  # fmt: skip
 DOORS = {"app", "trainer.ui", "trainer.api", "trainer.guard", "trainer.page", "trainer.jobs", "trainer.images"}
 
@@ -35,16 +36,21 @@ HOMES = {
     "uvicorn": {"app"},
     "sqlite3": {"store"},
     "tomllib": {"presets"},
-    "httpx": {"urls"},
+    "httpx": {"urls", "weights"},
     "httpx2": {"hub"},
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"hub", "weights"},
     "psutil": {"hub"},
     "ssrfguard": {"urls"},
     "pydantic_settings": {"settings"},
-    "PIL": {"decode", "dataset", "demo", "render"},
+    "PIL": {"decode", "dataset", "demo", "faces", "render"},
+    "pillow_heif": {"decode"},
+    "torchvision": {"faces"},
+    "facexlib": {"faces"},
+    "gfpgan": {"faces"},
+    "cv2": {"faces"},
     "peft": {"methods."},
     "diffusers": {"branches.", "loading", "worker"},
-    "transformers": {"branches.", "worker"},
+    "transformers": {"branches.", "faces", "worker"},
 }
 
 

@@ -265,7 +265,7 @@ def test_nobody_without_the_key_sees_the_waiting_page(open_settings: Settings) -
 @pytest.fixture
 def narrow(jobs: Jobs) -> Jobs:
     """Requests of at most one megabyte."""
-    return Jobs(jobs.settings.model_copy(update={"max_body_mb": 1}), jobs.store, jobs.decoder)
+    return Jobs(jobs.settings.model_copy(update={"max_body_mb": 1}), jobs.store, jobs.decoder, jobs.looker)
 
 
 TOO_LARGE = {"error": "the request is larger than 1 MB"}

@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from tests.conftest import SHARED
 from tests.web import left_behind, photo, upload
+from trainer.decode import Decoded
 from trainer.images import Decoder, intake
 from trainer.jobs import Jobs
 from trainer.schema import InvalidRequest, Photo, Upload
@@ -46,7 +47,7 @@ def face(path: str) -> Upload:
 def taken(jobs: Jobs, *uploads: Upload) -> tuple[list[Photo], list[Image.Image], dict[str, str]]:
     """The verdicts, the pictures as they are kept, and the captions beside them."""
     with intake(jobs.settings, jobs.decoder, uploads, []) as (work, photos):
-        images = [Image.open(work / "images" / verdict.file) for verdict in photos]
+        images = [Image.open(work / "images" / verdict.file) for verdict in photos if not verdict.dropped]
         for image in images:
             image.load()
         captions = {path.stem: path.read_text("utf-8") for path in (work / "images").glob("*.txt")}
@@ -163,14 +164,14 @@ def test_the_smallest_and_the_thinnest_are_taken(
 
 
 def test_a_file_may_be_so_large_and_no_larger(jobs: Jobs, file: Callable[[str, bytes], Upload]) -> None:
-    small = Jobs(jobs.settings.model_copy(update={"max_image_mb": 1}), jobs.store, jobs.decoder)
+    small = Jobs(jobs.settings.model_copy(update={"max_image_mb": 1}), jobs.store, jobs.decoder, jobs.looker)
     (told,) = refused(small, file("cat.png", photo() + bytes(2**20)))
     assert told == "cat.png has 1.0 MB; at most 1 MB are allowed"
     taken(small, file("cat.png", photo() + bytes(2**20 - 10_000)))
 
 
 def test_no_images_and_too_many_are_refused(jobs: Jobs, file: Callable[[str, bytes], Upload]) -> None:
-    few = Jobs(jobs.settings.model_copy(update={"max_images": 3}), jobs.store, jobs.decoder)
+    few = Jobs(jobs.settings.model_copy(update={"max_images": 3}), jobs.store, jobs.decoder, jobs.looker)
     photos = [file(f"{number}.png", photo()) for number in range(4)]
     assert refused(few) == ["must contain at least one image"]
     assert refused(few, *photos) == ["must contain at most 3 images, got 4"]
@@ -268,9 +269,9 @@ def pipe(tmp_path: Path) -> Path:
     return path
 
 
-def in_background(decode: Callable[[], Photo]) -> tuple[threading.Thread, list[Photo | ValueError]]:
+def in_background(decode: Callable[[], Decoded]) -> tuple[threading.Thread, list[Decoded | ValueError]]:
     """Decode in a thread; the list will hold the verdict, or why there is none."""
-    outcome: list[Photo | ValueError] = []
+    outcome: list[Decoded | ValueError] = []
 
     def run() -> None:
         try:
@@ -311,7 +312,7 @@ def test_a_child_killed_in_the_middle_is_replaced(decoder: Decoder, pipe: Path, 
     os.close(writer)
     thread.join()
     (verdict,) = outcome
-    assert isinstance(verdict, Photo) and verdict.name == "rex.png"
+    assert isinstance(verdict, Decoded) and verdict.photo.name == "rex.png"
 
 
 def test_a_photo_that_kills_every_child_is_refused_and_the_next_is_taken(
@@ -344,5 +345,5 @@ def test_a_photo_that_needs_too_much_memory_is_refused(
     generous = Decoder(jobs.settings.model_copy(update={"max_megapixels": 2000}))
     with pytest.raises(ValueError, match="needs too much memory to be decoded"):
         generous.decode(file("big.png", header_of(40_000, 40_000)).path, tmp_path / "kept", "big.png")
-    assert generous.decode(file("small.png", photo()).path, tmp_path / "kept", "small.png").width == 64
+    assert generous.decode(file("small.png", photo()).path, tmp_path / "kept", "small.png").photo.width == 64
     generous.close()

@@ -21,7 +21,7 @@ DOCUMENT = SHARED / "reference" / "create-a-tune.txt"
 OURS = ["args"]  # parameters that the document does not have
 ENDPOINTS = [
     "/create_tune", "/submit_tune", "/get_tune", "/list_tunes", "/cancel_tune", "/resume_tune", "/delete_tune",
-    "/create_prompt", "/get_prompt", "/list_prompts", "/list_base_tunes", "/list_presets",
+    "/create_prompt", "/get_prompt", "/list_prompts", "/list_base_tunes", "/list_presets", "/check_photos",
 ]  # fmt: skip
 
 

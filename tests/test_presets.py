@@ -71,6 +71,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SHARED = {
     "micro_batch": 0, "gradient_checkpointing": False, "crops": 1, "flip": False, "face_set": False, "mask": "none",
+    "faceless": "keep", "restore_strength": 0.8,
     "mask_widen": 0, "mask_floor": 0.1, "prior_weight": 0, "seed": 42, "power": 1, "weight_decay": 0.01,
     "max_grad_norm": 1,
 }  # fmt: skip
@@ -163,7 +164,8 @@ def test_only_sdxl1_warns_that_it_does_not_train_what_the_hosted_service_trains(
 
 
 QUICK = {"lr": 5e-4, "rank": 16, "alpha": 16, "warmup_steps": 0, "steps": 540}
-PORTRAIT = QUICK | {"schedule": "polynomial", "targets": "all", "mask": "face", "face_set": True}
+PORTRAIT = QUICK | {"schedule": "polynomial", "targets": "all", "mask": "face", "faceless": "drop"}
+FACES = PORTRAIT | {"face_set": True}
 THING = {
     "lr": 3e-4, "rank": 32, "alpha": 32, "schedule": "cosine", "targets": "all", "mask": "subject",
     "resolution": (512, 768), "steps": 1000,
@@ -175,9 +177,9 @@ THING = {
     [
         ("flux-lora-fast", "woman", QUICK | {"buckets": False}),
         ("flux-lora-fast", "backpack", QUICK | {"buckets": False}),
-        ("flux-lora-portrait", "woman", PORTRAIT),
+        ("flux-lora-portrait", "woman", FACES),
         ("flux-lora-portrait", "backpack", PORTRAIT),
-        ("flux-lora-focus", "woman", PORTRAIT | {"mask_widen": 0.5}),
+        ("flux-lora-focus", "woman", FACES | {"mask_widen": 0.5}),
         ("flux-lora-focus", "backpack", THING),
         ("flux-lora-focus", "dog", THING),
         ("flux-lora-focus", "anime style", {}),

@@ -15,6 +15,7 @@ from trainer.settings import Settings, read_settings
 KEY = "sd_123"
 SAID: dict[str, str] = {  # every setting, with a value that is not its default
     "host": "0.0.0.0", "port": "8000", "outputs": "my outputs", "models": "my models", "presets": "my presets",
+    "weights": "my weights", "face_crop": "true",
     "demo": "true", "open": "true", "key": KEY, "public_url": "https://tunes.example", "idempotency": "false",
     "private_urls": "allow", "device": "cuda:1", "max_images": "7", "max_prompts": "8", "max_image_mb": "9",
     "max_body_mb": "10", "max_megapixels": "11", "decode_seconds": "1.5",

@@ -188,7 +188,7 @@ def train_bench(studio: Studio) -> Any:
 
     from trainer.worker import Bench
 
-    return Bench(studio.settings, studio.store, torch.device("cpu"), threading.Event())
+    return Bench(studio.settings, studio.store, studio.looker, torch.device("cpu"), threading.Event())
 
 
 # Class pictures

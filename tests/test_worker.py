@@ -198,7 +198,7 @@ def test_without_the_asked_device_a_tune_fails_in_words_and_does_not_wait_for_ev
 ) -> None:
     studio = Studio(tmp_path, decoder, dog_photos(1))
     settings = studio.settings.model_copy(update={"device": "cuda:99"})
-    studio.worker = Worker(settings, studio.store)
+    studio.worker = Worker(settings, studio.store, studio.looker)
     studio.worker.start()
     tune = studio.ended(studio.create("no such card"))
     studio.close()

@@ -19,6 +19,7 @@ from PIL import Image
 from trainer.api import create_app
 from trainer.images import Decoder
 from trainer.jobs import Jobs
+from trainer.looking import Looker
 from trainer.schema import Upload
 from trainer.settings import Settings, read_settings
 from trainer.store import Store
@@ -40,7 +41,9 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decoder]:
 def jobs(settings: Settings, decoder: Decoder) -> Iterator[Jobs]:
     """The verbs over an empty store. No worker runs, so what is queued stays queued."""
     store = Store(settings.outputs)
-    yield Jobs(settings, store, decoder)
+    looker = Looker(settings)
+    yield Jobs(settings, store, decoder, looker)
+    looker.close()
     store.close()
 
 

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,9 @@ from trainer.files import PARTIAL
 from trainer.jobs import Jobs
 from trainer.links import open_link
 from trainer.schema import (
+    CannotLook,
+    Check,
+    CheckRequest,
     Conflict,
     InvalidRequest,
     NotFound,
@@ -55,17 +60,15 @@ def create_app(jobs: Jobs) -> FastAPI:
     @app.post("/tunes", status_code=201, response_model=Tune, openapi_extra=tune_body)
     async def create_tune(request: Request) -> JSONResponse:
         """Create a tune and queue it. 200 where the title has one already."""
-        work = jobs.settings.outputs / "incoming" / f"{PARTIAL}upload-{uuid.uuid4().hex[:12]}"
-        try:
-            data = await read_body(request, "tune", jobs.settings.max_images, work)
-            uploads = data.pop("images", None) or []
-            if not isinstance(uploads, list) or not all(isinstance(upload, Upload) for upload in uploads):
-                message = "must be files in multipart/form-data; addresses go into image_urls"
-                raise InvalidRequest({"images": [message]})
+        async with sent(request, jobs) as (data, uploads):
             tune, created = await run_in_threadpool(jobs.create_tune, data, uploads)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
         return JSONResponse(tune.model_dump(), 201 if created else 200)
+
+    @app.post("/photos/check", openapi_extra={"requestBody": {"content": _body_schema("tune", CheckRequest)}})
+    async def check_photos(request: Request) -> Check:
+        """A verdict for each photo, as a tune with these parameters would give it; nothing is kept."""
+        async with sent(request, jobs) as (data, uploads):
+            return await run_in_threadpool(jobs.check_photos, data, uploads)
 
     @app.get("/tunes")
     def list_tunes(
@@ -156,6 +159,21 @@ def create_app(jobs: Jobs) -> FastAPI:
     return app
 
 
+@asynccontextmanager
+async def sent(request: Request, jobs: Jobs) -> AsyncIterator[tuple[dict[str, Any], list[Upload]]]:
+    """The object `tune` of a request and the files of its `images`, which are gone afterwards."""
+    work = jobs.settings.outputs / "incoming" / f"{PARTIAL}upload-{uuid.uuid4().hex[:12]}"
+    try:
+        data = await read_body(request, "tune", jobs.settings.max_images, work)
+        uploads = data.pop("images", None) or []
+        if not isinstance(uploads, list) or not all(isinstance(upload, Upload) for upload in uploads):
+            message = "must be files in multipart/form-data; addresses go into image_urls"
+            raise InvalidRequest({"images": [message]})
+        yield data, uploads
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 class JsonSuffix:
     """`/tunes/1.json` is `/tunes/1`, everywhere but in files."""
 
@@ -164,7 +182,7 @@ class JsonSuffix:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
-        if path.endswith(".json") and path.startswith(("/tunes", "/prompts", "/gallery/", "/presets")):
+        if path.endswith(".json") and path.startswith(("/tunes", "/prompts", "/photos/", "/gallery/", "/presets")):
             scope = {**scope, "path": path.removesuffix(".json")}
         await self._app(scope, receive, send)
 
@@ -312,13 +330,14 @@ def _add_error_answers(app: FastAPI) -> None:
     app.add_exception_handler(InvalidRequest, invalid)
     app.add_exception_handler(NotFound, error(404))
     app.add_exception_handler(Conflict, error(409))
+    app.add_exception_handler(CannotLook, error(503))
     app.add_exception_handler(Malformed, error(400))
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, arguments)
     app.add_exception_handler(Exception, lambda _request, _problem: JSONResponse({"error": "internal error"}, 500))
 
 
-def _body_schema(root: str, model: type[TuneRequest] | type[PromptRequest]) -> dict[str, Any]:
+def _body_schema(root: str, model: type[TuneRequest] | type[PromptRequest] | type[CheckRequest]) -> dict[str, Any]:
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
     wrapped = json.loads(

@@ -3,6 +3,7 @@
 It is made from a tune's folder:
 
     images/NAME.jpg|png          the photos; NAME.txt beside one is its caption
+    dataset/restored/NAME.jpg    the photo with its faces restored, which is trained in its place
     dataset/faces/NAME-face.*    face crops, a second set (presets that ask for a face set)
     dataset/masks/face/NAME.png  what the loss looks at, white on black, of the size of the picture of that name;
     dataset/masks/subject/...    masks/face has those of the face crops, too
@@ -362,7 +363,11 @@ def find_pictures(
     """
     photos = [folder / "images" / file for file in names]
     captions = captions_for(photos, token, class_name)
-    pictures = [Picture(photo, caption, names[photo.name]) for photo, caption in zip(photos, captions, strict=True)]
+    better = [folder / "dataset" / "restored" / f"{photo.stem}.jpg" for photo in photos]
+    pictures = [
+        Picture(restored if restored.exists() else photo, caption, names[photo.name])
+        for photo, restored, caption in zip(photos, better, captions, strict=True)
+    ]
     if config.face_set:
         faces = folder / "dataset" / "faces"
         pictures += [

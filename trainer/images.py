@@ -1,97 +1,80 @@
-"""Intake: uploads and URLs become upright 8-bit sRGB files, decoded in a limited child process.
+"""Intake: uploads and URLs become upright 8-bit sRGB files, decoded in limited child processes.
 
 Decoders have bugs (reference: Pillow's own security handbook); a photo that breaks one costs that child, not the app.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import queue
 import shutil
-import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from trainer import decode
+from trainer.child import Broke, Child
+from trainer.decode import Decoded, alike
 from trainer.files import PARTIAL
-from trainer.schema import InvalidRequest, Photo, Upload
+from trainer.schema import InvalidRequest, Photo, Tell, Upload, untold
 from trainer.settings import Settings
 from trainer.urls import fetch_all
 
 MAX_CAPTION_BYTES = 10_000
-START_SECONDS = 120.0  # for the child: some imports, on a machine that may be busy
+SAME_PICTURE = "the very same picture as"  # begins why a photo that came twice is dropped
+CHILDREN = 2  # a photo each at a time; more would take the cores that train
 
 
 class Decoder:
-    """One long-lived child process that decodes photos, with limits of memory and time."""
+    """The child processes that decode photos, with limits of memory and time."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._lock = threading.Lock()
-        self._pool: ProcessPoolExecutor | None = None
+        self._children = [Child("trainer.decode", "decodes photos") for _ in range(CHILDREN)]
+        self._free: queue.LifoQueue[Child] = queue.LifoQueue()  # the one that worked last is the one that is awake
+        for child in self._children:
+            self._free.put(child)
 
     def warm(self) -> None:
-        """Start the child, so that the first request need not wait for it."""
-        threading.Thread(target=self._start, daemon=True).start()
-
-    def _start(self) -> None:
-        with self._lock:
-            self._running()
+        """Start the children, so that the first request need not wait for them."""
+        for child in self._children:
+            child.warm()
 
     def close(self) -> None:
-        with self._lock:
-            self._stop()
+        for child in self._children:
+            child.close()
 
-    def decode(self, source: Path, target: Path, name: str) -> Photo:
+    def decode(self, source: Path, target: Path, name: str) -> Decoded:
         """Write `source` as an upright RGB file, `target` with a suffix. Raises ValueError saying what is wrong."""
-        with self._lock:
-            for _ in range(2):  # the child may have been killed while it was idle, which is not this photo's fault
-                try:
-                    future = self._running().submit(
-                        decode.decode, source, target, name, self._settings.max_megapixels * 1_000_000
-                    )
-                    return future.result(timeout=self._settings.decode_seconds)
-                except TimeoutError:
-                    self._stop()
-                    raise ValueError(f"could not be decoded within {self._settings.decode_seconds:g} s") from None
-                except BrokenProcessPool:
-                    self._stop()
-                except MemoryError:
-                    raise ValueError("needs too much memory to be decoded") from None
-            raise ValueError("broke the decoder; it is damaged, or made to do so")
-
-    def _running(self) -> ProcessPoolExecutor:
-        """The child, which has its own time to start: on a busy machine that may take longer than a photo may."""
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=decode.limit)
-            try:
-                self._pool.submit(decode.warm).result(timeout=START_SECONDS)
-            except TimeoutError:
-                self._stop()
-                raise RuntimeError(
-                    f"the process that decodes photos did not start within {START_SECONDS:g} s"
-                ) from None
-        return self._pool
-
-    def _stop(self) -> None:
-        if self._pool is not None:
-            for process in list((self._pool._processes or {}).values()):
-                process.kill()  # one that hangs in a decoder hears nothing gentler
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        seconds, child = self._settings.decode_seconds, self._free.get()
+        try:
+            decoded: Decoded = child.run(
+                seconds, "decode", source, target, name, self._settings.max_megapixels * 1_000_000
+            )
+        except TimeoutError:
+            raise ValueError(f"could not be decoded within {seconds:g} s") from None
+        except MemoryError:
+            raise ValueError("needs too much memory to be decoded") from None
+        except Broke:
+            raise ValueError("broke the decoder; it is damaged, or made to do so") from None
+        finally:
+            self._free.put(child)
+        return decoded
 
 
 @contextmanager
 def intake(
-    settings: Settings, decoder: Decoder, uploads: Sequence[Upload], image_urls: list[str]
+    settings: Settings,
+    decoder: Decoder,
+    uploads: Sequence[Upload],
+    image_urls: list[str],
+    tell: Tell = untold,
 ) -> Iterator[tuple[Path, list[Photo]]]:
     """Fetch, check and convert all photos of a request; yields a folder with `images/` in it, and the verdicts.
 
     The folder is the caller's to rename away; whatever is left of it at the end is removed. `.txt` files are captions,
-    paired with the photo of the same base name. Raises InvalidRequest naming every bad file.
+    paired with the photo of the same base name. A photo that came twice is kept once. Raises InvalidRequest naming
+    every bad file.
     """
     work = settings.outputs / "incoming" / f"{PARTIAL}{uuid.uuid4().hex[:12]}"
     images, fetched = work / "images", work / "fetched"
@@ -99,40 +82,71 @@ def intake(
     try:
         if image_urls:
             fetched.mkdir()
-            uploads = [*uploads, *fetch_all(settings, image_urls, fetched)]
-        photos = _convert(settings, decoder, uploads, images)
+            uploads = [*uploads, *fetch_all(settings, image_urls, fetched, tell)]
+        photos = _convert(settings, decoder, uploads, images, tell)
         shutil.rmtree(fetched, ignore_errors=True)
         yield work, photos
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _convert(settings: Settings, decoder: Decoder, uploads: Sequence[Upload], folder: Path) -> list[Photo]:
+def _convert(settings: Settings, decoder: Decoder, uploads: Sequence[Upload], folder: Path, tell: Tell) -> list[Photo]:
     captions = {PurePosixPath(u.name).stem: u for u in uploads if u.name.lower().endswith(".txt")}
-    photos, problems = [], []
     pictures = [upload for upload in uploads if not upload.name.lower().endswith(".txt")]
     if not pictures:
-        problems.append("must contain at least one image")
+        raise InvalidRequest({"images": ["must contain at least one image"]})
     if len(pictures) > settings.max_images:
-        problems.append(f"must contain at most {settings.max_images} images, got {len(pictures)}")
-        pictures = []
-    for number, upload in enumerate(pictures):
-        size = upload.path.stat().st_size
+        problem = f"must contain at most {settings.max_images} images, got {len(pictures)}"
+        raise InvalidRequest({"images": [problem]})
+    mine = [captions.pop(PurePosixPath(upload.name).stem, None) for upload in pictures]
+
+    def convert(number: int) -> Decoded | str:
+        """The photo of this number, or why it is refused."""
         try:
-            if size == 0:
-                raise ValueError("is empty")
-            if size > settings.max_image_mb * 2**20:
-                raise ValueError(f"has {size / 2**20:.1f} MB; at most {settings.max_image_mb} MB are allowed")
-            target = folder / f"{number:03d}"
-            photos.append(decoder.decode(upload.path, target, upload.name))
-            if caption := captions.pop(PurePosixPath(upload.name).stem, None):
-                target.with_suffix(".txt").write_text(_caption(caption), "utf-8")
+            return _take(settings, decoder, pictures[number], mine[number], folder / f"{number:03d}")
         except ValueError as problem:
-            problems.append(f"{upload.name} {problem}")
+            return f"{pictures[number].name} {problem}"
+
+    answers: list[Decoded | str] = []
+    with ThreadPoolExecutor(CHILDREN) as pool:
+        for answer in pool.map(convert, range(len(pictures))):
+            answers.append(answer)
+            tell("photos are decoded", len(answers), len(pictures))
+    problems = [answer for answer in answers if isinstance(answer, str)]
     problems += [f"{upload.name} is a caption without an image of the same name" for upload in captions.values()]
     if problems:
         raise InvalidRequest({"images": problems})
-    return photos
+    return _name_duplicates([answer for answer in answers if isinstance(answer, Decoded)], folder)
+
+
+def _take(settings: Settings, decoder: Decoder, upload: Upload, caption: Upload | None, target: Path) -> Decoded:
+    size = upload.path.stat().st_size
+    if size == 0:
+        raise ValueError("is empty")
+    if size > settings.max_image_mb * 2**20:
+        raise ValueError(f"has {size / 2**20:.1f} MB; at most {settings.max_image_mb} MB are allowed")
+    decoded = decoder.decode(upload.path, target, upload.name)
+    if caption:
+        target.with_suffix(".txt").write_text(_caption(caption), "utf-8")
+    return decoded
+
+
+def _name_duplicates(decoded: list[Decoded], folder: Path) -> list[Photo]:
+    """Keep the same picture once, the first time it comes, and say which photos look almost alike."""
+    kept: list[Decoded] = []
+    for one in decoded:
+        photo = one.photo
+        if twin := next((other for other in kept if other.digest == one.digest), None):
+            photo.duplicate_of = twin.photo.name
+            photo.dropped = f"{SAME_PICTURE} {twin.photo.name}, which is trained"
+            (folder / photo.file).unlink()
+            (folder / photo.file).with_suffix(".txt").unlink(missing_ok=True)
+            continue
+        if near := next((other for other in kept if alike(other.look, one.look)), None):
+            photo.duplicate_of = near.photo.name
+            photo.notes.append(f"looks almost like {near.photo.name}: another view would teach more")
+        kept.append(one)
+    return [one.photo for one in decoded]
 
 
 def _caption(upload: Upload) -> str:

@@ -7,14 +7,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer import bases, presets
 from trainer.files import discard, fsync, read_json_lines
-from trainer.images import Decoder, intake
+from trainer.images import SAME_PICTURE, Decoder, intake
 from trainer.links import MODEL_LINK_SECONDS, make_link
+from trainer.looking import Looker, not_people
 from trainer.schema import (
     ENDED,
+    Check,
+    CheckRequest,
     Conflict,
     InvalidRequest,
     NotFound,
@@ -22,12 +25,15 @@ from trainer.schema import (
     Progress,
     Prompt,
     PromptRequest,
+    Request,
+    Tell,
     Tune,
     TuneRequest,
     Upload,
     check_model_type,
     nearest,
     parse_request,
+    untold,
     words,
 )
 from trainer.settings import Settings
@@ -40,6 +46,9 @@ MOMENT_FILE = "lora.safetensors"  # of the files of a model in mid-run, the one 
 STOP_SECONDS = 120.0  # a step of the largest model on the slowest card, and saving it
 
 
+R = TypeVar("R", bound=Request)
+
+
 @dataclass(frozen=True)
 class Jobs:
     """Everything that a door needs."""
@@ -47,26 +56,17 @@ class Jobs:
     settings: Settings
     store: Store
     decoder: Decoder
+    looker: Looker
 
     # Tunes
 
-    def create_tune(self, data: Mapping[str, Any], uploads: Sequence[Upload]) -> tuple[Tune, bool]:
+    def create_tune(self, data: Mapping[str, Any], uploads: Sequence[Upload], tell: Tell = untold) -> tuple[Tune, bool]:
         """Queue a tune; False beside it: there was one of that title already (setting `idempotency`).
 
         data: the tune parameters but `images`, whose files are the uploads. Raises InvalidRequest with all problems;
         nothing is kept then.
         """
-        problems: dict[str, list[str]] = {}
-        urls = data.get("image_urls")
-        count = sum(not u.name.lower().endswith(".txt") for u in uploads) + (len(urls) if isinstance(urls, list) else 0)
-        if count == 0:
-            problems["images"] = ["must contain at least one image"]
-        if count > self.settings.max_images:
-            problems["images"] = [f"must contain at most {self.settings.max_images} images, got {count}"]
-        try:
-            request = parse_request(TuneRequest, data)
-        except InvalidRequest as invalid:
-            raise InvalidRequest(problems | invalid.problems) from None
+        request, count, problems = self._parse(TuneRequest, data, uploads)
         if existing := self._same_title(request.title):
             return existing, False
         if len(request.prompts_attributes) > self.settings.max_prompts:
@@ -78,10 +78,56 @@ class Jobs:
         if problems and (request.image_urls or "images" in problems):
             raise InvalidRequest(problems)  # nothing is fetched for a request that is refused anyway
         try:
-            with intake(self.settings, self.decoder, uploads, request.image_urls) as (work, photos):
+            with intake(self.settings, self.decoder, uploads, request.image_urls, tell) as (work, photos):
                 if problems:
                     raise InvalidRequest({})
+                different = sum(not photo.dropped for photo in photos)
+                if different != count:  # a photo that came twice is trained once
+                    values = self._settle(request, different)
                 return self._insert(request, values, work, photos)
+        except InvalidRequest as invalid:
+            raise InvalidRequest(problems | invalid.problems) from None
+
+    def check_photos(self, data: Mapping[str, Any], uploads: Sequence[Upload], tell: Tell = untold) -> Check:
+        """The verdicts that a tune with these parameters would give its photos; nothing is kept.
+
+        data: tune parameters but `images`; none of them is needed, but without `name` nobody looks for faces. Raises
+        InvalidRequest with all problems, CannotLook.
+        """
+        request, count, problems = self._parse(CheckRequest, data, uploads)
+        if problems:
+            raise InvalidRequest(problems)
+        if request.name and presets.kind_of(request.name) == "person":
+            self.looker.warm()  # while the photos are fetched and decoded
+        values = self._settle(request.as_tune(), count)
+        config = presets.TrainConfig(**presets.parse_args(values["args"]))
+        with intake(self.settings, self.decoder, uploads, request.image_urls, tell) as (work, photos):
+            warnings = values["warnings"]
+            if request.name:
+                restore = bool(request.training_face_correct)
+                photos, said = self.looker.prepare(work, photos, config, request.name, restore, tell, fetch=False)
+                warnings = [*warnings, *said]
+            else:
+                warnings = [*warnings, "without a class name (`name`) nobody looks for faces"]
+            for number, photo in enumerate(photos):
+                tell("pictures are drawn", number, len(photos))
+                self.looker.show(work, photo, config)
+            tell("pictures are drawn", len(photos), len(photos))
+            return Check(photos=photos, warnings=warnings)
+
+    def _parse(
+        self, model: type[R], data: Mapping[str, Any], uploads: Sequence[Upload]
+    ) -> tuple[R, int, dict[str, list[str]]]:
+        """The request, how many photos come with it, and what is wrong with their number. Raises InvalidRequest."""
+        problems: dict[str, list[str]] = {}
+        urls = data.get("image_urls")
+        count = sum(not u.name.lower().endswith(".txt") for u in uploads) + (len(urls) if isinstance(urls, list) else 0)
+        if count == 0:
+            problems["images"] = ["must contain at least one image"]
+        if count > self.settings.max_images:
+            problems["images"] = [f"must contain at most {self.settings.max_images} images, got {count}"]
+        try:
+            return parse_request(model, data), count, problems
         except InvalidRequest as invalid:
             raise InvalidRequest(problems | invalid.problems) from None
 
@@ -252,9 +298,10 @@ class Jobs:
                 photos=photos,
                 steps=request.steps,
                 args=request.args,
+                face_crop=request.face_crop,
+                face_crop_default=self.settings.face_crop,
             )
             args = presets.as_args(config)
-            warnings += self._not_yet(config)
         except InvalidRequest as invalid:
             problems |= invalid.problems
         if problems:
@@ -290,24 +337,12 @@ class Jobs:
                 told.append(f"branch fast has a base of its own: base_tune_id {request.base_tune_id} is not used")
             if request.preset is not None:
                 told.append(f"branch fast has settings of its own: preset {request.preset} is not used")
-        if request.face_crop:
-            told.append("face_crop is not here yet: photos are used as they are")
-        if request.training_face_correct:
-            told.append("training_face_correct is not here yet: photos are used as they are")
+        if request.face_crop and presets.kind_of(request.name) != "person":
+            told.append(not_people("face_crop", request.name))
         if request.callback:
             told.append("callback is not here yet: nothing is posted to it")
         if request.auto_extend:
             told.append("auto_extend has no effect: tunes do not expire here")
-        return told
-
-    @staticmethod
-    def _not_yet(config: presets.TrainConfig) -> list[str]:
-        """What the preset asks for and this version cannot make by itself."""
-        told = []
-        if config.mask != "none":
-            told.append(f"masks are not made here yet: the whole picture is trained, not only the {config.mask}")
-        if config.face_set:
-            told.append("face crops are not made here yet: only the photos themselves are trained")
         return told
 
     def _insert(self, request: TuneRequest, values: Row, work: Path, photos: list[Photo]) -> tuple[Tune, bool]:
@@ -362,18 +397,29 @@ class Jobs:
         if models:
             kept = sorted(self.folder(tune_id).glob(f"checkpoints/step-*/{MOMENT_FILE}"), reverse=True)
             models += [self._moment_link(model) for model in kept]
-        photos = [Photo(**photo) for photo in row["photos"]]
+        photos = self._verdicts(row)
         prompts = [self._prompt(p) for p in self.store.find("prompts", tune_id=tune_id, oldest_first=True)]
         return Tune(
             **{key: row[key] for key in Tune.model_fields if key in row and key not in ("photos", "progress")},
             ckpt_url=models[0] if models else None,
             ckpt_urls=models,
             url=f"{self.settings.base_url}/tunes/{tune_id}.json",
-            orig_images=[make_link(self.settings, f"{tune_id}/images/{photo.file}") for photo in photos],
+            orig_images=[photo.url for photo in photos if photo.url],
             photos=photos,
             progress=Progress(**row["progress"]),
             prompts=prompts,
         )
+
+    def _verdicts(self, row: Row) -> list[Photo]:
+        """The verdicts with links to the photos as they came and as they are trained."""
+        tune_id, photos = row["id"], [Photo(**photo) for photo in row["photos"]]
+        seen = {(Path(one["file"]).stem.rpartition("-")[0]): one["url"] for one in reversed(self.seen(tune_id))}
+        for photo in photos:
+            stem = Path(photo.file).stem
+            if photo.dropped is None or not photo.dropped.startswith(SAME_PICTURE):
+                photo.url = make_link(self.settings, f"{tune_id}/images/{photo.file}")
+            photo.seen, photo.closeup = seen.get(stem), seen.get(f"{stem}-face")
+        return photos
 
     def _prompt(self, row: Row) -> Prompt:
         tune_id, prompt_id = row["tune_id"], row["id"]

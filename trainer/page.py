@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 from urllib.parse import urlsplit
 
-from trainer.schema import ENDED, Prompt, Tune
+from trainer.schema import ENDED, Check, Photo, Prompt, Tune
 
 CURVE_WIDTH, CURVE_HEIGHT = 600, 120  # of the drawing; it scales with the page
 SMOOTHING = 0.8
@@ -83,7 +83,7 @@ def earlier(tunes: Sequence[Tune]) -> str:
         f'<span class="tb-dim">{escape(tune.name)} · {tune.branch} · {when(tune.created_at)}</span></span>'
         f"{pill(tune.status)}</summary>"
         f"{problem(tune)}{actions(tune)}{prompts(tune)}"
-        f'<h4>Photos</h4><div class="tb-photos">{photos(tune)}</div>{settings(tune)}</details>'
+        f"<h4>Photos</h4>{verdict_cards(tune.photos)}{settings(tune)}</details>"
         for tune in tunes
     )
 
@@ -174,15 +174,54 @@ def prompt_block(prompt: Prompt, kind: str) -> str:
 
 
 def picture(url: str, text: str) -> str:
+    """A picture that opens in full; one that has no address of its own (a data URL) only shows."""
+    if url.startswith("data:"):
+        return f'<img src="{escape(url)}" alt="{escape(text)}">'
     link = escape(relative(url))
     return f'<a href="{link}" target="_blank"><img src="{link}" alt="{escape(text)}" loading="lazy"></a>'
 
 
-def photos(tune: Tune) -> str:
-    return "".join(
-        picture(url, f"{photo.name}, {photo.width} x {photo.height}")
-        for url, photo in zip(tune.orig_images, tune.photos, strict=True)
+def verdicts(check: Check) -> str:
+    """What a check saw in each photo, with the pictures as the trainer would see them."""
+    warnings = "".join(f'<p class="tb-warning">{escape(warning)}</p>' for warning in check.warnings)
+    return f'<div class="tb-card" id="verdicts">{warnings}{verdict_cards(check.photos)}</div>'
+
+
+def verdict_cards(photos: Sequence[Photo]) -> str:
+    return f'<div class="tb-seen">{"".join(verdict(photo) for photo in photos)}</div>'
+
+
+def verdict(photo: Photo) -> str:
+    """One photo: what it looks like, badges for what was seen and done, and the rest in words."""
+    shown = [picture(url, photo.name) for url in (photo.seen or photo.url, photo.closeup) if url]
+    told = "".join(f'<span class="tb-dim">{escape(note)}</span>' for note in [photo.dropped, *photo.notes] if note)
+    marks = "".join(f'<b class="tb-badge tb-{kind}">{escape(text)}</b>' for kind, text in badges(photo))
+    return (
+        f'<figure data-photo="{escape(photo.name)}"><div class="tb-pair">{"".join(shown)}</div><figcaption>'
+        f"<span>{escape(photo.name)}</span><span>{marks}</span>{told}</figcaption></figure>"
     )
+
+
+def badges(photo: Photo) -> list[tuple[str, str]]:
+    """(good, plain, doubt or bad; its text) of everything that a verdict says."""
+    found = [("bad", "dropped")] if photo.dropped else []
+    found.append(("doubt" if photo.too_small else "plain", f"{photo.width} x {photo.height}"))
+    if photo.blurred:
+        found.append(("doubt", f"blurred, {photo.sharpness:.0f}"))
+    if photo.duplicate_of and not photo.dropped:
+        found.append(("doubt", "near-duplicate"))  # of which one, the notes say
+    if photo.rotated:
+        found.append(("plain", "turned upright"))
+    if photo.converted:
+        found.append(("plain", f"from {photo.converted}"))
+    if photo.faces is not None:
+        count = len(photo.faces)
+        found.append(("good" if count else "doubt", f"{count or 'no'} face{'' if count == 1 else 's'}"))
+    if photo.same_person is False:
+        found.append(("doubt", "another person"))
+    done = {"closeup": photo.cropped, "restored": photo.restored}
+    found += [("good", text) for text, is_done in done.items() if is_done]
+    return found + [("good", f"{kind} mask") for kind in photo.masks]
 
 
 def thumbnail(tune: Tune) -> str:
@@ -298,6 +337,10 @@ CSS = """
 .tb-seen img{width:100%;border-radius:8px}.tb-seen figcaption span{display:block}
 :is(.tb-moments,.tb-seen) figure{margin:0}
 :is(.tb-moments,.tb-seen) figcaption{font-size:.78rem;overflow-wrap:anywhere}
+.tb-pair{display:flex;gap:.3rem;align-items:flex-start}.tb-pair>*{flex:1;min-width:0}
+.tb-pair img{max-height:150px;object-fit:contain;object-position:left top}
+.tb-badge{display:inline-block;font-size:.7rem;font-weight:600;padding:0 .45rem;margin:0 .25rem .2rem 0;
+ border-radius:99px;background:#8882}.tb-good{background:#40c05733}.tb-doubt{background:#fcc41955}.tb-bad{background:#fa525244}
 .tb-blank{background:linear-gradient(100deg,#8882 40%,#8884 50%,#8882 60%) 0/200%;
  animation:tb-shine 1.4s infinite linear}
 @keyframes tb-shine{from{background-position:120% 0}to{background-position:-80% 0}}

@@ -61,6 +61,8 @@ class TrainConfig(BaseModel):
     crops: int = Field(ge=1, le=16, description="different crops of each photo; the first is its centre")
     flip: bool = Field(description="train on mirrored photos, too")
     face_set: bool = Field(description="a second set of face crops, captioned as closeup")
+    faceless: Literal["keep", "drop"] = Field(description="photos of people in which no face is found")
+    restore_strength: float = Field(ge=0, le=1, description="of training_face_correct: 1 takes the restored face whole")
     mask: Literal["none", "face", "subject"] = Field(description="which part of a photo the loss looks at")
     mask_widen: float = Field(ge=0, le=1, description="share of the steps that look at the whole subject instead")
     mask_floor: float = Field(ge=0, le=1, description="weight of what lies outside the mask, where inside is 1")
@@ -173,18 +175,27 @@ def resolve(
     photos: int,
     steps: int | None,
     args: str | None,
+    face_crop: bool | None = None,
+    face_crop_default: bool = False,
 ) -> TrainConfig:
     """The one place where hyper-parameters are decided. `name` is the class name, `photos` the number of photos.
 
+    Whether there is a set of face crops: `face_crop`, else the preset, else `face_crop_default`; only for people.
     Raises InvalidRequest naming the field that is wrong.
     """
     kind, table = kind_of(name), branch_table(folder, branch)
-    values = layer(table[model_type], kind)
+    values = layer(table[model_type], kind) | ({"face_set": True} if face_crop_default else {})
     if preset is not None:
         values |= overlay(folder / f"{preset}.toml", branch, model_type, kind)
+    if face_crop is not None:
+        values["face_set"] = face_crop
     asked = parse_args(args)
-    if "steps" in asked and steps is not None:
-        raise InvalidRequest({"args": ["steps is given twice: as steps and in args; leave one of them out"]})
+    for word, given in (("steps", steps), ("face_set", face_crop)):
+        if word in asked and given is not None:
+            name_of = {"face_set": "face_crop"}.get(word, word)
+            raise InvalidRequest({"args": [f"{word} is given twice: as {name_of} and in args; leave one of them out"]})
+    if kind != "person":
+        values |= {"face_set": False}
     per_photo, least, most = (values.pop(key) for key in STEP_RULE)
     values["steps"] = steps if steps is not None else min(max(per_photo * photos, least), most)
     try:

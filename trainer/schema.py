@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -42,6 +42,17 @@ class NotFound(Exception):
 
 class Conflict(Exception):
     """Not in this state. REST answers it with 409."""
+
+
+class CannotLook(Exception):
+    """A photo that cannot be looked at, and why. REST answers it with 503; a tune fails."""
+
+
+Tell = Callable[[str, int, int], None]  # tell("photos are decoded", 3, 20): how far a request has come
+
+
+def untold(_what: str, _done: int, _of: int) -> None:
+    """For callers that do not wait to hear."""
 
 
 def words(names: Iterable[str]) -> str:
@@ -167,13 +178,17 @@ class PromptRequest(Request):
         return self
 
 
+ClassName = Annotated[Text, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 ]*[A-Za-z0-9][A-Za-z0-9 ]*$")]
+ImageUrls = list[Annotated[Text, Field(min_length=1, max_length=2048)]]
+
+
 class TuneRequest(Request):
     """The tune parameters, in the order of the product document; then ours."""
 
-    name: Annotated[Text, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 ]*[A-Za-z0-9][A-Za-z0-9 ]*$")]
+    name: ClassName
     title: Annotated[Text, Field(min_length=1, max_length=255)]
     images: list[Any] = []
-    image_urls: list[Annotated[Text, Field(min_length=1, max_length=2048)]] = []
+    image_urls: ImageUrls = []
     callback: _text(2048) = None  # type: ignore[valid-type]
     branch: _text(64) = None  # type: ignore[valid-type]
     steps: _number(1, 10_000) = None  # type: ignore[valid-type]
@@ -191,6 +206,32 @@ class TuneRequest(Request):
     @classmethod
     def accepted(cls) -> tuple[str, ...]:
         return ("prompts_callback", "resolution", "is_api")
+
+
+class CheckRequest(Request):
+    """What a check of photos may be told: the tune parameters that decide what becomes of them."""
+
+    name: Annotated[ClassName | None, BeforeValidator(_blank_is_none)] = None
+    images: list[Any] = []
+    image_urls: ImageUrls = []
+    branch: _text(64) = None  # type: ignore[valid-type]
+    face_crop: OptionalBool = None
+    training_face_correct: OptionalBool = None
+    base_tune_id: _number(1, 2**53) = None  # type: ignore[valid-type]
+    model_type: _text(64) = None  # type: ignore[valid-type]
+    preset: _text(64) = None  # type: ignore[valid-type]
+    args: _text(1000) = None  # type: ignore[valid-type]
+
+    @classmethod
+    def accepted(cls) -> tuple[str, ...]:
+        return tuple(
+            name for name in (*TuneRequest.model_fields, *TuneRequest.accepted()) if name not in cls.model_fields
+        )
+
+    def as_tune(self) -> TuneRequest:
+        """The tune that these photos would be for; a LoRA where nothing else is said."""
+        given = self.model_dump(exclude={"images"}, exclude_none=True)
+        return TuneRequest(**{"name": "photo", "title": "check", "model_type": "lora", **given})
 
 
 R = TypeVar("R", bound=Request)
@@ -279,8 +320,24 @@ class Progress(BaseModel):
     seconds_per_step: float | None = None
 
 
+class Face(BaseModel):
+    """A face that was found: its box (left, top, right, bottom) in pixels of the upright photo, and how sure that is.
+
+    score: the detector's, 0 to 1. sharpness: variance of the Laplacian of the face at 112 px. main: it is the subject.
+    """
+
+    box: tuple[int, int, int, int]
+    score: float
+    sharpness: float
+    main: bool = False
+
+
 class Photo(BaseModel):
-    """The verdict on one photo: what came and what was kept. Sizes in pixels, of the upright picture."""
+    """The verdict on one photo: what came, what was seen in it and what was done with it.
+
+    Sizes are in pixels, of the upright picture. `file` is its name among the tune's images, `url` its link there;
+    `seen` shows the picture as the trainer sees it, `closeup` its face crop: links for a tune, data URLs for a check.
+    """
 
     name: str
     file: str
@@ -288,7 +345,28 @@ class Photo(BaseModel):
     height: int
     format: str
     rotated: bool = False
+    converted: str | None = Field(None, description="from which colours, as CMYK; None: it was 8-bit RGB already")
+    sharpness: float | None = Field(None, description="variance of the Laplacian at a long side of 512 px")
+    blurred: bool = False
+    too_small: bool = False
+    duplicate_of: str | None = Field(None, description="the photo that this one is, or looks almost like")
+    faces: list[Face] | None = Field(None, description="None: nobody looked; only photos of people are looked at")
+    same_person: bool | None = Field(None, description="None: not known; it takes recognition weights and three photos")
+    cropped: bool = False
+    restored: bool = False
+    masks: list[str] = []
+    dropped: str | None = Field(None, description="why this photo is not trained on")
     notes: list[str] = []
+    url: str | None = None
+    seen: str | None = None
+    closeup: str | None = None
+
+
+class Check(BaseModel):
+    """What /photos/check answers: a verdict for each photo, and what holds for all of them."""
+
+    photos: list[Photo]
+    warnings: list[str]
 
 
 class Tune(BaseModel):

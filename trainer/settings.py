@@ -35,6 +35,8 @@ class Settings(BaseSettings):
     presets: Path = Field(
         Path(__file__).parent.parent / "presets", description="Folder of the presets, a user's own among them."
     )
+    weights: Path = Field(Path("weights"), description="Folder of the small models that look at photos.")
+    face_crop: bool = Field(False, description="Whether face crops are added where neither request nor preset says.")
     demo: bool = Field(False, description="Queue a tune of the bundled sample photos at the start.")
     open: bool = Field(False, description="Open the page in the browser once it is up.")
     key: SecretStr | None = Field(None, description="API key. Made at first start where one is needed.")

@@ -58,7 +58,7 @@ def train_tune(
     """
     folder = settings.outputs / "tunes" / str(tune["id"])
     (folder / "config.json").write_text(json.dumps({"base": base.title, **config.model_dump(mode="json")}, indent=1))
-    names = {photo["file"]: photo["name"] for photo in tune["photos"]}
+    names = {photo["file"]: photo["name"] for photo in tune["photos"] if not photo.get("dropped")}
     pictures = dataset.find_pictures(folder, names, tune["token"], tune["name"], config)
     for lacking in dataset.without_mask(pictures, folder / "dataset", config):
         report.warn(lacking)

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -24,10 +24,13 @@ from trainer.jobs import Jobs
 from trainer.methods import METHODS
 from trainer.schema import (
     ENDED,
+    CannotLook,
+    CheckRequest,
     Conflict,
     InvalidRequest,
     NotFound,
     PromptRequest,
+    Tell,
     Tune,
     TuneRequest,
     Upload,
@@ -81,6 +84,14 @@ def build(jobs: Jobs) -> gr.Blocks:
         gr.Timer(WATCH_SECONDS).tick(watch, shown, live, **quiet)
         blocks.load(watch, shown, live, **quiet)
         blocks.load(form.choices, None, [form.fields["base_tune_id"], form.fields["preset"]], **quiet)
+        form.checker.click(
+            form.check,
+            form.inputs,
+            [form.thumbnails, *form.outputs],
+            api_visibility="private",
+            concurrency_limit=None,
+            show_progress_on=form.thumbnails,
+        )
         form.button.click(
             form.submit,
             form.inputs,
@@ -124,9 +135,14 @@ class Form:
         self._folds: list[tuple[gr.Accordion, tuple[str, ...]]] = []
         add = self._add
         add("images", gr.File, label="Photos", file_count="multiple", file_types=["image", ".txt"], height=140)
-        photos = gr.HTML(elem_id="thumbnails")
+        self.thumbnails = gr.HTML(elem_id="thumbnails")
         self.fields["images"].change(
-            thumbnails, self.fields["images"], photos, queue=False, show_progress="hidden", api_visibility="private"
+            self.dropped,
+            self.fields["images"],
+            self.thumbnails,
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
         )
         with gr.Row():
             add("name", gr.Textbox, label="Class name", placeholder="man, woman, dog, toy, style")
@@ -157,7 +173,9 @@ class Form:
             lines=3,
             placeholder="ohwx dog in the snow",
         )
-        self.button = gr.Button("Create tune", variant="primary", size="lg", elem_id="create")
+        with gr.Row():
+            self.checker = gr.Button("Check photos", size="lg", elem_id="check", scale=1)
+            self.button = gr.Button("Create tune", variant="primary", size="lg", elem_id="create", scale=2)
         self._other = gr.HTML()
         with self._fold("Characteristics", "characteristics"):
             gr.Markdown("`{{eye_color}}` in a prompt becomes the value of the key `eye_color`.")
@@ -214,15 +232,38 @@ class Form:
         named = [OWN, *((name, name) for name in self._jobs.list_presets())]
         return gr.update(choices=[("branch's own", 0), *bases]), gr.update(choices=named)
 
-    def submit(self, *values: Any) -> list[Any]:
-        """Create the tune; returns what is wrong beside each field, what is wrong elsewhere, and what to unfold."""
+    def dropped(self, paths: list[str] | None) -> str:
+        """The photos that were dropped, small; and the process that looks at them is started meanwhile."""
+        if paths:
+            self._jobs.looker.warm()
+        return thumbnails(paths)
+
+    def check(self, *values: Any) -> list[Any]:
+        """Show a verdict for each photo; then as `submit`."""
+        data, uploads = self._read(values)
+        asked = {name: data[name] for name in CheckRequest.parameters() if name in data}
+        try:
+            verdicts = page.verdicts(self._jobs.check_photos(asked, uploads, teller(gr.Progress())))
+            return [verdicts, *self._told({})]
+        except InvalidRequest as invalid:
+            return [gr.skip(), *self._told(invalid.problems)]
+        except CannotLook as problem:
+            return [gr.skip(), *self._told({"images": [str(problem)]})]
+
+    def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], list[Upload]]:
+        """What stands in the fields, and the files."""
         data = dict(zip(self.fields, values, strict=False))
-        shared = dict(zip(PROMPT_FIELDS, values[len(self.fields) : -2], strict=True))
         uploads = [Upload(Path(path).name, Path(path)) for path in data.pop("images") or []]
-        name = str(data["name"] or "").strip()
-        data["title"] = self._unique_title(str(data["title"] or "").strip(), name)
         data["base_tune_id"] = data["base_tune_id"] or None
         data["image_urls"] = str(data["image_urls"] or "").split()
+        return data, uploads
+
+    def submit(self, *values: Any) -> list[Any]:
+        """Create the tune; returns what is wrong beside each field, what is wrong elsewhere, and what to unfold."""
+        data, uploads = self._read(values)
+        shared = dict(zip(PROMPT_FIELDS, values[len(self.fields) : -2], strict=True))
+        name = str(data["name"] or "").strip()
+        data["title"] = self._unique_title(str(data["title"] or "").strip(), name)
         lines = str(data["prompts_attributes"] or "").splitlines()
         data["prompts_attributes"] = [{"text": line.strip(), **shared} for line in lines if line.strip()]
         rows = [row for row in data["characteristics"] or [] if any(str(cell or "").strip() for cell in row)]
@@ -231,10 +272,15 @@ class Form:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 uploads = with_captions(uploads, values[-2], values[-1], Path(folder))
-                tune, _ = self._jobs.create_tune(data, uploads)
+                tune, _ = self._jobs.create_tune(data, uploads, teller(gr.Progress()))
             gr.Info(f"{tune.title} is queued", duration=4)
         except InvalidRequest as invalid:
             problems = invalid.problems
+        return self._told(problems)
+
+    def _told(self, problems: dict[str, list[str]]) -> list[Any]:
+        """What is wrong beside each field, what is wrong elsewhere, and what to unfold."""
+        if problems:
             gr.Warning("The form needs a look: what is wrong is said beside the field.", duration=6)
         other = [f"{field}: {'; '.join(told)}" for field, told in problems.items() if field not in self._notes]
         unfold = [gr.update(open=True) if set(names) & set(problems) else gr.skip() for _, names in self._folds]
@@ -280,6 +326,11 @@ def note(messages: list[str]) -> str:
     return "".join(f'<p class="tb-note" role="alert">{escape(message)}</p>' for message in messages)
 
 
+def teller(progress: Any) -> Tell:
+    """Tell a Gradio progress bar how far a request has come."""
+    return lambda what, done, of: progress((done, of), what)
+
+
 def thumbnails(paths: list[str] | None) -> str:
     """The photos that were dropped, small, in the order of the list."""
     pictures = [path for path in paths or [] if not path.lower().endswith(".txt")]
@@ -316,8 +367,27 @@ def endpoints(jobs: Jobs) -> list[Callable[..., Any]]:
         given = locals()
         values = {key: given[key] for key in TuneRequest.parameters() if given[key] is not None}
         uploads = [_upload(image) for image in values.pop("images", [])]
-        tune, _ = await run_in_threadpool(jobs.create_tune, values, uploads)
+        tune, _ = await run_in_threadpool(jobs.create_tune, values, uploads, teller(gr.Progress()))
         return tune.model_dump()
+
+    @spoken
+    async def check_photos(
+        images: list[gr.FileData] | None = None,
+        image_urls: list[str] | None = None,
+        name: str | None = None,
+        branch: str | None = None,
+        preset: str | None = None,
+        face_crop: bool | None = None,
+        training_face_correct: bool | None = None,
+        base_tune_id: int | None = None,
+        model_type: str | None = None,
+        args: str | None = None,
+    ) -> dict[str, Any]:
+        """A verdict for each photo, as a tune with these parameters would give it; nothing is kept."""
+        given = locals()
+        values = {key: given[key] for key in CheckRequest.parameters() if given[key] is not None}
+        uploads = [_upload(image) for image in values.pop("images", [])]
+        return (await run_in_threadpool(jobs.check_photos, values, uploads, teller(gr.Progress()))).model_dump()
 
     async def submit_and_wait(*positional: Any, **named: Any) -> dict[str, Any]:
         tune = Tune(**await submit_tune(*positional, **named))
@@ -326,7 +396,8 @@ def endpoints(jobs: Jobs) -> list[Callable[..., Any]]:
             where = tune.progress
             loss = "" if where.loss is None else f", loss {where.loss:.4f}"
             share = where.step / where.steps if where.steps else 0.0
-            progress(share, f"{where.stage}: step {where.step} of {where.steps}{loss}")
+            steps = f": step {where.step} of {where.steps}" if where.steps else ""
+            progress(share, f"{where.stage}{steps}{loss}")
             await asyncio.sleep(WATCH_SECONDS)
             tune = await run_in_threadpool(jobs.get_tune, tune.id)
         if tune.status == "failed":
@@ -410,7 +481,7 @@ def endpoints(jobs: Jobs) -> list[Callable[..., Any]]:
 
     return [
         create_tune, submit_tune, get_tune, list_tunes, cancel_tune, resume_tune, delete_tune,
-        create_prompt, get_prompt, list_prompts, list_base_tunes, list_presets,
+        create_prompt, get_prompt, list_prompts, list_base_tunes, list_presets, check_photos,
     ]  # fmt: skip
 
 
@@ -421,7 +492,7 @@ def spoken(endpoint: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., C
     async def wrapped(*positional: Any, **named: Any) -> Any:
         try:
             return await endpoint(*positional, **named)
-        except (InvalidRequest, NotFound, Conflict) as problem:
+        except (InvalidRequest, NotFound, Conflict, CannotLook) as problem:
             raise gr.Error(str(problem), print_exception=False) from None
 
     return wrapped

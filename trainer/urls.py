@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing, suppress
+from functools import cache
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from ipaddress import ip_network
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import httpx
 from ssrfguard import DEFAULT_DENIED, AddressTable, Block, Policy, Reach, SSRFGuardError
 from ssrfguard import httpx as guarded
 
-from trainer.schema import InvalidRequest, Upload
+from trainer.schema import InvalidRequest, Tell, Upload, untold
 from trainer.settings import Settings
 
 TOTAL_SECONDS = 20.0  # of all photos of a request together: the caller waits for the answer
+STALL_SECONDS = 10.0  # without a connection, or without a byte
+WAKE_SECONDS = 0.5  # what a thread gets to see that its connection was cut off
 MAX_REDIRECTS = 3
 PARALLEL = 8
 
@@ -29,50 +38,144 @@ DENIED = AddressTable(
 )
 
 
-def fetch_all(settings: Settings, urls: list[str], folder: Path) -> list[Upload]:
+class _Unfit(Exception):
+    """Why a photo is not taken, in words of our own: no text of a library, which could name an inner address."""
+
+
+class _Deadline:
+    """The end of all fetches of a request. `cut` ends their connections: a timeout begins anew with every byte."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self._sockets: list[socket.socket] = []
+
+    def left(self) -> float:
+        return max(0.0, self._end - time.monotonic())
+
+    def check(self) -> None:
+        """Raise TimeoutError when the time is up."""
+        if not self.left():
+            raise TimeoutError
+
+    def trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """An httpcore trace: it notes every connection, and lets none begin when the time is up."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._sockets.append(info["return_value"].get_extra_info("socket"))
+        if event.startswith("connection."):
+            self.check()
+
+    def cut(self) -> None:
+        """End the time now, and wake every thread that waits for a byte."""
+        self._end = time.monotonic()
+        for one in list(self._sockets):
+            with suppress(OSError):  # it was closed already
+                one.shutdown(socket.SHUT_RDWR)
+
+
+def fetch_all(settings: Settings, urls: list[str], folder: Path, tell: Tell = untold) -> list[Upload]:
     """Fetch photos into `folder`, in parallel. Raises InvalidRequest naming every URL that cannot be had."""
-    deadline = time.monotonic() + TOTAL_SECONDS
-    problems: list[str] = []
-
-    def fetch(number: int, url: str) -> Upload | None:
-        try:
-            return _fetch(settings, url, folder / f"url-{number:03d}", deadline)
-        except (SSRFGuardError, httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
-            # One text for what is refused and what cannot be reached, so that this is no port scanner.
-            reason = str(error) if isinstance(error, ValueError) else "cannot be fetched"
-            problems.append(f"{url[:200]} {reason}")
-            return None
-
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        uploads = list(pool.map(fetch, range(len(urls)), urls))
+    seconds = TOTAL_SECONDS
+    deadline = _Deadline(seconds)
+    pool = ThreadPoolExecutor(PARALLEL)
+    fetches = [
+        pool.submit(_fetch, settings, url, folder / f"url-{number:03d}", deadline) for number, url in enumerate(urls)
+    ]
+    try:
+        _await(fetches, deadline, tell)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        deadline.cut()
+        # Nothing wakes a thread that waits for a name server; when it comes back it ends before it writes anything.
+        wait([fetch for fetch in fetches if not fetch.cancelled()], WAKE_SECONDS)
+    late = f"did not arrive within {seconds:g} s"
+    answers = [fetch.result() if fetch.done() and not fetch.cancelled() else None for fetch in fetches]
+    problems = [
+        f"{url[:200]} {answer or late}"
+        for url, answer in zip(urls, answers, strict=True)
+        if not isinstance(answer, Upload)
+    ]
     if problems:
         raise InvalidRequest({"image_urls": problems})
-    return [upload for upload in uploads if upload]
+    return [answer for answer in answers if isinstance(answer, Upload)]
+
+
+def _await(fetches: list[Future[Upload | str | None]], deadline: _Deadline, tell: Tell) -> None:
+    """Wait until all have ended or the time is up, and tell of each that has ended."""
+    done, pending = 0, set(fetches)
+    while pending and deadline.left():
+        ended, pending = wait(pending, deadline.left(), FIRST_COMPLETED)
+        for _ in ended:
+            done += 1
+            tell("photos are fetched", done, len(fetches))
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """The certificates that are trusted. Reading them takes longer than many a photo, so it is done once."""
+    return httpx.create_ssl_context()
 
 
 def _client(settings: Settings) -> httpx.Client:
-    options = {"timeout": 10.0, "follow_redirects": True, "headers": {"Accept-Encoding": "identity"}}
+    """A client that takes no proxy from the environment and no cookie.
+
+    It follows no redirect of itself, because it would read the whole body of each, and unpack it.
+    """
+    options: dict[str, Any] = {
+        "timeout": STALL_SECONDS,
+        "headers": {"Accept-Encoding": "identity"},
+        "cookies": CookieJar(DefaultCookiePolicy(allowed_domains=())),
+        "trust_env": False,
+        "verify": _tls(),
+    }
     if settings.private_urls == "allow":
-        return httpx.Client(trust_env=False, max_redirects=MAX_REDIRECTS, **options)  # type: ignore[arg-type]
-    client: httpx.Client = guarded.Client(policy=Policy(denied_networks=DENIED, max_redirects=MAX_REDIRECTS), **options)
+        return httpx.Client(**options)
+    client: httpx.Client = guarded.Client(policy=Policy(denied_networks=DENIED), **options)
     return client
 
 
-def _fetch(settings: Settings, url: str, target: Path, deadline: float) -> Upload:
-    limit = settings.max_image_mb * 2**20
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise ValueError("must begin with http:// or https://")
-    with _client(settings) as client, client.stream("GET", url) as response:
-        if response.status_code != httpx.codes.OK:
-            raise ValueError(f"answers {response.status_code}")
-        size = 0
-        with target.open("wb") as file:
-            for chunk in response.iter_raw():
-                size += len(chunk)
-                if size > limit:
-                    raise ValueError(f"is larger than {settings.max_image_mb} MB")
-                if time.monotonic() > deadline:
-                    raise ValueError(f"did not arrive within {TOTAL_SECONDS:g} s")
-                file.write(chunk)
+def _fetch(settings: Settings, url: str, target: Path, deadline: _Deadline) -> Upload | str | None:
+    """The photo, or why it is not taken; None: the time was up."""
+    try:
+        if urlsplit(url).scheme not in ("http", "https"):
+            return "must begin with http:// or https://"
+        _download(settings, url, target, deadline)
+        deadline.check()  # a connection that was cut off can look like the end of a body
+    except _Unfit as unfit:
+        return str(unfit)
+    except (SSRFGuardError, httpx.HTTPError, httpx.InvalidURL, ValueError, OverflowError, OSError):
+        # One text for what is refused and what cannot be reached, so that this is no port scanner.
+        return "cannot be fetched" if deadline.left() else None
     name = PurePosixPath(unquote(urlsplit(url).path)).name
     return Upload(name or url[:80], target)
+
+
+def _download(settings: Settings, url: str, target: Path, deadline: _Deadline) -> None:
+    """Write what the URL leads to; every redirect goes through the same checks as the URL itself."""
+    with _client(settings) as client:
+        seconds = min(STALL_SECONDS, deadline.left())
+        request = client.build_request("GET", url, timeout=seconds, extensions={"trace": deadline.trace})
+        for _ in range(MAX_REDIRECTS + 1):
+            with closing(client.send(request, stream=True)) as response:
+                if response.next_request is None:
+                    _write(settings, response, target, deadline)
+                    return
+                request = response.next_request
+    raise _Unfit(f"redirects more than {MAX_REDIRECTS} times")
+
+
+def _write(settings: Settings, response: httpx.Response, target: Path, deadline: _Deadline) -> None:
+    """Write the body as it comes, packed if it is, until it is too large."""
+    if response.status_code != httpx.codes.OK:
+        raise _Unfit(f"answers {response.status_code}")
+    limit = settings.max_image_mb * 2**20
+    too_large = _Unfit(f"is larger than {settings.max_image_mb} MB")
+    if int(response.headers.get("Content-Length", 0)) > limit:
+        raise too_large
+    size = 0
+    with target.open("wb") as file:
+        for chunk in response.iter_raw():
+            deadline.check()
+            size += len(chunk)
+            if size > limit:
+                raise too_large
+            file.write(chunk)

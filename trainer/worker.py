@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import bases, presets
 from trainer.files import read_json_lines
-from trainer.schema import InvalidRequest
+from trainer.looking import Looker
+from trainer.schema import CannotLook, InvalidRequest, Photo
 from trainer.settings import Settings
 from trainer.store import Job, Row, Store, Table, now, stamp
 
@@ -28,12 +29,17 @@ MAX_ATTEMPTS = 3  # a job that takes the process down this often without headway
 PACE_MEMORY = 0.9  # of the moving average of seconds per step
 
 
+class Aside(Exception):
+    """The job is to stop, before it has begun to train."""
+
+
 class Worker:
     """One thread, one job at a time, oldest first."""
 
-    def __init__(self, settings: Settings, store: Store) -> None:
+    def __init__(self, settings: Settings, store: Store, looker: Looker) -> None:
         self._settings = settings
         self._store = store
+        self._looker = looker
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
@@ -62,7 +68,8 @@ class Worker:
                 library.set_verbosity_error()
 
             leave_a_core_free()
-            bench = Bench(self._settings, self._store, pick_device(self._settings.device), self._stopping)
+            device = pick_device(self._settings.device)
+            bench = Bench(self._settings, self._store, self._looker, device, self._stopping)
         except Exception as error:
             log.exception("nothing can be trained here")
             unable = f"nothing can be trained here: {explain(error)}"
@@ -84,11 +91,14 @@ class Worker:
 class Bench:
     """Runs jobs; keeps what is worth keeping between two of them."""
 
-    def __init__(self, settings: Settings, store: Store, device: torch.device, stopping: threading.Event) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, looker: Looker, device: torch.device, stopping: threading.Event
+    ) -> None:
         from trainer.render import Renderer
 
         self._settings = settings
         self._store = store
+        self._looker = looker
         self._device = device
         self._stopping = stopping
         self._renderer = Renderer(settings, device)
@@ -103,8 +113,10 @@ class Bench:
                 self._train(job, reporter)
             else:
                 self._render(job, job.prompt_id, reporter)
-        except InvalidRequest as invalid:
-            self._store.finish(job, "failed", error=str(invalid))
+        except (InvalidRequest, CannotLook) as problem:
+            self._store.finish(job, "failed", error=str(problem))
+        except Aside:
+            self._put_aside(job, reporter)
         except Exception as error:
             log.exception("job %s failed", job)
             self._store.finish(job, "failed", error=explain(error))
@@ -117,15 +129,48 @@ class Bench:
         tune = self._must(self._store.get("tunes", job.tune_id))
         self._renderer.release()
         config = self._fitted(tune)
+        tune = self._prepared(tune, config, reporter)
         files = train_tune(tune, self._base(tune), config, self._settings, self._device, reporter, self._preview(tune))
         if files is not None:
             reporter.stage("trained")
             self._store.finish(job, "trained", files=files, trained_at=now(), eta=now(), progress=reporter.progress)
-        elif self._stopping.is_set() and not self._store.cancel_wanted("tunes", job.tune_id):
+        else:
+            self._put_aside(job, reporter)
+
+    def _put_aside(self, job: Job, reporter: Reporter) -> None:
+        """End a tune that was stopped: for good where that was asked for, else until the next start."""
+        if self._stopping.is_set() and not self._store.cancel_wanted("tunes", job.tune_id):
             self._store.put_back(job)
             log.info("tune %s is put aside; it goes on at the next start", job.tune_id)
         else:
             self._store.finish(job, "canceled", eta=None, progress=reporter.progress)
+
+    def _prepared(self, tune: Row, config: presets.TrainConfig, reporter: Reporter) -> Row:
+        """The tune with the verdicts on its photos, and with what is made of them in `dataset/`; once for a tune."""
+        folder = self._settings.outputs / "tunes" / str(tune["id"])
+        done = folder / "dataset" / "prepared.json"
+        if done.exists():
+            return tune
+
+        def tell(what: str, number: int, of: int) -> None:
+            reporter.stage(f"{what}: {number} of {of}")
+            if not reporter.going_on():
+                raise Aside
+
+        photos, warnings = self._looker.prepare(
+            folder,
+            [Photo(**photo) for photo in tune["photos"]],
+            config,
+            tune["name"],
+            bool(tune["training_face_correct"]),
+            tell,
+        )
+        for warning in warnings:
+            reporter.warn(warning)
+        self._store.update("tunes", tune["id"], photos=[photo.model_dump() for photo in photos])
+        done.parent.mkdir(exist_ok=True)
+        done.write_text(json.dumps({"at": now()}))
+        return self._must(self._store.get("tunes", tune["id"]))
 
     def _fitted(self, tune: Row) -> presets.TrainConfig:
         """The configuration, made to fit the card when the tune is first begun. Raises RuntimeError where none fits."""
@@ -234,6 +279,10 @@ class Reporter:
                 self._board.flush()
         if moment - self._told > TELL_EVERY_SECONDS or step == steps:
             self._tell()
+        return self.going_on()
+
+    def going_on(self) -> bool:
+        """Whether nobody wants this job to stop."""
         return not (self._stopping.is_set() or self._store.cancel_wanted(self._table, self._row))
 
     def saved(self, step: int) -> None:

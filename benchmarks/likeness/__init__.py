@@ -33,6 +33,7 @@ from trainer.bases import FAST_FOLDER
 from trainer.files import read_json_lines
 from trainer.images import Decoder
 from trainer.jobs import Jobs
+from trainer.looking import Looker
 from trainer.schema import Upload
 from trainer.settings import read_settings
 from trainer.store import Store
@@ -86,9 +87,11 @@ class Studio:
         self.settings = read_settings(outputs=outputs, models=outputs / "models", device="cpu")
         self.store = Store(outputs)
         self.decoder = Decoder(self.settings)
-        self.jobs = Jobs(self.settings, self.store, self.decoder)
+        self.looker = Looker(self.settings)
+        self.jobs = Jobs(self.settings, self.store, self.decoder, self.looker)
 
     def close(self) -> None:
+        self.looker.close()
         self.decoder.close()
         self.store.close()
 
@@ -99,7 +102,7 @@ class Studio:
         tune = self.jobs.create_tune(request, uploads)[0]
         job = self.store.claim()
         assert job is not None and job.tune_id == tune.id
-        Bench(self.settings, self.store, torch.device("cpu"), threading.Event()).run(job)
+        Bench(self.settings, self.store, self.looker, torch.device("cpu"), threading.Event()).run(job)
         done = self.jobs.get_tune(tune.id)
         assert done.status == "trained", done.error
         folder = self.jobs.folder(tune.id)

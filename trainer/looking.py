@@ -1,0 +1,367 @@
+"""What is seen in photos, and what is made of them before training: faces, closeups, restored faces, masks, verdicts.
+
+The looking itself happens in a child process (`faces.py`), so that a model that breaks costs no app, and so that photos
+can be checked while a tune trains. Here it is decided what is asked for, and what the answers mean. No torch.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainer import weights
+from trainer.child import Broke, Child, NotStarted
+from trainer.presets import TrainConfig, kind_of
+from trainer.schema import CannotLook, Face, Photo, Tell, untold
+from trainer.settings import Settings
+from trainer.weights import Unavailable, Weights
+
+FIND_SECONDS = 60.0  # of one photo; a third of a second is usual
+PREPARE_SECONDS = 120.0  # and for each face that is restored some more
+RESTORE_SECONDS = 60.0  # three are usual on a CPU
+
+SAME = {  # cosine of two identities from which they are one person
+    "face_recognition_sface_2021dec.onnx": 0.363,  # OpenCV's own figure
+    "mobilefacenet_112.onnx": 0.4,  # same person 0.53 and more, others 0.25 and less, on the tests' data
+}
+CANDIDATE = 0.25  # of the area of a photo's largest face: a smaller one is somebody in the background
+
+PAIRS = {"couple"}  # class names of two people; then two faces of a photo are the subject
+CROWDS = {"men", "women", "boys", "girls", "children", "people"}  # and of more: all of them
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A face in a photo: box (left, top, right, bottom) and landmarks (eyes, nose, corners of the mouth) in pixels.
+
+    identity: a vector of length 1; None without recognition weights.
+    """
+
+    box: Box
+    score: float
+    landmarks: tuple[tuple[float, float], ...]
+    sharpness: float
+    identity: tuple[float, ...] | None = None
+
+    @property
+    def area(self) -> float:
+        left, top, right, bottom = self.box
+        return (right - left) * (bottom - top)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the child is to make of one photo, in `folder` (the tune's `dataset/`). Weights that are None: not that."""
+
+    photo: Path
+    folder: Path
+    name: str
+    faces: list[Found]
+    subject: list[Found]
+    closeup: bool = False
+    mask_face: bool = False
+    restorer: Path | None = None
+    strength: float = 1.0
+    matting: Path | None = None
+    segmenter: Path | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not (self.closeup or self.mask_face or self.restorer or self.matting or self.segmenter)
+
+
+@dataclass
+class Made:
+    """What the child has made of one photo."""
+
+    closeup: bool = False
+    restored: int = 0
+    masks: list[str] = field(default_factory=list)
+
+
+class Looker:
+    """The child process that looks at photos, and what is asked of it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._child = Child("trainer.faces", "looks at photos")
+
+    def warm(self) -> None:
+        """Start the child: its imports take some seconds."""
+        self._child.warm()
+
+    def close(self) -> None:
+        self._child.close()
+
+    def prepare(
+        self,
+        folder: Path,
+        photos: Sequence[Photo],
+        config: TrainConfig,
+        name: str,
+        restore: bool,
+        tell: Tell = untold,
+        fetch: bool = True,
+    ) -> tuple[list[Photo], list[str]]:
+        """Look at the photos of `folder/images` and write `folder/dataset`; the verdicts, and warnings for all.
+
+        name: the class name. restore: `training_face_correct`. fetch: whether large weights that are missing are
+        fetched; else it is said that they would be. `tell` may raise, to stop between two photos. Raises CannotLook
+        where a photo breaks the child.
+        """
+        photos = [photo.model_copy(deep=True) for photo in photos]
+        kept = [photo for photo in photos if not photo.dropped]
+        people = kind_of(name) == "person"
+        warnings: list[str] = []
+        found: dict[str, list[Found]] = {}
+        if people:
+            found, warnings = self._find(folder / "images", kept, tell)
+        subjects = self._judge(kept, found, name)
+        if people and found:
+            warnings += drop_faceless(kept, config)
+        if restore and not people:
+            warnings.append(not_people("training_face_correct", name))
+        kept = [photo for photo in kept if not photo.dropped]
+        tools, said = self._tools(config, people, restore and bool(found), fetch, tell)
+        warnings += said
+        if not (people or tools or masks_of(config)):
+            return photos, warnings
+        for number, photo in enumerate(kept):
+            tell("photos are prepared", number, len(kept))
+            self._make(folder, photo, config, name, found.get(photo.file, []), subjects.get(photo.file, []), tools)
+        tell("photos are prepared", len(kept), len(kept))
+        return photos, warnings
+
+    def show(self, folder: Path, photo: Photo, config: TrainConfig) -> None:
+        """Put pictures of what the trainer sees into a verdict, as data URLs."""
+        if photo.dropped:
+            return
+        with breaking(photo):
+            self._show(folder / "dataset", folder / "images" / photo.file, photo, config)
+
+    def _show(self, dataset: Path, whole: Path, photo: Photo, config: TrainConfig) -> None:
+        stem, mask = whole.stem, dataset / "masks" / config.mask
+        better = dataset / "restored" / f"{stem}.jpg"
+        photo.seen = self._preview(better if better.exists() else whole, mask / f"{stem}.png", config)
+        if photo.cropped:
+            closeup = dataset / "faces" / f"{stem}-face.jpg"
+            photo.closeup = self._preview(closeup, mask / f"{closeup.stem}.png", config)
+
+    def _preview(self, picture: Path, mask: Path, config: TrainConfig) -> str:
+        mask_file = mask if mask.exists() else None
+        jpeg = self._child.run(FIND_SECONDS, "preview", picture, mask_file, config.resolution[-1], config.buckets)
+        return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+
+    def _find(self, images: Path, photos: list[Photo], tell: Tell) -> tuple[dict[str, list[Found]], list[str]]:
+        """The faces of each photo by its file; nothing, and why, where there is no detector."""
+        try:
+            detector = weights.obtain(self._settings, weights.DETECTOR, tell=tell)
+            recognizer = weights.find_recognizer(self._settings)
+            self._child.start()
+        except (Unavailable, NotStarted) as problem:
+            return {}, [f"nobody looked for faces: {problem}"]
+        found = {}
+        for number, photo in enumerate(photos):
+            tell("faces are looked for", number, len(photos))
+            with breaking(photo):
+                found[photo.file] = self._child.run(FIND_SECONDS, "find", images / photo.file, detector, recognizer)
+        tell("faces are looked for", len(photos), len(photos))
+        return found, []
+
+    def _judge(self, photos: list[Photo], found: dict[str, list[Found]], name: str) -> dict[str, list[Found]]:
+        """Put the faces into the verdicts; returns those of each photo that are the subject."""
+        seen = [photo for photo in photos if photo.file in found]
+        subjects, same = choose(seen, [found[photo.file] for photo in seen], name, self._same())
+        for photo, faces, stranger in zip(seen, subjects, same, strict=True):
+            photo.faces = [
+                Face(
+                    box=tuple(round(side) for side in face.box),  # type: ignore[arg-type]
+                    score=round(face.score, 3),
+                    sharpness=round(face.sharpness, 1),
+                    main=face in faces,
+                )
+                for face in found[photo.file]
+            ]
+            photo.same_person = stranger
+            if stranger is False:
+                photo.notes.append("not the person of the other photos: no closeup is made of this face")
+        return {
+            photo.file: [] if stranger is False else faces
+            for photo, faces, stranger in zip(seen, subjects, same, strict=True)
+        }
+
+    def _same(self) -> float | None:
+        recognizer = weights.find_recognizer(self._settings)
+        return SAME[recognizer.name] if recognizer else None
+
+    def _tools(
+        self, config: TrainConfig, people: bool, restore: bool, fetch: bool, tell: Tell
+    ) -> tuple[dict[str, Path], list[str]]:
+        """The weights that are needed beside the detector, by what they do, and what lacks."""
+        wanted: dict[str, tuple[Weights, ...]] = {}
+        if restore:
+            wanted["restorer"] = (weights.RESTORER,)
+        if "subject" in masks_of(config):
+            wanted |= {"matting": (weights.MATTING,)} if people else {"segmenter": weights.SEGMENTER}
+        lost = {
+            "restorer": "faces are not restored",
+            "matting": "no mask of the subject is made and the whole picture is trained",
+        }
+        lost["segmenter"] = lost["matting"]
+        tools, said = {}, []
+        for tool, files in wanted.items():
+            try:
+                file = (
+                    weights.obtain(self._settings, *files, tell=tell) if fetch else weights.find(self._settings, *files)
+                )
+                if file:
+                    tools[tool] = file
+                else:
+                    size = round(sum(one.megabytes for one in files))
+                    said.append(f"{files[0].what} is not here yet: {size} MB are fetched when a tune needs it")
+            except Unavailable as problem:
+                said.append(f"{lost[tool]}: {problem}")
+        return tools, said
+
+    def _make(
+        self,
+        folder: Path,
+        photo: Photo,
+        config: TrainConfig,
+        name: str,
+        faces: list[Found],
+        subject: list[Found],
+        tools: dict[str, Path],
+    ) -> None:
+        """Let the child make what is wanted of one photo, and put down what came of it."""
+        task = Task(
+            folder / "images" / photo.file,
+            folder / "dataset",
+            name,
+            faces,
+            subject,
+            closeup=config.face_set and bool(subject),
+            mask_face="face" in masks_of(config) and bool(subject),
+            strength=config.restore_strength,
+            **tools,
+        )
+        if not task.empty:
+            with breaking(photo):
+                made: Made = self._child.run(PREPARE_SECONDS + RESTORE_SECONDS * len(faces), "prepare", task)
+            put_down(photo, task, made)
+        for kind in sorted(masks_of(config) - set(photo.masks)):
+            photo.notes.append(f"no mask of the {kind}: the whole picture is trained")
+
+
+@contextmanager
+def breaking(photo: Photo) -> Iterator[None]:
+    """What a photo may do to the child, in words that name it."""
+    try:
+        yield
+    except TimeoutError as problem:
+        raise CannotLook(f"{photo.name} took too long to look at; leave it out") from problem
+    except Broke as problem:
+        raise CannotLook(f"{photo.name} ended the process that looks at photos; leave it out") from problem
+    except NotStarted as problem:
+        raise CannotLook(str(problem)) from problem
+
+
+def put_down(photo: Photo, task: Task, made: Made) -> None:
+    """What was made of a photo, into its verdict."""
+    photo.cropped, photo.restored, photo.masks = made.closeup, made.restored > 0, made.masks
+    if task.closeup and not made.closeup:
+        photo.notes.append("the face is too small for a closeup")
+    if task.restorer and task.faces and not made.restored:
+        photo.notes.append("sharp and large enough: nothing to restore")
+    if made.restored:
+        photo.notes.append(f"{made.restored} face{'s' if made.restored > 1 else ''} restored")
+
+
+def masks_of(config: TrainConfig) -> set[str]:
+    """The masks that a configuration looks at."""
+    return ({config.mask} | ({"subject"} if config.mask_widen else set())) - {"none"}
+
+
+def not_people(parameter: str, name: str) -> str:
+    return f"{parameter} is for photos of people, and {name} is not: no faces are looked for"
+
+
+def drop_faceless(photos: list[Photo], config: TrainConfig) -> list[str]:
+    """What becomes of photos of people in which no face is seen, as the configuration says; warnings for all."""
+    faceless = [photo for photo in photos if photo.faces == []]
+    if config.faceless == "drop" and len(faceless) == len(photos):
+        return ["no face was found in any photo: all are kept"]
+    for photo in faceless:
+        if config.faceless == "drop":
+            photo.dropped = "no face was found (faceless=drop)"
+        else:
+            photo.notes.append("no face was found: kept as it is (faceless=keep)")
+    return []
+
+
+def choose(
+    photos: Sequence[Photo], found: Sequence[list[Found]], name: str, same: float | None
+) -> tuple[list[list[Found]], list[bool | None]]:
+    """Of each photo the faces that are the subject, and whether they are the person of the other photos.
+
+    The subject is the most prominent face; with identities and three photos or more, the person who recurs in most of
+    them. Of a couple it is two faces, of several people all. None: not known.
+    """
+    spoken = set(name.lower().split())
+    ranked = [
+        sorted(faces, key=lambda face: -prominence(face, photo)) for photo, faces in zip(photos, found, strict=True)
+    ]
+    if spoken & CROWDS:
+        return ranked, [None] * len(ranked)
+    if spoken & PAIRS:
+        return [faces[:2] for faces in ranked], [None] * len(ranked)
+    main = [faces[:1] for faces in ranked]
+    person = recurring(ranked, same) if same else None
+    if person is None or same is None:
+        return main, [None] * len(ranked)
+    known: list[bool | None] = []
+    for place, faces in enumerate(ranked):
+        alike = [face for face in candidates(faces) if likeness(face, person) >= same]
+        if alike:
+            main[place] = [max(alike, key=lambda face: likeness(face, person))]
+        known.append(bool(alike) if faces else None)
+    return main, known
+
+
+def prominence(face: Found, photo: Photo) -> float:
+    """Large, in the middle and sharp: the root of its share of the photo, less by up to a half for each of the rest."""
+    left, top, right, bottom = face.box
+    away = max(abs((left + right) / photo.width - 1), abs((top + bottom) / photo.height - 1))  # 0 in the middle
+    sharp = min(1.0, face.sharpness / 100)
+    return float((face.area / (photo.width * photo.height)) ** 0.5 * (1 - away / 2) * (0.5 + sharp / 2))
+
+
+def candidates(faces: list[Found]) -> list[Found]:
+    """Those that may be the subject: nobody in the background."""
+    largest = max((face.area for face in faces), default=0.0)
+    return [face for face in faces if face.identity and face.area >= CANDIDATE * largest]
+
+
+def likeness(one: Found, other: Found) -> float:
+    """Cosine of two identities."""
+    return sum(a * b for a, b in zip(one.identity or (), other.identity or (), strict=False))
+
+
+def recurring(ranked: Sequence[list[Found]], same: float) -> Found | None:
+    """The face that is seen in most photos; None where it is not seen in more than half of three or more."""
+    asked = [candidates(faces) for faces in ranked if faces]
+    if len(asked) < 3:
+        return None
+
+    def seen_in(face: Found) -> tuple[int, float]:
+        best = [max((likeness(face, other) for other in others), default=-1.0) for others in asked]
+        return sum(value >= same for value in best), sum(best)
+
+    everybody = [face for faces in asked for face in faces]
+    person = max(everybody, key=seen_in, default=None)
+    return person if person and 2 * seen_in(person)[0] > len(asked) else None
