@@ -26,9 +26,10 @@ from tests.studio import Studio
 from tests.web import address, left_behind, photo, upload
 from trainer import faces, presets, weights
 from trainer.child import Child, Closed
+from trainer.files import sweep
 from trainer.images import Decoder
 from trainer.jobs import Jobs
-from trainer.looking import Found, Looker, choose
+from trainer.looking import Found, Looker, begin_anew, breaking, choose
 from trainer.presets import TrainConfig
 from trainer.schema import CannotLook, Check, InvalidRequest, Photo, Upload
 from trainer.settings import Settings, read_settings
@@ -289,6 +290,7 @@ def test_photos_without_a_face_are_dropped_or_kept_as_the_configuration_says(stu
     assert dropped.status == kept.status == "trained"
     assert [verdict.dropped for verdict in dropped.photos] == [None] * 3 + ["no face was found (faceless=drop)"]
     assert [one["name"] for one in studio.jobs.seen(dropped.id)] == ["01.jpg", "02.jpg", "03.jpg"]
+    assert "3 of 4 photos are left; steps and batch are those for 4" in dropped.warnings
     assert "no face was found: kept as it is (faceless=keep)" in kept.photos[3].notes
     assert "coffee.jpg" in [one["name"] for one in studio.jobs.seen(kept.id)]
 
@@ -537,7 +539,7 @@ def segmenting(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return read_settings(outputs=folder / "outputs", models=folder / "models", weights=own)
 
 
-@pytest.mark.parametrize("name", ["man", "dog"])
+@pytest.mark.parametrize("name", [pytest.param("man", marks=pytest.mark.long), "dog"])
 def test_the_segmenters_mask_is_seen_in_the_loss(
     name: str, segmenting: Settings, tmp_path: Path, thin_sd15: Path, photos: list[Path]
 ) -> None:
@@ -667,6 +669,43 @@ def test_a_file_without_a_published_sha256_is_held_to_its_first_one(
     file.write_bytes(b"changed")
     with pytest.raises(Unavailable, match="its sha256 is another one"):
         weights.find(mine, one)
+    file.unlink()  # as it says; fetched anew, it is held to what came
+    FileServer.content, before = b"a newer version", FileServer.content
+    try:
+        assert weights.obtain(mine, one).read_bytes() == b"a newer version"
+    finally:
+        FileServer.content = before
+    assert weights.find(mine, one) == file
+
+
+def test_what_a_killed_process_had_fetched_is_swept(settings: Settings, tmp_path: Path) -> None:
+    mine = fetching(settings, tmp_path)
+    (part := mine.weights / "clipseg-rd64-refined" / "model.safetensors.partial-1a2b3c4d").parent.mkdir(parents=True)
+    part.write_bytes(b"half")
+    (whole := mine.weights / "mine.onnx").write_bytes(b"whole")
+    sweep(mine.weights)
+    sweep(tmp_path / "nowhere")
+    assert not part.exists() and whole.exists()
+
+
+def test_a_preparation_that_begins_anew_removes_what_the_one_before_made(tmp_path: Path) -> None:
+    own, made = tmp_path / "masks" / "face" / "000.png", tmp_path / "faces" / "001-face.jpg"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    begin_anew(tmp_path)
+    made.parent.mkdir()
+    made.touch()
+    begin_anew(tmp_path)
+    assert own.exists() and not made.exists()
+
+
+def test_what_goes_wrong_with_a_photo_names_it() -> None:
+    photo = Photo(name="rex.jpg", file="000.jpg", width=64, height=64, format="JPEG")
+    for problem, told in [(ValueError("odd pixels"), "odd pixels"), (MemoryError(), "MemoryError")]:
+        with pytest.raises(CannotLook, match=f"rex.jpg could not be looked at: {told}"), breaking(photo):
+            raise problem
+    with pytest.raises(Closed), breaking(photo):  # the app ends; that is nobody's fault
+        raise Closed
 
 
 @needs_shared
@@ -757,12 +796,13 @@ def noise(seed: int) -> bytes:
 def test_a_photo_that_came_twice_is_trained_once(jobs: Jobs, tmp_path: Path) -> None:
     one, other = (noise(seed) for seed in (0, 1))
     sent = [upload(tmp_path / "sent", name, content) for name, content in
-            [("a.png", one), ("b.png", other), ("c.png", one), ("b.txt", b"a red dog")]]  # fmt: skip
+            [("a.png", one), ("b.png", other), ("c.png", one), ("b.txt", b"a red dog"),
+             ("c.txt", b"a teal dog")]]  # fmt: skip
     tune, _ = jobs.create_tune({"title": "twice", "name": "dog", "branch": "fast"}, sent)
     assert [verdict.duplicate_of for verdict in tune.photos] == [None, None, "a.png"]
     assert tune.photos[2].dropped == "the very same picture as a.png, which is trained"
     assert tune.photos[2].url is None and len(tune.orig_images) == 2
     kept = sorted(path.name for path in (jobs.folder(tune.id) / "images").iterdir())
-    assert kept == ["000.png", "001.png", "001.txt"]
+    assert kept == ["000.png", "000.txt", "001.png", "001.txt"]  # the caption stays with the picture
     alone, _ = jobs.create_tune({"title": "once", "name": "dog", "branch": "fast"}, sent[:2])
     assert tune.args == alone.args  # as many steps as for two photos

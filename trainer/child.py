@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -106,6 +107,7 @@ class Child:
 
 def begin(module: str) -> None:
     """Run first in the child."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the app, which ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
     importlib.import_module(module).begin()
 

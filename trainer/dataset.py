@@ -32,6 +32,8 @@ from trainer.memory import placed
 from trainer.presets import TrainConfig
 from trainer.schema import default_caption
 
+Image.MAX_IMAGE_PIXELS = None  # the intake has checked that, by the setting
+
 BUCKETS_PER_SIDE = 16  # sides of pictures differ by a sixteenth of the resolution: 64 px at 1024, as everywhere
 MAX_STRETCH = 2.0  # the longest bucket's side, in resolutions: 2 x 1/2
 DIMMED = 0.3  # of its brightness is left of what the loss does not look at, on the page

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from trainer import dataset
+from trainer.files import fsync
 from trainer.looking import Box, Found, Made, Task
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -189,8 +190,8 @@ def prepare(task: Task) -> Made:
             continue
         write(mask, folder / "masks" / kind / f"{stem}.png")
         made.masks.append(kind)
-        if closeup:
-            write(mask.crop(closeup), folder / "masks" / kind / f"{stem}{dataset.FACE_SUFFIX}.png")
+        if closeup and (cropped := mask.crop(closeup)).getbbox():  # the face may lie outside what was found
+            write(cropped, folder / "masks" / kind / f"{stem}{dataset.FACE_SUFFIX}.png")
     return made
 
 
@@ -202,6 +203,7 @@ def write(image: Image.Image, file: Path) -> None:
     partial = file.with_suffix(".partial")
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if file.suffix == ".jpg" else {"compress_level": 1}
     image.save(partial, "JPEG" if file.suffix == ".jpg" else "PNG", **options)
+    fsync(partial)
     partial.rename(file)
 
 

@@ -47,6 +47,15 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that it is complete or not there, also after a power cut."""
+    partial = file.with_name(f"{file.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
+    partial.write_text(text, "utf-8")
+    fsync(partial)
+    partial.rename(file)
+    fsync(file.parent)
+
+
 def discard(folder: Path) -> None:
     """Remove a folder; a crash half-way leaves only something that the sweep at start knows to be waste."""
     if folder.exists():
@@ -58,7 +67,10 @@ def discard(folder: Path) -> None:
 def sweep(root: Path) -> None:
     """Remove what a killed process left half-written below `root`."""
     for waste in list(root.rglob(f"*{PARTIAL}*")):
-        shutil.rmtree(waste, ignore_errors=True)
+        if waste.is_dir():
+            shutil.rmtree(waste, ignore_errors=True)
+        else:
+            waste.unlink(missing_ok=True)
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:

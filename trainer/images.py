@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from trainer.child import Broke, Child
+from trainer.child import Broke, Child, NotStarted
 from trainer.decode import Decoded, alike
 from trainer.files import PARTIAL
-from trainer.schema import InvalidRequest, Photo, Tell, Upload, untold
+from trainer.schema import CannotLook, InvalidRequest, Photo, Tell, Upload, untold
 from trainer.settings import Settings
 from trainer.urls import fetch_all
 
@@ -55,6 +55,8 @@ class Decoder:
             raise ValueError(f"could not be decoded within {seconds:g} s") from None
         except MemoryError:
             raise ValueError("needs too much memory to be decoded") from None
+        except NotStarted as problem:
+            raise CannotLook(str(problem)) from problem
         except Broke:
             raise ValueError("broke the decoder; it is damaged, or made to do so") from None
         finally:
@@ -140,7 +142,10 @@ def _name_duplicates(decoded: list[Decoded], folder: Path) -> list[Photo]:
             photo.duplicate_of = twin.photo.name
             photo.dropped = f"{SAME_PICTURE} {twin.photo.name}, which is trained"
             (folder / photo.file).unlink()
-            (folder / photo.file).with_suffix(".txt").unlink(missing_ok=True)
+            caption, of_twin = ((folder / file).with_suffix(".txt") for file in (photo.file, twin.photo.file))
+            if caption.exists() and not of_twin.exists():
+                caption.rename(of_twin)
+            caption.unlink(missing_ok=True)
             continue
         if near := next((other for other in kept if alike(other.look, one.look)), None):
             photo.duplicate_of = near.photo.name

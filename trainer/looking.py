@@ -7,13 +7,15 @@ can be checked while a tune trains. Here it is decided what is asked for, and wh
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer import weights
-from trainer.child import Broke, Child, NotStarted
+from trainer.child import Broke, Child, Closed, NotStarted
+from trainer.files import write_whole
 from trainer.presets import TrainConfig, kind_of
 from trainer.schema import CannotLook, Face, Photo, Tell, untold
 from trainer.settings import Settings
@@ -29,6 +31,7 @@ SAME = {  # cosine of two identities from which they are one person
 }
 CANDIDATE = 0.25  # of the area of a photo's largest face: a smaller one is somebody in the background
 
+MADE = ("restored", "faces", "masks")  # folders of `dataset/`
 PAIRS = {"couple"}  # class names of two people; then two faces of a photo are the subject
 CROWDS = {"men", "women", "boys", "girls", "children", "people"}  # and of more: all of them
 
@@ -177,22 +180,22 @@ class Looker:
         """Put the faces into the verdicts; returns those of each photo that are the subject."""
         seen = [photo for photo in photos if photo.file in found]
         subjects, same = choose(seen, [found[photo.file] for photo in seen], name, self._same())
-        for photo, faces, stranger in zip(seen, subjects, same, strict=True):
+        for photo, faces, is_same in zip(seen, subjects, same, strict=True):
             photo.faces = [
                 Face(
                     box=tuple(round(side) for side in face.box),  # type: ignore[arg-type]
                     score=round(face.score, 3),
                     sharpness=round(face.sharpness, 1),
-                    main=face in faces,
+                    main=face in faces and is_same is not False,
                 )
                 for face in found[photo.file]
             ]
-            photo.same_person = stranger
-            if stranger is False:
+            photo.same_person = is_same
+            if is_same is False:
                 photo.notes.append("not the person of the other photos: no closeup is made of this face")
         return {
-            photo.file: [] if stranger is False else faces
-            for photo, faces, stranger in zip(seen, subjects, same, strict=True)
+            photo.file: [] if is_same is False else faces
+            for photo, faces, is_same in zip(seen, subjects, same, strict=True)
         }
 
     def _same(self) -> float | None:
@@ -258,6 +261,20 @@ class Looker:
             photo.notes.append(f"no mask of the {kind}: the whole picture is trained")
 
 
+def begin_anew(dataset: Path) -> None:
+    """Remove what an earlier preparation made, which did not come to its end, and keep what a user has put there."""
+    dataset.mkdir(exist_ok=True)
+    note = dataset / "preparing.json"  # what was there before the first preparation
+    there = [file for kind in MADE for file in sorted((dataset / kind).rglob("*")) if file.is_file()]
+    if not note.exists():
+        write_whole(note, json.dumps([str(file.relative_to(dataset)) for file in there]))
+        return
+    kept = set(json.loads(note.read_text("utf-8")))
+    for file in there:
+        if str(file.relative_to(dataset)) not in kept:
+            file.unlink()
+
+
 @contextmanager
 def breaking(photo: Photo) -> Iterator[None]:
     """What a photo may do to the child, in words that name it."""
@@ -269,6 +286,10 @@ def breaking(photo: Photo) -> Iterator[None]:
         raise CannotLook(f"{photo.name} ended the process that looks at photos; leave it out") from problem
     except NotStarted as problem:
         raise CannotLook(str(problem)) from problem
+    except Closed:
+        raise
+    except Exception as problem:
+        raise CannotLook(f"{photo.name} could not be looked at: {str(problem) or type(problem).__name__}") from problem
 
 
 def put_down(photo: Photo, task: Task, made: Made) -> None:

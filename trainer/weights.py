@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-from trainer.files import PARTIAL, fsync
+from trainer.files import PARTIAL, fsync, write_whole
 from trainer.schema import Tell, untold
 from trainer.settings import Settings
 
@@ -100,8 +100,8 @@ def find(settings: Settings, *wanted: Weights) -> Path | None:
         facts = file.stat()
         if _sha256(file, facts.st_mtime_ns, facts.st_size) != (one.sha256 or _first_sha256(file)):
             raise Unavailable(
-                f"{one.name} in the weights folder is not {one.what}: its sha256 is another one. Delete it, so that it"
-                " is fetched again"
+                f"{one.name} in the weights folder is not {one.what}: its sha256 is another one. Delete it, and the"
+                " file of that name and .sha256 where there is one, so that it is fetched again"
             )
     return settings.weights / wanted[0].name
 
@@ -143,6 +143,7 @@ def _fetch(settings: Settings, one: Weights, tell: Tell) -> None:
         if one.sha256 not in (None, digest.hexdigest()):
             raise Unavailable(f"{one.what} arrived damaged: its sha256 is not the published one; {by_hand}")
         fsync(partial)
+        _note_of(target).unlink(missing_ok=True)  # of what lay here before
         partial.rename(target)
     except httpx.HTTPError as problem:
         raise Unavailable(f"{one.what} could not be fetched ({type(problem).__name__}); {by_hand}") from None
@@ -154,11 +155,15 @@ def _fetch(settings: Settings, one: Weights, tell: Tell) -> None:
 
 def _first_sha256(file: Path) -> str:
     """The sha256 that the file had when it was first used."""
-    note = file.with_name(f"{file.name}.sha256")
+    note = _note_of(file)
     if not note.exists():
         facts = file.stat()
-        note.write_text(_sha256(file, facts.st_mtime_ns, facts.st_size))
+        write_whole(note, _sha256(file, facts.st_mtime_ns, facts.st_size))
     return note.read_text().strip()
+
+
+def _note_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
 
 
 @lru_cache(maxsize=64)
