@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from tests.web import left_behind
+from trainer import guard as guard_module
 from trainer.api import create_app
 from trainer.guard import Guard
 from trainer.jobs import Jobs
@@ -195,12 +196,31 @@ def test_bound_elsewhere_the_key_is_needed(open_settings: Settings, authorizatio
         assert response.status_code == status
 
 
-def test_bound_elsewhere_a_key_is_made_where_none_is_set(settings: Settings) -> None:
+def test_bound_elsewhere_a_key_is_made_where_none_is_set(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
     bound = read_settings(outputs=settings.outputs, models=settings.models, host="0.0.0.0")
     with guarded(bound) as client:
         assert client.post("/").status_code == 401
-        made = (settings.outputs / ".key").read_text()
+        made = capsys.readouterr().err.split()[-1]
         assert client.post("/", headers={"Authorization": f"Bearer {made}"}).status_code == 200
+
+
+def test_an_address_that_tries_many_keys_has_to_wait(open_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    moment = [1000.0]
+    monkeypatch.setattr(guard_module.time, "monotonic", lambda: moment[0])
+    with guarded(open_settings) as client:
+        tried = [client.post("/", headers={"Authorization": f"Bearer {n}"}).status_code for n in range(12)]
+        assert tried == [401] * 9 + [429] * 3
+        even_the_right_one = client.post("/", headers={"Authorization": f"Bearer {KEY}"})
+        assert (even_the_right_one.status_code, even_the_right_one.headers["retry-after"]) == (429, "60")
+        assert client.post("/login", data={"key": KEY}).status_code == 429
+        assert client.get("/health").status_code == client.get("/files/1/photo.png").status_code == 200
+        moment[0] += 61
+        assert client.post("/", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+        tried = [client.post("/", headers={"Authorization": f"Bearer {n}"}).status_code for n in range(12)]
+        assert tried == [401] * 12  # behind a proxy, the owner has the same address as everybody
+        assert client.post("/", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
 
 
 def test_a_set_key_is_needed_on_loopback_too(settings: Settings) -> None:

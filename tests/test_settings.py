@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from trainer.settings import Settings, read_settings
+from trainer.settings import Settings, digest_of, read_settings
 
 KEY = "sd_123"
 SAID: dict[str, str] = {  # every setting, with a value that is not its default
     "host": "0.0.0.0", "port": "8000", "outputs": "my outputs", "models": "my models", "presets": "my presets",
-    "weights": "my weights", "face_crop": "true",
+    "weights": "my weights", "face_crop": "true", "lifetime_days": "30",
     "demo": "true", "open": "true", "key": KEY, "public_url": "https://tunes.example", "idempotency": "false",
-    "private_urls": "allow", "device": "cuda:1", "max_images": "7", "max_prompts": "8", "max_image_mb": "9",
+    "webhook_secret": "whsec_" + "aGVsbG8g" * 5, "private_urls": "allow", "device": "cuda:1", "max_images": "7",
+    "max_prompts": "8", "max_image_mb": "9",
     "max_body_mb": "10", "max_megapixels": "11", "decode_seconds": "1.5",
     "tensorboard": "true",
 }  # fmt: skip
@@ -64,7 +65,7 @@ def test_without_any_word_the_app_is_for_this_machine_alone() -> None:
     settings = read_settings([])
     assert (settings.host, settings.port, settings.on_loopback) == ("127.0.0.1", 7860, True)
     assert settings.private_urls == "refuse" and settings.idempotency
-    assert settings.required_key() == (None, False)
+    assert settings.required_key() == (None, None)
     assert Path("outputs").is_dir() and Path("models").is_dir()  # made where they are missing
     assert (settings.presets / "fast.toml").is_file()
 
@@ -93,7 +94,7 @@ def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_key_is_not_shown_by_accident() -> None:
     settings = read_settings(["--key", KEY])
     assert KEY not in f"{settings} {settings!r} {settings.model_dump_json()}"
-    assert settings.required_key() == (KEY, False)
+    assert settings.required_key() == (digest_of(KEY), None)
 
 
 # Bound elsewhere
@@ -102,14 +103,14 @@ def test_a_key_is_not_shown_by_accident() -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_loopback_needs_no_key(host: str) -> None:
     settings = read_settings(["--host", host])
-    assert settings.on_loopback and settings.required_key() == (None, False)
+    assert settings.on_loopback and settings.required_key() == (None, None)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.2", "studio.lan"])
 def test_every_other_address_needs_one(host: str) -> None:
     settings = read_settings(["--host", host])
-    key, _ = settings.required_key()
-    assert not settings.on_loopback and key and len(key) >= 32
+    digest, key = settings.required_key()
+    assert not settings.on_loopback and digest and key and len(key) >= 32
 
 
 def test_a_space_is_bound_to_all_addresses_and_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,17 +121,18 @@ def test_a_space_is_bound_to_all_addresses_and_needs_a_key(monkeypatch: pytest.M
     assert settings.base_url == "https://me-tunes.hf.space"
     assert settings.required_key()[0]
     monkeypatch.setenv("TUNEBOOTH_KEY", KEY)  # a secret of the Space
-    assert read_settings([]).required_key() == (KEY, False)
+    assert read_settings([]).required_key() == (digest_of(KEY), None)
 
 
 def test_a_key_is_made_once_and_kept_for_its_owner_alone() -> None:
     settings = read_settings(["--host", "0.0.0.0"])
-    key, made_now = settings.required_key()
-    assert made_now  # then it is shown
-    assert read_settings(["--host", "0.0.0.0"]).required_key() == (key, False)
+    digest, key = settings.required_key()
+    assert key and digest == digest_of(key)  # it is shown now, and only its digest is kept
+    assert read_settings(["--host", "0.0.0.0"]).required_key() == (digest, None)
+    assert key not in (settings.outputs / ".key").read_text()
     assert stat.S_IMODE((settings.outputs / ".key").stat().st_mode) == 0o600
     other = read_settings(["--host", "0.0.0.0", "--outputs", "elsewhere"])
-    assert other.required_key()[0] != key
+    assert other.required_key()[0] != digest
 
 
 def test_links_are_signed_with_a_secret_that_is_kept() -> None:

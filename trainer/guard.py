@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import json
 import logging
+import math
+import sys
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from trainer.settings import LOOPBACK, Settings
+from trainer.settings import LOOPBACK, Settings, digest_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -21,6 +23,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 log = logging.getLogger("tunebooth")
 COOKIE = "tunebooth_key"
+WRONG_KEYS, WRONG_SECONDS = 10, 60.0  # so many of an address within such a time, and it has to wait
+MOST_ADDRESSES = 10_000
+MOST_HEADER_BYTES, MOST_URL_BYTES = 2**16, 2**13  # of which the server itself limits only some
 OPEN_PATHS = "/files/"  # their links carry a signature
 
 
@@ -47,6 +52,33 @@ class Body:
         return message
 
 
+class Strangers:
+    """Counts the wrong keys that come from each address, so that nobody can try many.
+
+    An address that has had the right key is never shut out: behind a proxy it is everybody's.
+    """
+
+    def __init__(self) -> None:
+        self._wrong: dict[str, list[float]] = {}  # when, in seconds
+        self._known: set[str] = set()
+
+    def note(self, address: str, right: bool) -> None:
+        if right:
+            self._wrong.pop(address, None)
+            if len(self._known) < MOST_ADDRESSES:
+                self._known.add(address)
+        elif address not in self._known:
+            if len(self._wrong) >= MOST_ADDRESSES:
+                self._wrong.pop(next(iter(self._wrong)))
+            self._wrong[address] = [*self._wrong.get(address, []), time.monotonic()][-WRONG_KEYS:]
+
+    def must_wait(self, address: str) -> int:
+        """Seconds until an address may send a key again."""
+        wrong = self._wrong.get(address, [])
+        left = wrong[0] + WRONG_SECONDS - time.monotonic() if len(wrong) == WRONG_KEYS else 0.0
+        return max(0, math.ceil(left))
+
+
 class Guard:
     """Answers `/health` and a waiting page at once; lets everything else through when the app has been loaded."""
 
@@ -62,10 +94,10 @@ class Guard:
         self._ready = asyncio.Event()
         self._end = asyncio.Event()
         self.failed: BaseException | None = None
-        key, made_now = settings.required_key()
-        self._key = hashlib.sha256(key.encode()).digest() if key else None
+        self._key, made_now = settings.required_key()
+        self._strangers = Strangers()
         if made_now:
-            log.warning("API key, shown this once: %s", key)
+            print(f"Tunebooth: the API key, shown this once: {made_now}", file=sys.stderr, flush=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -107,15 +139,22 @@ class Guard:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         path, method = scope["path"], scope["method"]
-        if path == "/health":
+        address = (scope.get("client") or ("", 0))[0]
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+            await _json(send, 431, {"error": f"the headers are larger than {MOST_HEADER_BYTES} bytes"})
+        elif len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MOST_URL_BYTES:
+            await _json(send, 414, {"error": f"the address is longer than {MOST_URL_BYTES} bytes"})
+        elif path == "/health":
             health = {"status": "failed" if self.failed else "ok", "ready": self._inner is not None}
             await _json(send, 200, health)
         elif refusal := self._stranger(headers):
             await _json(send, 403, {"error": refusal})
         elif path == "/login" and method == "POST":
-            await self._login(receive, send)
-        elif not (self._key is None or path.startswith(OPEN_PATHS) or self._has_key(headers)):
-            if method == "GET" and "text/html" in headers.get("accept", ""):
+            await self._login(address, receive, send)
+        elif not (self._key is None or path.startswith(OPEN_PATHS) or self._has_key(address, headers)):
+            if seconds := self._strangers.must_wait(address):
+                await _too_many(send, seconds)
+            elif method == "GET" and "text/html" in headers.get("accept", ""):
                 await _html(send, 401, LOGIN_PAGE)
             else:
                 await _json(send, 401, {"error": "a key is needed: send Authorization: Bearer KEY"})
@@ -163,24 +202,35 @@ class Guard:
             return f"requests from pages of {origin!r} are refused"
         return None
 
-    def _has_key(self, headers: dict[str, str]) -> bool:
+    def _has_key(self, address: str, headers: dict[str, str]) -> bool:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         # By hand: http.cookies stumbles over what other apps on this host have set, and cookies know no ports.
         cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
         sent = token.strip() if scheme.lower() == "bearer" else unquote(cookies.get(COOKIE, ""))
-        return self._right_key(sent)
+        return bool(sent) and self._right_key(address, sent)
 
-    def _right_key(self, sent: str) -> bool:
-        return self._key is None or hmac.compare_digest(hashlib.sha256(sent.encode()).digest(), self._key)
+    def _right_key(self, address: str, sent: str) -> bool:
+        """Whether it is the key, and it may be tried now."""
+        if self._strangers.must_wait(address):
+            return False
+        right = self._is_key(sent)
+        self._strangers.note(address, right)
+        return right
 
-    async def _login(self, receive: Receive, send: Send) -> None:
+    def _is_key(self, sent: str) -> bool:
+        return self._key is None or hmac.compare_digest(digest_of(sent), self._key)
+
+    async def _login(self, address: str, receive: Receive, send: Send) -> None:
         """Take the key from the sign-in page and give the browser a cookie for it."""
         body, more = b"", True
         while more and len(body) < 4096:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
         key = parse_qs(body.decode("latin-1")).get("key", [""])[0]
-        if not self._right_key(key):
+        if not self._right_key(address, key):
+            if seconds := self._strangers.must_wait(address):
+                await _too_many(send, seconds)
+                return
             problem = "<p class=problem>That is not the key.</p>"
             await _html(send, 401, LOGIN_PAGE.replace("<!--problem-->", problem))
             return
@@ -201,17 +251,22 @@ def _hostname(host: str) -> str | None:
     return urlsplit(f"//{host}").hostname
 
 
-async def _json(send: Send, status: int, content: dict[str, Any]) -> None:
-    await _answer(send, status, b"application/json", json.dumps(content).encode())
+async def _json(send: Send, status: int, content: dict[str, Any], *headers: tuple[bytes, bytes]) -> None:
+    await _answer(send, status, b"application/json", json.dumps(content).encode(), *headers)
+
+
+async def _too_many(send: Send, seconds: int) -> None:
+    told = {"error": f"{WRONG_KEYS} wrong keys within a minute; wait {seconds} s"}
+    await _json(send, 429, told, (b"retry-after", str(seconds).encode()))
 
 
 async def _html(send: Send, status: int, content: str) -> None:
     await _answer(send, status, b"text/html; charset=utf-8", content.encode())
 
 
-async def _answer(send: Send, status: int, kind: bytes, body: bytes) -> None:
+async def _answer(send: Send, status: int, kind: bytes, body: bytes, *more: tuple[bytes, bytes]) -> None:
     headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), (b"cache-control", b"no-store")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, *more]})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -228,5 +283,5 @@ WAITING_PAGE = f"""<!doctype html>{STYLE}<main><h1>Tunebooth</h1><p>Getting read
 <script>(async function wait(){{try{{const h=await(await fetch('/health')).json();
 if(h.ready||h.status!='ok')return location.reload()}}catch(e){{}}setTimeout(wait,300)}})()</script>"""
 LOGIN_PAGE = f"""<!doctype html>{STYLE}<main><h1>Tunebooth</h1><!--problem--><form method=post action=/login>
-<p>The key is in the app's log of its first start, or in TUNEBOOTH_KEY.</p>
+<p>The app showed the key at its first start, or it is TUNEBOOTH_KEY.</p>
 <input type=password name=key placeholder=Key autofocus> <button>Open</button></form></main>"""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
+import re
 import secrets
 import sys
 from collections.abc import Sequence
@@ -10,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LEAST_SECRET_BYTES = 24  # Standard Webhooks
 
 
 class Settings(BaseSettings):
@@ -36,14 +40,18 @@ class Settings(BaseSettings):
         Path(__file__).parent.parent / "presets", description="Folder of the presets, a user's own among them."
     )
     weights: Path = Field(Path("weights"), description="Folder of the small models that look at photos.")
+    lifetime_days: int | None = Field(None, ge=1, description="Days until a trained tune expires. None: it never does.")
     face_crop: bool = Field(False, description="Whether face crops are added where neither request nor preset says.")
     demo: bool = Field(False, description="Queue a tune of the bundled sample photos at the start.")
     open: bool = Field(False, description="Open the page in the browser once it is up.")
     key: SecretStr | None = Field(None, description="API key. Made at first start where one is needed.")
     public_url: str | None = Field(None, description="Address that links in answers begin with.")
     idempotency: bool = Field(True, description="The same title again answers the tune that has it.")
+    webhook_secret: SecretStr | None = Field(
+        None, description="Signs callbacks (Standard Webhooks): base64, with or without whsec_ before it."
+    )
     private_urls: Literal["refuse", "allow"] = Field(
-        "refuse", description="Whether image_urls may point at private addresses."
+        "refuse", description="Whether image_urls and callbacks may point at private addresses."
     )
     device: str = Field("auto", description="Where to train: auto, cuda, cuda:1, mps, cpu.")
     tensorboard: bool = Field(False, description="Write TensorBoard files of each tune into its folder.")
@@ -53,6 +61,13 @@ class Settings(BaseSettings):
     max_body_mb: int = Field(1024, ge=1, description="Largest request, in megabytes.")
     max_megapixels: int = Field(100, ge=1, description="Largest photo, in millions of pixels.")
     decode_seconds: float = Field(20.0, gt=0, description="Time limit for decoding one photo.")
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _is_base64(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret:
+            webhook_key(secret)
+        return secret
 
     @property
     def on_loopback(self) -> bool:
@@ -71,26 +86,53 @@ class Settings(BaseSettings):
     @cached_property
     def link_secret(self) -> bytes:
         """The secret that signs links; made once and kept, so that links survive a restart."""
-        return self._kept_secret(".link-secret")[0].encode()
-
-    def required_key(self) -> tuple[str | None, bool]:
-        """The API key, and whether it was made just now (then it is shown once). None: loopback without a key."""
-        if self.key:
-            return self.key.get_secret_value(), False
-        if self.on_loopback:
-            return None, False
-        return self._kept_secret(".key")
-
-    def _kept_secret(self, name: str) -> tuple[str, bool]:
-        path = self.outputs / name
+        path = self.outputs / ".link-secret"
         kept = path.read_text().strip() if path.exists() else ""
-        if kept:  # an empty file is what a power cut leaves, and an empty key would let everybody in
-            return kept, False
-        secret = secrets.token_urlsafe(24)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secret)
-        return secret, True
+        if not kept:  # an empty file is what a power cut leaves, and anybody could sign with an empty secret
+            kept = secrets.token_urlsafe(24)
+            _write_secret(path, kept)
+        return kept.encode()
+
+    def required_key(self) -> tuple[bytes | None, str | None]:
+        """sha256 of the API key, and the key itself where it was made just now, for it is kept nowhere.
+
+        (None, None): on loopback without a key.
+        """
+        if self.key:
+            return digest_of(self.key.get_secret_value()), None
+        if self.on_loopback:
+            return None, None
+        path = self.outputs / ".key"
+        kept = path.read_text().strip() if path.exists() else ""
+        if re.fullmatch("[0-9a-f]{64}", kept):
+            return bytes.fromhex(kept), None
+        key = secrets.token_urlsafe(24)
+        _write_secret(path, digest_of(key).hex())
+        return digest_of(key), key
+
+
+def digest_of(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _write_secret(path: Path, text: str) -> None:
+    """For its owner's eyes alone."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+
+
+def webhook_key(secret: SecretStr) -> bytes:
+    """The bytes of a secret of Standard Webhooks. Raises ValueError."""
+    try:
+        key = base64.b64decode(secret.get_secret_value().removeprefix("whsec_"), validate=True)
+    except ValueError:
+        key = b""
+    if len(key) < LEAST_SECRET_BYTES:
+        raise ValueError(
+            f"must be base64 of at least {LEAST_SECRET_BYTES} bytes, as `openssl rand -base64 32` makes it"
+        )
+    return key
 
 
 def read_settings(arguments: Sequence[str] | None = None, **overrides: object) -> Settings:
