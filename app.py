@@ -55,19 +55,26 @@ class Studio:
         """Build the web app."""
         from trainer import ui  # first: `import gradio` is the longest wait
         from trainer.api import create_app
+        from trainer.expiry import Keeper
         from trainer.files import sweep
         from trainer.images import Decoder
         from trainer.jobs import Jobs
+        from trainer.webhooks import Postman
 
         sweep(self._settings.outputs)
+        sweep(self._settings.weights)
         self._decoder = Decoder(self._settings)
         self._jobs = Jobs(self._settings, self._store, self._decoder, self._looker)
+        self._postman = Postman(self._jobs)
+        self._keeper = Keeper(self._settings, self._store)
         return ui.mount(create_app(self._jobs), self._jobs)
 
     def begin(self) -> None:
         """Start working, now that the page is up: importing torch would have made it wait."""
         self._decoder.warm()
         self._worker.start()
+        self._postman.start()
+        self._keeper.start()
         if self._settings.open:
             webbrowser.open(self._settings.base_url)
         if self._settings.demo:
@@ -78,6 +85,8 @@ class Studio:
     def close(self) -> None:
         """Put a running job aside, its state saved, and let go of the outputs folder."""
         self._worker.stop()
+        self._postman.close()
+        self._keeper.close()
         self._looker.close()
         self._decoder.close()
         self._store.close()

@@ -26,7 +26,7 @@ from trainer.branches import BRANCHES
 from trainer.jobs import Jobs
 from trainer.links import make_link
 from trainer.schema import Tune
-from trainer.urls import _client
+from trainer.urls import PHOTOS, _client
 
 pytest_plugins = ("tests.web",)
 
@@ -581,9 +581,9 @@ def test_no_spelling_of_a_private_address_is_fetched(client: TestClient, jobs: J
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "168.63.129.16", "[::ffff:0:127.0.0.1]", "[64:ff9b::7f00:1]"])
 def test_private_addresses_are_refused_before_anything_is_sent(jobs: Jobs, private: Jobs, host: str) -> None:
-    with _client(jobs.settings) as guarded, pytest.raises(SSRFGuardError):
+    with _client(jobs.settings, PHOTOS) as guarded, pytest.raises(SSRFGuardError):
         guarded.get(f"http://{host}/a.png")
-    with _client(private.settings) as plain:
+    with _client(private.settings, PHOTOS) as plain:
         assert not isinstance(plain, type(guarded))
 
 

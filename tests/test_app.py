@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 from safetensors.torch import load_file
 
 from tests.conftest import SHARED
 from trainer.bases import FAST_FOLDER
+from trainer.schema import TuneRequest
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = "/usr/bin/chromium"
@@ -229,6 +234,7 @@ def test_the_demo_shows_a_trained_tune_with_pictures(tmp_path: Path) -> None:
 # The three doors, with real photos
 
 
+@pytest.mark.long  # the programs of docs/api.md do it in the default run
 def test_rest_trains_the_dog(app: App, dog_photos: Callable[[int], list[Path]]) -> None:
     waiting = post(app, "before it", dog_photos(5), steps=20).json()
     answer = post(app, "by REST", dog_photos(5), **{"prompts_attributes][][text": "ohwx dog"}, steps=80)
@@ -352,6 +358,45 @@ def test_the_page_trains_the_dog(
     assert_learned(app, done, FAST_FOLDER)
 
 
+@pytest.mark.parametrize("endpoint", ["check_photos", "submit_tune"])
+def test_no_endpoint_reads_a_file_that_was_not_uploaded(app: App, endpoint: str, tmp_path: Path) -> None:
+    here = tmp_path / "private.png"
+    Image.new("RGB", (64, 64)).save(here)
+    names = app.http.get("/gradio_api/info").json()["named_endpoints"][f"/{endpoint}"]["parameters"]
+    given = {"name": "dog", "title": "not uploaded", "branch": "fast", "images": [{"path": str(here)}]}
+    data = [given.get(one["parameter_name"]) for one in names]
+    event = app.http.post(f"/gradio_api/call/{endpoint}", json={"data": data}).json()["event_id"]
+    told = app.http.get(f"/gradio_api/call/{endpoint}/{event}").text
+    assert "event: error" in told and "must be files that were uploaded" in told
+
+
+def test_a_language_model_has_the_endpoints_as_tools(app: App) -> None:
+    async def talk() -> tuple[dict[str, Any], Any, Any, Any]:
+        async with streamable_http_client(f"{app.url}/mcp") as streams, ClientSession(*streams[:2]) as session:
+            await session.initialize()
+            listed = {one.name: one for one in (await session.list_tools()).tools}
+            bases = await session.call_tool("list_base_tunes", {"branch": "fast"})
+            asked = {"name": "my_dog", "title": "by MCP", "branch": "fast", "image_urls": ["http://10.0.0.1/a.png"]}
+            return listed, bases, await session.call_tool("submit_tune", asked), await session.call_tool("get_tune", {})
+
+    with ThreadPoolExecutor(1) as pool:  # Playwright has a loop running in this thread
+        listed, bases, refused, odd = pool.submit(lambda: asyncio.run(talk())).result()
+    assert sorted(listed) == sorted(set(published_endpoints(app)) - {"create_tune"})
+    parameters = listed["submit_tune"].inputSchema["properties"]
+    assert "images" not in parameters and set(parameters) == set(TuneRequest.parameters()) - {"images"}
+    assert "/etc" not in str(listed["check_photos"].inputSchema) and "images" not in listed["check_photos"].inputSchema
+    assert not bases.isError and bases.structuredContent["result"][0]["branch"] == "fast"
+    assert json.loads(bases.content[0].text)["branch"] == "fast"
+    assert refused.isError and "only English letters" in refused.content[0].text
+    assert odd.isError and "tune_id" in odd.content[0].text
+
+
+def published_endpoints(app: App) -> list[str]:
+    """What Gradio tells of itself."""
+    info = app.http.get("/gradio_api/info").raise_for_status().json()
+    return [name.removeprefix("/") for name in info["named_endpoints"]]
+
+
 def test_the_page_says_what_is_wrong_beside_the_field(
     app: App, browser_page: Page, dog_photos: Callable[[int], list[Path]]
 ) -> None:
@@ -414,6 +459,7 @@ def test_the_page_and_a_script_tell_the_same_of_photos(app: App, browser_page: P
 # Bases of one's own
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("title", ["folder", "single.safetensors"])
 def test_sd15_trains_on_a_base_of_the_models_folder(
     app: App, title: str, tiny_sd15: Path, dog_photos: Callable[[int], list[Path]]
@@ -467,6 +513,7 @@ def test_bad_input_is_refused_alike_by_rest_and_gradio(app: App, dog_photos: Cal
 # Killed
 
 
+@pytest.mark.long
 def test_a_killed_app_takes_up_its_work_and_ends_with_the_same_weights(
     tmp_path: Path, dog_photos: Callable[[int], list[Path]]
 ) -> None:

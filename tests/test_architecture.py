@@ -20,7 +20,7 @@ WEB = {
     "app", "trainer", "trainer.ui", "trainer.api", "trainer.jobs", "trainer.presets", "trainer.bases", "trainer.images",
     "trainer.urls", "trainer.links", "trainer.store", "trainer.schema", "trainer.settings", "trainer.guard",
     "trainer.page", "trainer.files", "trainer.decode", "trainer.child", "trainer.looking", "trainer.weights",
-    "trainer.demo", "trainer.branches", "trainer.methods",
+    "trainer.demo", "trainer.webhooks", "trainer.tools", "trainer.expiry", "trainer.branches", "trainer.methods",
 }  # fmt: skip
 WORK = {
     "trainer.worker", "trainer.train", "trainer.render", "trainer.dataset", "trainer.loop", "trainer.objectives",
@@ -31,7 +31,8 @@ DOORS = {"app", "trainer.ui", "trainer.api", "trainer.guard", "trainer.page", "t
 # Where a library is at home: a broken one then breaks one place. `methods.` are all files of that folder.
 HOMES = {
     "gradio": {"ui"},
-    "fastapi": {"api", "ui"},
+    "fastapi": {"api", "tools", "ui"},
+    "mcp": {"tools"},
     "starlette": {"api"},
     "uvicorn": {"app"},
     "sqlite3": {"store"},

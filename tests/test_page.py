@@ -89,7 +89,7 @@ def seen(text: str) -> list[dict[str, Any]]:
 
 PARTS: list[Callable[[Tune], str]] = [
     lambda one: page.current(one, [], [], 0),
-    lambda one: page.earlier([one]),
+    lambda one: page.earlier([one], {}),
     lambda one: page.trained_pictures(seen(one.title) * 5),
 ]
 
@@ -204,7 +204,7 @@ def test_links_on_the_page_work_under_whatever_name_it_was_opened() -> None:
         status="trained", ckpt_url=LINK, orig_images=[LINK], prompts=[prompt(status="rendered", images=[LINK])],
         photos=[Photo(name="a", file="000.png", width=64, height=48, format="PNG")],
     )  # fmt: skip
-    shown = Reader(page.earlier([done]) + page.current(done, [], MOMENTS, 0) + page.trained_pictures(seen("a")))
+    shown = Reader(page.earlier([done], {}) + page.current(done, [], MOMENTS, 0) + page.trained_pictures(seen("a")))
     links = {*shown.all("src"), *shown.all("href")}
     assert links == {"/files/1/images/000.png?expires=0&signature=ab12"}
 
@@ -224,7 +224,7 @@ def test_the_loss_curve_is_drawn_from_its_second_point_on() -> None:
 
 def test_an_empty_studio_says_what_to_do() -> None:
     assert "Drop a few photos" in page.current(None, [], [], 0)
-    assert page.earlier([]) == ""
+    assert page.earlier([], {}) == ""
     assert "2 more in the queue" in page.current(tune(), [], [], 2)
 
 

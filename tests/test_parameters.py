@@ -18,10 +18,11 @@ from trainer.schema import PromptRequest, Tune, TuneRequest
 pytest_plugins = ("tests.web",)
 
 DOCUMENT = SHARED / "reference" / "create-a-tune.txt"
-OURS = ["args"]  # parameters that the document does not have
+OURS = ["args", "prompts_callback"]  # parameters that the document does not have
 ENDPOINTS = [
     "/create_tune", "/submit_tune", "/get_tune", "/list_tunes", "/cancel_tune", "/resume_tune", "/delete_tune",
-    "/create_prompt", "/get_prompt", "/list_prompts", "/list_base_tunes", "/list_presets", "/check_photos",
+    "/create_prompt", "/get_prompt", "/list_prompts", "/delete_prompt", "/list_base_tunes",
+    "/list_presets", "/check_photos",
 ]  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def test_the_page_s_form_has_the_same_parameters(jobs: Jobs) -> None:
     with gr.Blocks():
         form = ui.Form(jobs)
     assert sorted(form.fields) == sorted(TuneRequest.parameters())  # in an order of its own
-    assert ["text", *ui.PROMPT_FIELDS] == PromptRequest.parameters()
+    assert ["text", *ui.PROMPT_FIELDS, "callback"] == PromptRequest.parameters()  # the page shows what was rendered
     assert len(form.inputs) == len(form.fields) + len(ui.PROMPT_FIELDS) + 2  # captions, which are files to the API
 
 

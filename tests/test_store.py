@@ -182,14 +182,14 @@ def test_a_wish_to_cancel_is_seen_and_so_is_a_row_that_is_gone(store: Store) -> 
     assert not store.cancel_wanted("tunes", 1)
     store.update("tunes", 1, cancel=1)
     assert store.cancel_wanted("tunes", 1)
-    store.delete_tune(1)
+    store.delete("tunes", 1)
     assert store.cancel_wanted("tunes", 1)
 
 
 def test_a_deleted_tune_takes_its_prompts_and_jobs_with_it(store: Store) -> None:
     add(store, prompts=1)
     add(store, prompts=3)
-    store.delete_tune(2)
+    store.delete("tunes", 2)
     assert [row["tune_id"] for row in store.find("prompts")] == [1]
     assert work(store) == [(1, None), (1, 1)]
     assert add(store) == 3  # a number is never given twice: an old link must not lead to another's pictures

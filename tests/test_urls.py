@@ -26,9 +26,9 @@ from tests.web import address, left_behind, photo
 from trainer import urls
 from trainer.images import Decoder, intake
 from trainer.jobs import Jobs
-from trainer.schema import InvalidRequest
+from trainer.schema import InvalidRequest, PromptRequest, parse_request
 from trainer.settings import Settings
-from trainer.urls import fetch_all
+from trainer.urls import Unreachable, fetch_all, post
 
 pytest_plugins = ("tests.web",)
 
@@ -361,6 +361,31 @@ def test_no_form_of_an_inner_address_is_connected_to(url: str, net: Net, fetch: 
         assert problem in [f"{url[:200]} {reason}" for reason in REASONS]
     answered = url in HARMLESS or url in CORPUS["redirects"]
     assert set(net.attempts) == ({SERVED} if answered else set())
+
+
+@pytest.mark.parametrize("url", FORMS)
+def test_no_form_of_an_inner_address_is_posted_to(url: str, net: Net, settings: Settings) -> None:
+    beyond = settings.model_copy(update={"host": "0.0.0.0"})
+    try:
+        asked = parse_request(PromptRequest, {"text": "a dog", "callback": url}).callback
+        answered = asked is not None and post(beyond, asked, b"{}", {})[0] > 0
+    except (InvalidRequest, Unreachable):
+        answered = False
+    assert answered == (url in HARMLESS or url in CORPUS["redirects"])
+    assert set(net.attempts) == ({SERVED} if answered else set())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_callback_on_loopback_is_for_an_app_on_loopback(
+    host: str, settings: Settings, server: ElsewhereServer
+) -> None:
+    here = settings.model_copy(update={"host": host})
+    url = f"http://127.0.0.1:{server.server_port}/a"
+    if here.on_loopback:
+        assert post(here, url, b"{}", {}) == (501, None)  # it has no POST
+    else:
+        with pytest.raises(Unreachable, match="cannot be reached"):
+            post(here, url, b"{}", {})
 
 
 @pytest.mark.parametrize("url", [public("a.png"), moves(302, "/a.png"), moves(302, public("a.png"))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -15,15 +16,17 @@ from fastapi import FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
+from pydantic import BaseModel, RootModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trainer import __version__
 from trainer.files import PARTIAL
-from trainer.jobs import Jobs
+from trainer.jobs import Jobs, Mark
 from trainer.links import open_link
 from trainer.schema import (
+    Callback,
     CannotLook,
     Check,
     CheckRequest,
@@ -33,8 +36,10 @@ from trainer.schema import (
     Prompt,
     PromptRequest,
     Tune,
+    TuneChange,
     TuneRequest,
     Upload,
+    untold,
 )
 
 MAX_FIELDS = 5000
@@ -48,20 +53,63 @@ class Malformed(Exception):
     """A body that cannot be read. Answered with 400."""
 
 
+class Error(BaseModel):
+    """Every refusal but 422."""
+
+    error: str
+
+
+class Problems(RootModel[dict[str, list[str]]]):
+    """What is wrong with each field."""
+
+
+class Done(BaseModel):
+    message: str
+
+
+PHOTO_URLS = [f"https://example.com/rex-{number}.jpg" for number in range(1, 5)]
+EXAMPLES: dict[type[BaseModel], dict[str, Any]] = {  # of bodies, for whoever reads the OpenAPI page
+    TuneRequest: {
+        "title": "Rex - 1234-6789", "name": "dog", "branch": "fast", "image_urls": PHOTO_URLS,
+        "characteristics": {"colour": "brown"},
+        "prompts_attributes": [{"text": "ohwx dog, {{colour}}, on a beach", "num_images": 2}],
+    },
+    TuneChange: {"title": "Rex, retired", "characteristics": {"colour": "grey"}},
+    CheckRequest: {"name": "dog", "image_urls": PHOTO_URLS},
+    PromptRequest: {"text": "ohwx dog in the snow", "num_images": 2, "seed": 7},
+}  # fmt: skip
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Error, "description": "The body cannot be read"},
+    401: {"model": Error, "description": "A key is needed"},
+    403: {"model": Error, "description": "From another site's page, or under a name that is not this app's"},
+    404: {"model": Error, "description": "There is no such thing"},
+    405: {"model": Error, "description": "Not with this method"},
+    409: {"model": Error, "description": "Not in this state"},
+    413: {"model": Error, "description": "The body is too large"},
+    414: {"model": Error, "description": "The address is too long"},
+    415: {"model": Error, "description": "The body is of another type"},
+    422: {"model": Problems, "description": "What is wrong with each field, all at once"},
+    429: {"model": Error, "description": "Too many wrong keys"},
+    431: {"model": Error, "description": "The headers are too large"},
+    503: {"model": Error, "description": "Not possible at the moment"},
+}
+
+
 def create_app(jobs: Jobs) -> FastAPI:
     """All REST routes over the shared verbs."""
-    app = FastAPI(title="Tunebooth", version=__version__, redirect_slashes=False)
+    app = FastAPI(title="Tunebooth", version=__version__, redirect_slashes=False, responses=REFUSALS)
     app.add_middleware(JsonSuffix)
     _add_error_answers(app)
 
     tune_body = {"requestBody": {"content": _body_schema("tune", TuneRequest)}}
     prompt_body = {"requestBody": {"content": _body_schema("prompt", PromptRequest)}}
 
-    @app.post("/tunes", status_code=201, response_model=Tune, openapi_extra=tune_body)
+    @app.post("/tunes", status_code=201, response_model=Tune, responses={200: {"model": Tune}}, openapi_extra=tune_body)
     async def create_tune(request: Request) -> JSONResponse:
         """Create a tune and queue it. 200 where the title has one already."""
         async with sent(request, jobs) as (data, uploads):
-            tune, created = await run_in_threadpool(jobs.create_tune, data, uploads)
+            mark = await run_in_threadpool(read_mark, request, data, uploads)
+            tune, created = await run_in_threadpool(jobs.create_tune, data, uploads, untold, mark)
         return JSONResponse(tune.model_dump(), 201 if created else 200)
 
     @app.post("/photos/check", openapi_extra={"requestBody": {"content": _body_schema("tune", CheckRequest)}})
@@ -86,11 +134,17 @@ def create_app(jobs: Jobs) -> FastAPI:
     def get_tune(tune_id: int) -> Tune:
         return jobs.get_tune(tune_id)
 
+    @app.patch("/tunes/{tune_id}", openapi_extra={"requestBody": {"content": _body_schema("tune", TuneChange)}})
+    async def change_tune(tune_id: int, request: Request) -> Tune:
+        """Change title, class name, auto_extend or characteristics."""
+        data = await read_body(request, "tune", 0, None)
+        return await run_in_threadpool(jobs.change_tune, tune_id, data)
+
     @app.delete("/tunes/{tune_id}")
-    def delete_tune(tune_id: int) -> dict[str, str]:
+    def delete_tune(tune_id: int) -> Done:
         """Remove a tune, its prompts and its files; a running one is stopped first."""
         jobs.delete_tune(tune_id)
-        return {"message": "Tune successfully deleted"}
+        return Done(message="Tune successfully deleted")
 
     @app.post("/tunes/{tune_id}/cancel")
     def cancel_tune(tune_id: int) -> Tune:
@@ -100,7 +154,7 @@ def create_app(jobs: Jobs) -> FastAPI:
     def resume_tune(tune_id: int) -> Tune:
         return jobs.resume_tune(tune_id)
 
-    @app.get("/tunes/{tune_id}/model")
+    @app.get("/tunes/{tune_id}/model", status_code=307, responses={307: {"description": "Leads to the file"}})
     def get_model(tune_id: int) -> RedirectResponse:
         """Leads to the trained file."""
         link = jobs.get_tune(tune_id).ckpt_url
@@ -110,9 +164,9 @@ def create_app(jobs: Jobs) -> FastAPI:
 
     @app.post("/tunes/{tune_id}/prompts", status_code=201, openapi_extra=prompt_body)
     async def create_prompt(tune_id: int, request: Request) -> Prompt:
-        """Render a prompt with a tune."""
-        data = await read_body(request, "prompt", 0, Path())
-        return await run_in_threadpool(jobs.create_prompt, tune_id, data)
+        """Render a prompt with a tune; with its base's id where the text has `<lora:ID:WEIGHT>`."""
+        data = await read_body(request, "prompt", 0, None)
+        return await run_in_threadpool(jobs.create_prompt, tune_id, data, read_mark(request, data, []))
 
     @app.get("/tunes/{tune_id}/prompts")
     def list_tune_prompts(
@@ -134,6 +188,35 @@ def create_app(jobs: Jobs) -> FastAPI:
         if prompt.tune_id != tune_id:
             raise NotFound(f"tune {tune_id} has no prompt {prompt_id}")
         return prompt
+
+    @app.delete("/prompts/{prompt_id}")
+    def delete_prompt(prompt_id: int) -> Done:
+        """Remove a prompt and its pictures; one that renders is stopped first."""
+        jobs.delete_prompt(prompt_id)
+        return Done(message="Prompt successfully deleted")
+
+    @app.delete("/tunes/{tune_id}/prompts/{prompt_id}")
+    def delete_tune_prompt(tune_id: int, prompt_id: int) -> Done:
+        jobs.delete_prompt(prompt_id, tune_id)
+        return Done(message="Prompt successfully deleted")
+
+    @app.post("/prompts/{prompt_id}/duplicate", status_code=201, openapi_extra=prompt_body)
+    async def duplicate_prompt(prompt_id: int, request: Request) -> Prompt:
+        """Render a prompt again; the body, which may be empty, says what is to be different."""
+        has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+        data = await read_body(request, "prompt", 0, None) if has_body else {}
+        return await run_in_threadpool(jobs.duplicate_prompt, prompt_id, data, read_mark(request, data, []))
+
+    @app.get("/tunes/{tune_id}/callbacks")
+    def list_callbacks(tune_id: int) -> list[Callback]:
+        """What was posted, or is still to be, to the callbacks of a tune and its prompts; newest first."""
+        jobs.get_tune(tune_id)  # or there is none
+        return jobs.list_callbacks(tune_id)
+
+    @app.post("/tunes/{tune_id}/callbacks")
+    def send_callbacks_again(tune_id: int) -> list[Callback]:
+        """Post all of them once more."""
+        return jobs.send_callbacks_again(tune_id)
 
     @app.get("/gallery/tunes")
     def list_base_tunes(branch: str | None = None) -> list[dict[str, Any]]:
@@ -174,6 +257,21 @@ async def sent(request: Request, jobs: Jobs) -> AsyncIterator[tuple[dict[str, An
         shutil.rmtree(work, ignore_errors=True)
 
 
+def read_mark(request: Request, data: dict[str, Any], uploads: list[Upload]) -> Mark | None:
+    """The header `Idempotency-Key` with a digest of what is asked for. Raises InvalidRequest."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
+        raise InvalidRequest({"Idempotency-Key": ["must be 1 to 255 visible ASCII characters, as a UUID is"]})
+    digest = hashlib.sha256(request.url.path.encode() + json.dumps(data, sort_keys=True, default=str).encode())
+    for upload in uploads:
+        digest.update(upload.name.encode())
+        with upload.path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return Mark(key, digest.hexdigest())
+
+
 class JsonSuffix:
     """`/tunes/1.json` is `/tunes/1`, everywhere but in files."""
 
@@ -187,11 +285,16 @@ class JsonSuffix:
         await self._app(scope, receive, send)
 
 
-async def read_body(request: Request, root: str, max_files: int, work: Path) -> dict[str, Any]:
+async def read_body(request: Request, root: str, max_files: int, work: Path | None) -> dict[str, Any]:
     """The object under `root` in a JSON, multipart or urlencoded body; files are written into `work`.
+
+    work None: of a file only its name is kept.
 
     Raises Malformed for a body that cannot be read, InvalidRequest for one without the object.
     """
+    packed = request.headers.get("content-encoding", "identity")
+    if packed != "identity":
+        raise HTTPException(415, f"send the body as it is, not as {packed}")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         data = parse_json(await request.body())
@@ -234,7 +337,7 @@ def parse_json(body: bytes, what: str = "the body") -> dict[str, Any]:
     return data
 
 
-async def _read_form(request: Request, max_files: int, work: Path) -> dict[str, Any]:
+async def _read_form(request: Request, max_files: int, work: Path | None) -> dict[str, Any]:
     tail = b""
     plain_receive = request.receive
 
@@ -251,15 +354,17 @@ async def _read_form(request: Request, max_files: int, work: Path) -> dict[str, 
         if boundary and b"--" + boundary[1].encode() + b"--" not in tail:  # Starlette takes a body that was cut off
             raise Malformed("the body ends before its closing boundary; it was cut off on the way")
         for number, (key, value) in enumerate(form.multi_items()):
-            if isinstance(value, UploadFile):
+            if not isinstance(value, UploadFile):
+                items.append((key, value))
+            elif work is None:
+                items.append((key, Path(value.filename or "file").name))
+            else:
                 work.mkdir(parents=True, exist_ok=True)
                 path = work / f"{number:04d}"
                 with path.open("wb") as file:
                     while chunk := await value.read(2**20):
                         file.write(chunk)
                 items.append((key, Upload(Path(value.filename or "file").name, path)))
-            else:
-                items.append((key, value))
     return nest(items)
 
 
@@ -337,14 +442,15 @@ def _add_error_answers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, lambda _request, _problem: JSONResponse({"error": "internal error"}, 500))
 
 
-def _body_schema(root: str, model: type[TuneRequest] | type[PromptRequest] | type[CheckRequest]) -> dict[str, Any]:
+def _body_schema(root: str, model: type[BaseModel]) -> dict[str, Any]:
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
+    body = {"type": "object", "required": [root], "properties": {root: schema}, "additionalProperties": False}
     wrapped = json.loads(
-        json.dumps({"type": "object", "required": [root], "properties": {root: schema}}).replace(
-            '"#/$defs/PromptRequest"', '"#/properties/tune/properties/prompts_attributes/items"'
-        )
+        json.dumps(body).replace('"#/$defs/PromptRequest"', '"#/properties/tune/properties/prompts_attributes/items"')
     )
     if "PromptRequest" in definitions:
         wrapped["properties"][root]["properties"]["prompts_attributes"]["items"] = definitions["PromptRequest"]
-    return {kind: {"schema": wrapped} for kind in ("application/json", "multipart/form-data")}
+    kinds: dict[str, Any] = {kind: {"schema": wrapped} for kind in ("application/json", "multipart/form-data")}
+    kinds["application/json"]["example"] = {root: EXAMPLES[model]}
+    return kinds

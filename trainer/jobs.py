@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from trainer.links import MODEL_LINK_SECONDS, make_link
 from trainer.looking import Looker, not_people
 from trainer.schema import (
     ENDED,
+    Callback,
     Check,
     CheckRequest,
     Conflict,
+    Echo,
     InvalidRequest,
     NotFound,
     Photo,
@@ -28,25 +31,41 @@ from trainer.schema import (
     Request,
     Tell,
     Tune,
+    TuneChange,
     TuneRequest,
     Upload,
     check_model_type,
     nearest,
     parse_request,
+    references,
     untold,
     words,
 )
 from trainer.settings import Settings
-from trainer.store import Row, Store
+from trainer.store import Row, Store, Table
 
 FEW_PHOTOS = 4
 API_NUM_IMAGES = 8  # the hosted service's default; the page asks for 4
 HOSTED_PRESETS = ("flux-lora-focus", "flux-lora-portrait", "flux-lora-fast")
 MOMENT_FILE = "lora.safetensors"  # of the files of a model in mid-run, the one that most programs read
+NUMBER = re.compile("[0-9]{1,18}")
 STOP_SECONDS = 120.0  # a step of the largest model on the slowest card, and saving it
 
 
 R = TypeVar("R", bound=Request)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The header `Idempotency-Key` of a request, and a digest of what it asked for."""
+
+    key: str
+    digest: str
+
+
+def marks(mark: Mark | None) -> Row:
+    """The columns that hold a mark."""
+    return {"request_key": mark.key, "request_digest": mark.digest} if mark else {}
 
 
 @dataclass(frozen=True)
@@ -60,13 +79,17 @@ class Jobs:
 
     # Tunes
 
-    def create_tune(self, data: Mapping[str, Any], uploads: Sequence[Upload], tell: Tell = untold) -> tuple[Tune, bool]:
-        """Queue a tune; False beside it: there was one of that title already (setting `idempotency`).
+    def create_tune(
+        self, data: Mapping[str, Any], uploads: Sequence[Upload], tell: Tell = untold, mark: Mark | None = None
+    ) -> tuple[Tune, bool]:
+        """Queue a tune; False beside it: it was there already, by its mark or its title (setting `idempotency`).
 
         data: the tune parameters but `images`, whose files are the uploads. Raises InvalidRequest with all problems;
         nothing is kept then.
         """
         request, count, problems = self._parse(TuneRequest, data, uploads)
+        if known := self._marked("tunes", mark):
+            return self._tune(known), False
         if existing := self._same_title(request.title):
             return existing, False
         if len(request.prompts_attributes) > self.settings.max_prompts:
@@ -75,6 +98,12 @@ class Jobs:
             values = self._settle(request, max(1, count))
         except InvalidRequest as invalid:
             problems |= invalid.problems
+        for number, prompt in enumerate(request.prompts_attributes):
+            try:  # the tune has no id yet
+                check_references(prompt.text, (request.token or "ohwx", request.token or "sks"))
+            except InvalidRequest as invalid:
+                told = [f"{number}.{field}: {message}" for field, all_ in invalid.problems.items() for message in all_]
+                problems.setdefault("prompts_attributes", []).extend(told)
         if problems and (request.image_urls or "images" in problems):
             raise InvalidRequest(problems)  # nothing is fetched for a request that is refused anyway
         try:
@@ -84,7 +113,7 @@ class Jobs:
                 different = sum(not photo.dropped for photo in photos)
                 if different != count:  # a photo that came twice is trained once
                     values = self._settle(request, different)
-                return self._insert(request, values, work, photos)
+                return self._insert(request, values, work, photos, mark)
         except InvalidRequest as invalid:
             raise InvalidRequest(problems | invalid.problems) from None
 
@@ -109,6 +138,10 @@ class Jobs:
                 warnings = [*warnings, *said]
             else:
                 warnings = [*warnings, "without a class name (`name`) nobody looks for faces"]
+            left = sum(not photo.dropped for photo in photos)
+            if left != count:  # what is said of their number
+                of_left = self._settle(request.as_tune(), max(1, left))["warnings"]
+                warnings = [*of_left, *warnings[len(values["warnings"]) :]]
             for number, photo in enumerate(photos):
                 tell("pictures are drawn", number, len(photos))
                 self.looker.show(work, photo, config)
@@ -168,6 +201,31 @@ class Jobs:
         self.store.changed.set()
         return self.get_tune(tune_id)
 
+    def change_tune(self, tune_id: int, data: Mapping[str, Any]) -> Tune:
+        """Change a tune's title, class name, auto_extend or characteristics. Raises NotFound, InvalidRequest."""
+        with self.store.transaction():
+            row = self._row("tunes", tune_id)
+            request = parse_request(TuneChange, data)
+            changes = {
+                name: value for name in request.model_fields_set if (value := getattr(request, name)) is not None
+            }
+            problems: dict[str, list[str]] = {}
+            if not changes:
+                problems["tune"] = [f"must have at least one of {words(TuneChange.model_fields)}"]
+            name = request.name or row["name"]
+            if name != row["name"] and row["status"] != "queued":
+                told = f"tune {tune_id} is {row['status']}, and its class name is part of what was trained"
+                problems["name"] = [told]
+            elif presets.kind_of(name) != presets.kind_of(row["name"]):
+                problems["name"] = [f"{name} is trained with other settings than {row['name']}; make a new tune"]
+            holder = self._same_title(changes["title"]) if "title" in changes else None
+            if holder and holder.id != tune_id:
+                problems["title"] = [f"tune {holder.id} has this title"]
+            if problems:
+                raise InvalidRequest(problems)
+            self.store.update("tunes", tune_id, **changes)
+            return self.get_tune(tune_id)
+
     def delete_tune(self, tune_id: int) -> None:
         """Remove a tune with its prompts and files; a running one is stopped first. Raises NotFound, Conflict."""
         self._row("tunes", tune_id)
@@ -177,7 +235,7 @@ class Jobs:
             if time.monotonic() > deadline:
                 raise Conflict(f"tune {tune_id} does not stop; try again later")
             time.sleep(0.1)
-        self.store.delete_tune(tune_id)
+        self.store.delete("tunes", tune_id)
         discard(self.folder(tune_id))
 
     def _busy(self, tune_id: int) -> bool:
@@ -193,15 +251,67 @@ class Jobs:
 
     # Prompts
 
-    def create_prompt(self, tune_id: int, data: Mapping[str, Any]) -> Prompt:
-        """Queue a prompt on a tune that has, or is getting, a model. Raises NotFound, InvalidRequest."""
-        tune = self._row("tunes", tune_id)
-        request = parse_request(PromptRequest, data)
-        if tune["status"] in ("failed", "canceled", "expired"):
-            raise InvalidRequest({"tune_id": [f"tune {tune_id} is {tune['status']}; it has no model"]})
-        prompt_id = self.store.add_prompt(self._prompt_values(tune_id, request))
+    def create_prompt(self, tune_id: int, data: Mapping[str, Any], mark: Mark | None = None) -> Prompt:
+        """Queue a prompt on a tune that has, or is getting, a model. Raises NotFound, InvalidRequest.
+
+        tune_id: the tune's, or that of its base with `<lora:ID:WEIGHT>` in the text.
+        """
+        on_base = self.store.get("tunes", tune_id) is None and any(
+            base.id == tune_id for base in bases.list_bases(self.settings)
+        )
+        if on_base:
+            request = parse_request(PromptRequest, data)
+            tune = self._tune_of_base(tune_id, request.text)
+        else:
+            tune = self._row("tunes", tune_id)
+            request = parse_request(PromptRequest, data)
+            check_references(request.text, (str(tune_id), tune["token"]))
+        with self.store.transaction():
+            if known := self._marked("prompts", mark):
+                return self._prompt(known)
+            tune = self._row("tunes", tune["id"])  # it may be gone by now
+            if tune["status"] in ("failed", "canceled", "expired"):
+                raise InvalidRequest({"tune_id": [f"tune {tune['id']} is {tune['status']}; it has no model"]})
+            prompt_id = self.store.add_prompt(self._prompt_values(tune["id"], request) | marks(mark))
         self.store.changed.set()
         return self.get_prompt(prompt_id)
+
+    def _tune_of_base(self, base_id: int, text: str) -> Row:
+        """The tune that a prompt on its base names. Raises InvalidRequest."""
+        named = [name for kind, name, _ in references(text)[1] if kind == "lora"]
+        if len(named) != 1:
+            raise InvalidRequest({"text": [f"a prompt on base {base_id} names the tune as <lora:ID:WEIGHT>, once"]})
+        tune = self.store.get("tunes", int(named[0])) if NUMBER.fullmatch(named[0]) else None
+        if tune is None or tune["base_id"] != base_id:
+            raise InvalidRequest({"text": [f"there is no tune {named[0]} on base {base_id}"]})
+        check_references(text, (str(tune["id"]), tune["token"]))
+        return tune
+
+    def duplicate_prompt(self, prompt_id: int, data: Mapping[str, Any], mark: Mark | None = None) -> Prompt:
+        """Queue a prompt again, with other values where `data` has some. Raises NotFound, InvalidRequest."""
+        row = self._row("prompts", prompt_id)
+        same = {name: row[name] for name in PromptRequest.parameters() if row[name] is not None}
+        return self.create_prompt(row["tune_id"], row["kept"] | same | dict(data), mark)
+
+    def delete_prompt(self, prompt_id: int, tune_id: int | None = None) -> None:
+        """Remove a prompt and its pictures; one that renders is stopped first. Raises NotFound, Conflict.
+
+        tune_id: the tune that it must be of.
+        """
+        deadline = time.monotonic() + STOP_SECONDS
+        while True:
+            with self.store.transaction():
+                row = self._row("prompts", prompt_id)
+                if tune_id not in (None, row["tune_id"]):
+                    raise NotFound(f"tune {tune_id} has no prompt {prompt_id}")
+                if row["status"] != "rendering":
+                    self.store.delete("prompts", prompt_id)
+                    break
+                self.store.update("prompts", prompt_id, cancel=1)
+            if time.monotonic() > deadline:
+                raise Conflict(f"prompt {prompt_id} does not stop; try again later")
+            time.sleep(0.1)
+        discard(self.folder(row["tune_id"]) / "prompts" / str(prompt_id))
 
     def get_prompt(self, prompt_id: int) -> Prompt:
         """Raises NotFound."""
@@ -212,6 +322,19 @@ class Jobs:
         if tune_id is not None:
             self._row("tunes", tune_id)
         return [self._prompt(row) for row in self.store.find("prompts", tune_id=tune_id, limit=limit, offset=offset)]
+
+    # Callbacks
+
+    def list_callbacks(self, tune_id: int) -> list[Callback]:
+        """Those of a tune and its prompts, newest first; none of a tune that is not there."""
+        return [Callback(**{key: row[key] for key in Callback.model_fields}) for row in self.store.callbacks(tune_id)]
+
+    def send_callbacks_again(self, tune_id: int) -> list[Callback]:
+        """Post all callbacks of a tune and its prompts once more. Raises NotFound, Conflict."""
+        self._row("tunes", tune_id)
+        if not self.store.send_callbacks_again(tune_id):
+            raise Conflict(f"tune {tune_id} has no callback to send: none was asked for, or nothing has ended yet")
+        return self.list_callbacks(tune_id)
 
     # Lists
 
@@ -243,7 +366,10 @@ class Jobs:
     def seen(self, tune_id: int) -> list[dict[str, Any]]:
         """The pictures as they are trained: `url`, `name`, `kind`, `caption`, `width`, `height` and `mask` of each."""
         facts = self.folder(tune_id) / "dataset" / "seen" / "seen.json"
-        listed = json.loads(facts.read_text("utf-8")) if facts.exists() else []
+        try:
+            listed = json.loads(facts.read_text("utf-8"))
+        except FileNotFoundError:  # not made yet, or just being made anew
+            listed = []
         return [one | {"url": make_link(self.settings, f"{tune_id}/dataset/seen/{one['file']}")} for one in listed]
 
     def moments(self, tune_id: int) -> list[dict[str, Any]]:
@@ -322,6 +448,7 @@ class Jobs:
             "training_face_correct": bool(request.training_face_correct),
             "auto_extend": bool(request.auto_extend),
             "callback": request.callback,
+            "prompts_callback": request.prompts_callback,
             "characteristics": request.characteristics,
             "warnings": warnings,
         }
@@ -339,17 +466,20 @@ class Jobs:
                 told.append(f"branch fast has settings of its own: preset {request.preset} is not used")
         if request.face_crop and presets.kind_of(request.name) != "person":
             told.append(not_people("face_crop", request.name))
-        if request.callback:
-            told.append("callback is not here yet: nothing is posted to it")
-        if request.auto_extend:
+        if request.auto_extend and not self.settings.lifetime_days:
             told.append("auto_extend has no effect: tunes do not expire here")
         return told
 
-    def _insert(self, request: TuneRequest, values: Row, work: Path, photos: list[Photo]) -> tuple[Tune, bool]:
+    def _insert(
+        self, request: TuneRequest, values: Row, work: Path, photos: list[Photo], mark: Mark | None
+    ) -> tuple[Tune, bool]:
         with self.store.transaction():
-            if existing := self._same_title(request.title):  # made by somebody else meanwhile
+            if known := self._marked("tunes", mark):  # made by somebody else meanwhile
+                return self._tune(known), False
+            if existing := self._same_title(request.title):
                 return existing, False
-            tune_id = self.store.add_tune({**values, "photos": [photo.model_dump() for photo in photos]})
+            photos_told = [photo.model_dump() for photo in photos]
+            tune_id = self.store.add_tune({**values, **marks(mark), "photos": photos_told})
             for prompt in request.prompts_attributes:
                 self.store.add_prompt(self._prompt_values(tune_id, prompt))
             (work / "request.json").write_text(request.model_dump_json(exclude={"images"}, indent=1))
@@ -374,8 +504,18 @@ class Jobs:
             "cfg_scale": request.cfg_scale,
             "w": request.w,
             "h": request.h,
+            "callback": request.callback,
+            "kept": json.loads(json.dumps(request.ignored, default=lambda upload: upload.name)),
             "warnings": [f"{name} is accepted and has no effect yet" for name in request.ignored],
         }
+
+    def _marked(self, table: Table, mark: Mark | None) -> Row | None:
+        """What an equal request of the same mark has made. Raises InvalidRequest where that was another request."""
+        found = self.store.find(table, request_key=mark.key, limit=1) if mark else []
+        if found and mark and found[0]["request_digest"] != mark.digest:
+            told = f"was used for {table[:-1]} {found[0]['id']}, which was another request; take a new one"
+            raise InvalidRequest({"Idempotency-Key": [told]})
+        return found[0] if found else None
 
     def _same_title(self, title: str) -> Tune | None:
         if not self.settings.idempotency:
@@ -385,8 +525,8 @@ class Jobs:
 
     # From rows to answers
 
-    def _row(self, table: Any, row_id: int) -> Row:
-        row = self.store.get(table, row_id) if 0 < row_id < 2**63 else None
+    def _row(self, table: Table, row_id: int) -> Row:
+        row = self.store.get(table, row_id)
         if row is None:
             raise NotFound(f"there is no {table[:-1]} {row_id}")
         return row
@@ -416,7 +556,8 @@ class Jobs:
         seen = {(Path(one["file"]).stem.rpartition("-")[0]): one["url"] for one in reversed(self.seen(tune_id))}
         for photo in photos:
             stem = Path(photo.file).stem
-            if photo.dropped is None or not photo.dropped.startswith(SAME_PICTURE):
+            gone = row["status"] == "expired"
+            if not gone and (photo.dropped is None or not photo.dropped.startswith(SAME_PICTURE)):
                 photo.url = make_link(self.settings, f"{tune_id}/images/{photo.file}")
             photo.seen, photo.closeup = seen.get(stem), seen.get(f"{stem}-face")
         return photos
@@ -425,13 +566,20 @@ class Jobs:
         tune_id, prompt_id = row["tune_id"], row["id"]
         return Prompt(
             **{key: row[key] for key in Prompt.model_fields if key in row},
-            super_resolution=False,
-            ar="1:1",
-            controlnet_conditioning_scale=None,
-            controlnet_txt2img=False,
-            denoising_strength=None,
+            **Echo.model_validate(row["kept"]).model_dump(),
             url=f"{self.settings.base_url}/prompts/{prompt_id}.json",
             images=[make_link(self.settings, f"{tune_id}/prompts/{prompt_id}/{file}") for file in row["files"]],
             user_error=row["error"],
             tunes=[tune_id],
         )
+
+
+def check_references(text: str, own: tuple[str, ...]) -> None:
+    """Raises InvalidRequest for a reference in a prompt to anything but the tune that it is on, by id or token."""
+    found = references(text)[1]
+    for kind, name, _ in found:
+        if kind != "lora" or name not in own:
+            told = f"<{kind}:{name}> is not the tune of this prompt, and others beside it are not here yet"
+            raise InvalidRequest({"text": [told]})
+    if len(found) > 1:
+        raise InvalidRequest({"text": [f"names its tune {len(found)} times; once is enough"]})

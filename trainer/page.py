@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
 from typing import Any
 from urllib.parse import urlsplit
 
-from trainer.schema import ENDED, Check, Photo, Prompt, Tune
+from trainer.schema import ENDED, Callback, Check, Photo, Prompt, Tune
 
 CURVE_WIDTH, CURVE_HEIGHT = 600, 120  # of the drawing; it scales with the page
 SMOOTHING = 0.8
@@ -75,15 +75,16 @@ def model_link(url: str | None) -> str:
     return f' <a href="{escape(relative(url))}" download>model</a>' if url else ""
 
 
-def earlier(tunes: Sequence[Tune]) -> str:
-    """All tunes, newest first, each to be unfolded."""
+def earlier(tunes: Sequence[Tune], called: Mapping[int, Sequence[Callback]]) -> str:
+    """All tunes, newest first, each to be unfolded. called: the callbacks of each, by its id."""
     return "".join(
         f'<details class="tb-card" data-tune="{tune.id}" data-status="{tune.status}"><summary>'
         f"{thumbnail(tune)}<span><b>{escape(tune.title)}</b>"
         f'<span class="tb-dim">{escape(tune.name)} · {tune.branch} · {when(tune.created_at)}</span></span>'
         f"{pill(tune.status)}</summary>"
         f"{problem(tune)}{actions(tune)}{prompts(tune)}"
-        f"<h4>Photos</h4>{verdict_cards(tune.photos)}{settings(tune)}</details>"
+        f"<h4>Photos</h4>{verdict_cards(tune.photos)}{callbacks(tune, called.get(tune.id, ()))}"
+        f"{settings(tune)}</details>"
         for tune in tunes
     )
 
@@ -250,6 +251,25 @@ def settings(tune: Tune) -> str:
     }
     told = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in rows.items() if value)
     return f"<h4>Settings</h4><dl>{told}</dl>"
+
+
+def callbacks(tune: Tune, called: Sequence[Callback]) -> str:
+    """What was posted to whom, and what came of it."""
+    if not called:
+        return ""
+    rows = "".join(
+        f"<dt>{one.kind}{f' {one.prompt_id}' if one.prompt_id else ''}</dt><dd>{escape(one.url)}: {outcome(one)}</dd>"
+        for one in called
+    )
+    again = button(tune, "Send again", f"/tunes/{tune.id}/callbacks")
+    return f'<h4>Callbacks</h4><dl class="tb-callbacks">{rows}</dl><div class="tb-actions">{again}</div>'
+
+
+def outcome(one: Callback) -> str:
+    if one.arrived_at:
+        return f"arrived {when(one.arrived_at)}"
+    tried = f"tried {one.attempts} times, {escape(one.answer)}" if one.answer else "not sent yet"
+    return f"{tried}; next {when(one.due_at)}" if one.due_at else f"{tried}; given up"
 
 
 def actions(tune: Tune) -> str:

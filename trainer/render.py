@@ -17,6 +17,7 @@ from trainer.loading import autocast
 from trainer.loop import Report
 from trainer.methods import get_method
 from trainer.presets import RenderConfig
+from trainer.schema import references
 from trainer.settings import Settings
 
 DEFAULT_SEED = 42  # the hosted service's, so that a prompt without a seed renders the same twice
@@ -51,6 +52,8 @@ class Renderer:
         defaults = presets.render_config(settings.presets, base.branch)
         folder = settings.outputs / "tunes" / str(tune["id"])
         text, warnings = fill(prompt["text"], tune["characteristics"])
+        text, named = references(text)
+        strength = named[0][2] if named else 1.0  # the verbs let only the prompt's own tune be named
         width, height = size(prompt["w"], prompt["h"], defaults)
         if defaults.fixed_size and (prompt["w"] or prompt["h"]) and (width, height) != (prompt["w"], prompt["h"]):
             warnings.append(f"{base.branch} renders {width} x {height} pixels, whatever w and h are")
@@ -66,7 +69,7 @@ class Renderer:
             self._loaded = (base, load_branch(base, self._device, settings.outputs / "cache"))
             memory.place_for_rendering(self._loaded[1].pipeline, self._device)
         pipeline = self._loaded[1].pipeline
-        get_method(tune["method"]).apply(pipeline, folder / "model", 1.0)
+        get_method(tune["method"]).apply(pipeline, folder / "model", strength)
 
         report.stage("rendering")
         steps = prompt["steps"] or defaults.steps

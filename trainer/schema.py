@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -92,6 +94,22 @@ Text = Annotated[str, BeforeValidator(_no_control_characters)]
 OptionalBool = Annotated[bool | None, BeforeValidator(_blank_is_none)]
 
 
+def _in_one_line(value: str) -> str:
+    if "\n" in value:
+        raise ValueError("must not contain line breaks")
+    return value
+
+
+def _is_address(value: str) -> str:
+    if not re.match(r"https?://[^/?#\s]", value):
+        raise ValueError("must be an address that begins with http:// or https://")
+    return value
+
+
+Address = Annotated[Annotated[Text, Field(max_length=2048), AfterValidator(_is_address)] | None,
+                    BeforeValidator(_blank_is_none)]  # fmt: skip
+
+
 def _text(max_length: int) -> Any:
     """An optional text of at most so many characters."""
     return Annotated[Annotated[Text, Field(max_length=max_length)] | None, BeforeValidator(_blank_is_none)]
@@ -119,7 +137,7 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    _ignored: list[str] = PrivateAttr(default_factory=list)
+    _ignored: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -130,13 +148,18 @@ class Request(BaseModel):
         aside = [name for name in data if name in cls.accepted()]
         null = [name for name in data if name in cls.model_fields and data[name] is None]
         request = handler({name: value for name, value in data.items() if name not in (*aside, *null)})
-        request._ignored = aside
+        request._ignored = {name: data[name] for name in aside if data[name] is not None}
+        cls.check_ignored(request._ignored)
         return request
 
     @property
-    def ignored(self) -> list[str]:
-        """The names that were set aside."""
+    def ignored(self) -> dict[str, Any]:
+        """What was set aside, by its name."""
         return self._ignored
+
+    @classmethod
+    def check_ignored(cls, aside: dict[str, Any]) -> None:
+        """Raise ValueError for what could not be answered as it came."""
 
     @classmethod
     def accepted(cls) -> tuple[str, ...]:
@@ -146,6 +169,25 @@ class Request(BaseModel):
     def parameters(cls) -> list[str]:
         """The names that a request may have, in order."""
         return list(cls.model_fields)
+
+
+REFERENCE = re.compile(r"<(lora|faceid):([^:<>]+):(-?\d*\.?\d+)>")
+
+
+def references(text: str) -> tuple[str, list[tuple[str, str, float]]]:
+    """A prompt without its `<lora:ID:WEIGHT>` and `<faceid:ID:WEIGHT>`, and these: (lora, id or token, weight)."""
+    found = [(kind, name.strip(), float(weight)) for kind, name, weight in REFERENCE.findall(text)]
+    return re.sub(r" {2,}", " ", REFERENCE.sub("", text)).strip() if found else text, found
+
+
+class Echo(BaseModel):
+    """What the hosted service's prompt object tells of attributes that are not rendered here yet."""
+
+    super_resolution: bool = False
+    ar: _text(32) = "1:1"  # type: ignore[valid-type]
+    controlnet_conditioning_scale: _number(0, 1, float) = None  # type: ignore[valid-type]
+    controlnet_txt2img: bool = False
+    denoising_strength: _number(0, 1, float) = None  # type: ignore[valid-type]
 
 
 class PromptRequest(Request):
@@ -159,15 +201,24 @@ class PromptRequest(Request):
     cfg_scale: _number(0, 15, float) = None  # type: ignore[valid-type]
     w: _number(64, 2048) = None  # type: ignore[valid-type]
     h: _number(64, 2048) = None  # type: ignore[valid-type]
+    callback: Address = None
 
     @classmethod
     def accepted(cls) -> tuple[str, ...]:
         return (
-            "callback", "super_resolution", "hires_fix", "inpaint_faces", "face_correct", "face_swap", "style",
+            "super_resolution", "hires_fix", "inpaint_faces", "face_correct", "face_swap", "style",
             "color_grading", "film_grain", "use_lpw", "prompt_expansion", "controlnet", "controlnet_conditioning_scale",
             "controlnet_txt2img", "denoising_strength", "input_image", "input_image_url", "mask_image",
             "mask_image_url", "scheduler", "backend_version", "ar", "aspect_ratio", "lora_scale", "resolution",
         )  # fmt: skip
+
+    @classmethod
+    def check_ignored(cls, aside: dict[str, Any]) -> None:
+        try:
+            Echo.model_validate(aside)
+        except ValidationError as error:
+            told = [f"{problem['loc'][0]} {_message(cls, problem)}" for problem in error.errors()]
+            raise ValueError("; ".join(told)) from None
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> PromptRequest:
@@ -179,6 +230,10 @@ class PromptRequest(Request):
 
 
 ClassName = Annotated[Text, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 ]*[A-Za-z0-9][A-Za-z0-9 ]*$")]
+Title = Annotated[Text, Field(min_length=1, max_length=255), AfterValidator(_in_one_line)]
+Characteristics = Annotated[
+    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=1000)]], Field(max_length=1000)
+]
 ImageUrls = list[Annotated[Text, Field(min_length=1, max_length=2048)]]
 
 
@@ -186,10 +241,10 @@ class TuneRequest(Request):
     """The tune parameters, in the order of the product document; then ours."""
 
     name: ClassName
-    title: Annotated[Text, Field(min_length=1, max_length=255)]
+    title: Title
     images: list[Any] = []
     image_urls: ImageUrls = []
-    callback: _text(2048) = None  # type: ignore[valid-type]
+    callback: Address = None
     branch: _text(64) = None  # type: ignore[valid-type]
     steps: _number(1, 10_000) = None  # type: ignore[valid-type]
     token: _text(32) = None  # type: ignore[valid-type]
@@ -199,13 +254,23 @@ class TuneRequest(Request):
     model_type: _text(64) = None  # type: ignore[valid-type]
     auto_extend: OptionalBool = None
     preset: _text(64) = None  # type: ignore[valid-type]
-    characteristics: dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=1000)]] = {}
+    characteristics: Characteristics = {}
     prompts_attributes: list[PromptRequest] = []
     args: _text(1000) = None  # type: ignore[valid-type]
+    prompts_callback: Address = None
 
     @classmethod
     def accepted(cls) -> tuple[str, ...]:
-        return ("prompts_callback", "resolution", "is_api")
+        return ("resolution", "is_api")
+
+
+class TuneChange(Request):
+    """What can be changed of a tune that is there."""
+
+    title: Title = ""
+    name: ClassName = ""
+    auto_extend: OptionalBool = None
+    characteristics: Characteristics = {}
 
 
 class CheckRequest(Request):
@@ -272,7 +337,9 @@ def _message(model: type[Request], problem: Any) -> str:
         return "only English letters, numbers and spaces allowed"
     if kind in ("string_too_short", "too_short"):
         return "must not be empty"
-    if kind in ("string_too_long", "too_long"):
+    if kind == "too_long":
+        return f"must have at most {context['max_length']} entries, got {context['actual_length']}"
+    if kind == "string_too_long":
         return f"must have at most {context['max_length']} characters"
     if kind in ("greater_than_equal", "less_than_equal"):
         bound = context.get("ge", context.get("le"))
@@ -367,6 +434,20 @@ class Check(BaseModel):
 
     photos: list[Photo]
     warnings: list[str]
+
+
+class Callback(BaseModel):
+    """A callback: to whom, what has come of it so far, and when it is tried again (null: not any more)."""
+
+    id: int
+    kind: Literal["tune", "prompt", "prompts"]
+    prompt_id: int | None
+    url: str
+    created_at: str
+    attempts: int
+    answer: str | None
+    arrived_at: str | None
+    due_at: str | None
 
 
 class Tune(BaseModel):

@@ -52,8 +52,48 @@ MIGRATIONS = [
         attempts INTEGER NOT NULL DEFAULT 0
     ) STRICT;
     """,
+    """
+    ALTER TABLE tunes ADD COLUMN prompts_callback TEXT;
+    ALTER TABLE prompts ADD COLUMN kept TEXT NOT NULL DEFAULT '{}';  -- attributes that are not rendered yet
+    -- What is still to be posted, or was, to the address that a request gave. `due_at` NULL: nothing more is tried.
+    CREATE TABLE callbacks (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        tune_id INTEGER NOT NULL REFERENCES tunes (id) ON DELETE CASCADE,
+        prompt_id INTEGER REFERENCES prompts (id) ON DELETE CASCADE,
+        kind TEXT NOT NULL, url TEXT NOT NULL, created_at TEXT NOT NULL,
+        attempts INTEGER NOT NULL DEFAULT 0, due_at TEXT, arrived_at TEXT, answer TEXT
+    ) STRICT;
+    CREATE INDEX callbacks_due ON callbacks (due_at) WHERE due_at IS NOT NULL;
+    CREATE INDEX callbacks_tune ON callbacks (tune_id);
+    -- In triggers, so that whatever ends a tune or a prompt notes the callback in the same transaction.
+    CREATE TRIGGER tune_ended AFTER UPDATE OF status ON tunes
+    WHEN NEW.callback IS NOT NULL AND NEW.status IS NOT OLD.status AND NEW.status IN ('trained', 'failed', 'canceled')
+    BEGIN
+        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
+        VALUES (NEW.id, 'tune', NEW.callback, NEW.updated_at, NEW.updated_at);
+    END;
+    CREATE TRIGGER prompt_ended AFTER UPDATE OF status ON prompts
+    WHEN NEW.status IS NOT OLD.status AND NEW.status IN ('rendered', 'failed', 'canceled')
+    BEGIN
+        INSERT INTO callbacks (tune_id, prompt_id, kind, url, created_at, due_at)
+        SELECT NEW.tune_id, NEW.id, 'prompt', NEW.callback, NEW.updated_at, NEW.updated_at
+        WHERE NEW.callback IS NOT NULL;
+        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
+        SELECT id, 'prompts', prompts_callback, NEW.updated_at, NEW.updated_at FROM tunes
+        WHERE id = NEW.tune_id AND prompts_callback IS NOT NULL
+        AND NOT EXISTS (SELECT 1 FROM prompts WHERE tune_id = NEW.tune_id AND status IN ('queued', 'rendering'))
+        AND NOT EXISTS (SELECT 1 FROM callbacks WHERE tune_id = NEW.tune_id AND kind = 'prompts');
+    END;
+    -- The header Idempotency-Key, and what the request was that had it.
+    ALTER TABLE tunes ADD COLUMN request_key TEXT;
+    ALTER TABLE tunes ADD COLUMN request_digest TEXT;
+    CREATE UNIQUE INDEX tunes_request ON tunes (request_key) WHERE request_key IS NOT NULL;
+    ALTER TABLE prompts ADD COLUMN request_key TEXT;
+    ALTER TABLE prompts ADD COLUMN request_digest TEXT;
+    CREATE UNIQUE INDEX prompts_request ON prompts (request_key) WHERE request_key IS NOT NULL;
+    """,
 ]
-JSON_COLUMNS = ("characteristics", "photos", "files", "progress", "warnings")
+JSON_COLUMNS = ("characteristics", "photos", "files", "progress", "warnings", "kept")
 RUNNING = {"tunes": "training", "prompts": "rendering"}
 
 
@@ -181,6 +221,8 @@ class Store:
             db.execute(f"UPDATE {table} SET {', '.join(f'{k} = ?' for k in row)} WHERE id = ?", [*row.values(), row_id])
 
     def get(self, table: Table, row_id: int) -> Row | None:
+        if not 0 < row_id < 2**63:  # SQLite has no such number
+            return None
         row = self._db.execute(f"SELECT * FROM {table} WHERE id = ?", (row_id,)).fetchone()
         return _decode(row) if row else None
 
@@ -204,10 +246,10 @@ class Store:
         )
         return [_decode(row) for row in rows]
 
-    def delete_tune(self, tune_id: int) -> None:
-        """Remove a tune, its prompts and their jobs."""
+    def delete(self, table: Table, row_id: int) -> None:
+        """Remove a tune with its prompts, or one prompt, and their jobs and callbacks."""
         with self.transaction() as db:
-            db.execute("DELETE FROM tunes WHERE id = ?", (tune_id,))
+            db.execute(f"DELETE FROM {table} WHERE id = ?", (row_id,))
 
     def claim(self) -> Job | None:
         """The oldest job, marked as running; None where there is nothing to do.
@@ -280,6 +322,8 @@ class Store:
         with self.transaction() as db:
             self.update("tunes", tune_id, status="queued", cancel=0, error=None, progress={}, eta=None)
             db.execute("INSERT INTO jobs (tune_id) VALUES (?)", (tune_id,))
+            # They will all have ended once more.
+            db.execute("DELETE FROM callbacks WHERE tune_id = ? AND kind = 'prompts'", (tune_id,))
             for prompt in self.find("prompts", tune_id=tune_id, oldest_first=True):
                 if prompt["status"] in ("failed", "canceled"):
                     self.update("prompts", prompt["id"], status="queued", error=None)
@@ -290,6 +334,32 @@ class Store:
         with self.transaction() as db:
             for table, running in RUNNING.items():
                 db.execute(f"UPDATE {table} SET status = 'queued' WHERE status = ?", (running,))
+
+    # Callbacks
+
+    def callbacks(self, tune_id: int) -> list[Row]:
+        """All of a tune and its prompts, newest first."""
+        found = self._db.execute("SELECT * FROM callbacks WHERE tune_id = ? ORDER BY id DESC", (tune_id,))
+        return [dict(row) for row in found]
+
+    def due_callbacks(self, moment: str) -> list[Row]:
+        """Those that are to be posted by now, oldest first."""
+        found = self._db.execute("SELECT * FROM callbacks WHERE due_at <= ? ORDER BY due_at, id", (moment,))
+        return [dict(row) for row in found]
+
+    def note_attempt(self, callback_id: int, answer: str, *, arrived: bool, due_at: str | None) -> None:
+        """What came of posting a callback. due_at: when it is tried again; None: not any more."""
+        with self.transaction() as db:
+            db.execute(
+                "UPDATE callbacks SET attempts = attempts + 1, answer = ?, due_at = ?, arrived_at = ? WHERE id = ?",
+                (answer, due_at, now() if arrived else None, callback_id),
+            )
+
+    def send_callbacks_again(self, tune_id: int) -> int:
+        """Begin anew with the callbacks of a tune and its prompts; returns how many there are."""
+        with self.transaction() as db:
+            again = "UPDATE callbacks SET attempts = 0, arrived_at = NULL, due_at = ? WHERE tune_id = ?"
+            return db.execute(again, (now(), tune_id)).rowcount
 
     def queue_length(self) -> int:
         return int(self._db.execute("SELECT COUNT(*) FROM jobs").fetchone()[0])

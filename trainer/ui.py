@@ -17,8 +17,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent an
 import gradio as gr
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
+from gradio.utils import get_upload_folder
 
-from trainer import page, presets
+from trainer import page, presets, tools
 from trainer.branches import BRANCHES
 from trainer.jobs import Jobs
 from trainer.methods import METHODS
@@ -46,6 +47,7 @@ PROMPT_FIELDS = ("negative_prompt", "num_images", "seed", "steps", "cfg_scale", 
 
 def mount(app: FastAPI, jobs: Jobs) -> FastAPI:
     """Put the page and the Gradio API onto the REST app."""
+    tools.mount(app, [endpoint for endpoint in endpoints(jobs) if endpoint.__name__ != "create_tune"], gr.Error)
     mounted: FastAPI = gr.mount_gradio_app(
         app,
         build(jobs),
@@ -115,7 +117,7 @@ def live_parts(jobs: Jobs, shown: tuple[str, str, str]) -> tuple[Any, Any, Any, 
     parts = (
         page.current(tune, readings, moments, len(running) - 1 if running else 0),
         page.trained_pictures(seen),
-        page.earlier(tunes),
+        page.earlier(tunes, {tune.id: jobs.list_callbacks(tune.id) for tune in tunes}),
     )
     now, pictures, earlier = (part if part != old else gr.skip() for part, old in zip(parts, shown, strict=True))
     return now, pictures, earlier, parts if parts != shown else gr.skip()
@@ -205,6 +207,7 @@ class Form:
                 add("auto_extend", gr.Checkbox, label="Renew at expiry")
             add("image_urls", gr.Textbox, label="Image URLs, one on each line", lines=2)
             add("callback", gr.Textbox, label="Callback URL")
+            add("prompts_callback", gr.Textbox, label="Callback URL when all prompts are rendered")
 
     def _add(self, name: str, component: type[Any], **options: Any) -> None:
         """Place a field, with room for what is wrong with it right below."""
@@ -362,6 +365,7 @@ def endpoints(jobs: Jobs) -> list[Callable[..., Any]]:
         characteristics: dict[str, str] | None = None,
         prompts_attributes: list[dict[str, Any]] | None = None,
         args: str | None = None,
+        prompts_callback: str | None = None,
     ) -> dict[str, Any]:
         """Create a tune and answer at once."""
         given = locals()
@@ -452,6 +456,7 @@ def endpoints(jobs: Jobs) -> list[Callable[..., Any]]:
         cfg_scale: float | None = None,
         w: int | None = None,
         h: int | None = None,
+        callback: str | None = None,
     ) -> dict[str, Any]:
         """Render a prompt with a tune."""
         given = locals()
@@ -470,6 +475,12 @@ def endpoints(jobs: Jobs) -> list[Callable[..., Any]]:
         return [prompt.model_dump() for prompt in prompts]
 
     @spoken
+    async def delete_prompt(prompt_id: int) -> dict[str, str]:
+        """Remove a prompt and its pictures."""
+        await run_in_threadpool(jobs.delete_prompt, prompt_id)
+        return {"message": "Prompt successfully deleted"}
+
+    @spoken
     async def list_base_tunes(branch: str | None = None) -> list[dict[str, Any]]:
         """Base models that a tune can start from."""
         return await run_in_threadpool(jobs.list_base_tunes, branch)
@@ -481,7 +492,7 @@ def endpoints(jobs: Jobs) -> list[Callable[..., Any]]:
 
     return [
         create_tune, submit_tune, get_tune, list_tunes, cancel_tune, resume_tune, delete_tune,
-        create_prompt, get_prompt, list_prompts, list_base_tunes, list_presets, check_photos,
+        create_prompt, get_prompt, list_prompts, delete_prompt, list_base_tunes, list_presets, check_photos,
     ]  # fmt: skip
 
 
@@ -501,4 +512,8 @@ def spoken(endpoint: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., C
 def _upload(image: Any) -> Upload:
     if not isinstance(image, dict) or not image.get("path"):
         raise InvalidRequest({"images": ["must be files: handle_file('photo.jpg') of gradio_client makes one"]})
-    return Upload(Path(image.get("orig_name") or image["path"]).name, Path(image["path"]))
+    path = Path(str(image["path"])).resolve()
+    # Gradio itself checks only what says that it is a file of its; anything else would be any file of this machine.
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
+        raise InvalidRequest({"images": ["must be files that were uploaded: handle_file('photo.jpg') does that"]})
+    return Upload(Path(str(image.get("orig_name") or path)).name, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -24,6 +25,7 @@ from trainer.settings import Settings
 
 TOTAL_SECONDS = 20.0  # of all photos of a request together: the caller waits for the answer
 STALL_SECONDS = 10.0  # without a connection, or without a byte
+ANSWER_SECONDS = 15.0  # until whoever is called back has answered
 WAKE_SECONDS = 0.5  # what a thread gets to see that its connection was cut off
 MAX_REDIRECTS = 3
 PARALLEL = 8
@@ -36,6 +38,14 @@ DENIED = AddressTable(
         Block(ip_network("::ffff:0:0:0/96"), "IPv4-translated", "RFC2765", Reach.DENIED),
     )
 )
+PHOTOS = Policy(denied_networks=DENIED)
+# Receivers listen on all sorts of ports, but mail and database servers do so below 1024.
+PORTS = frozenset({80, 443, *range(1024, 65_536)})
+LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+
+
+class Unreachable(Exception):
+    """Nothing answered: what can be told of it."""
 
 
 class _Unfit(Exception):
@@ -115,7 +125,7 @@ def _tls() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-def _client(settings: Settings) -> httpx.Client:
+def _client(settings: Settings, policy: Policy) -> httpx.Client:
     """A client that takes no proxy from the environment and no cookie.
 
     It follows no redirect of itself, because it would read the whole body of each, and unpack it.
@@ -129,8 +139,33 @@ def _client(settings: Settings) -> httpx.Client:
     }
     if settings.private_urls == "allow":
         return httpx.Client(**options)
-    client: httpx.Client = guarded.Client(policy=Policy(denied_networks=DENIED), **options)
+    client: httpx.Client = guarded.Client(policy=policy, **options)
     return client
+
+
+def post(settings: Settings, url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, str | None]:
+    """Post to an address that a user gave; returns the status of the answer and its `Retry-After`.
+
+    No redirect is followed. Raises Unreachable.
+    """
+    deadline = _Deadline(ANSWER_SECONDS)
+    timer = threading.Timer(ANSWER_SECONDS, deadline.cut)
+    timer.daemon = True
+    timer.start()
+    loopback = LOOPBACK if settings.on_loopback else ()
+    policy = Policy(denied_networks=DENIED, allowed_networks=loopback, allowed_ports=PORTS)
+    try:
+        with _client(settings, policy) as client:
+            traced = {"trace": deadline.trace}
+            request = client.build_request("POST", url, content=body, headers=dict(headers), extensions=traced)
+            with closing(client.send(request, stream=True)) as response:
+                return response.status_code, response.headers.get("Retry-After")
+    except (SSRFGuardError, httpx.HTTPError, httpx.InvalidURL, ValueError, OverflowError, OSError):
+        # One text for what is refused and what cannot be reached, as for photos.
+        told = "cannot be reached" if deadline.left() else f"did not answer within {ANSWER_SECONDS:g} s"
+        raise Unreachable(told) from None
+    finally:
+        timer.cancel()
 
 
 def _fetch(settings: Settings, url: str, target: Path, deadline: _Deadline) -> Upload | str | None:
@@ -151,7 +186,7 @@ def _fetch(settings: Settings, url: str, target: Path, deadline: _Deadline) -> U
 
 def _download(settings: Settings, url: str, target: Path, deadline: _Deadline) -> None:
     """Write what the URL leads to; every redirect goes through the same checks as the URL itself."""
-    with _client(settings) as client:
+    with _client(settings, PHOTOS) as client:
         seconds = min(STALL_SECONDS, deadline.left())
         request = client.build_request("GET", url, timeout=seconds, extensions={"trace": deadline.trace})
         for _ in range(MAX_REDIRECTS + 1):

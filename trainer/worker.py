@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import bases, presets
-from trainer.files import read_json_lines
-from trainer.looking import Looker
+from trainer.child import Closed
+from trainer.expiry import expiry
+from trainer.files import read_json_lines, write_whole
+from trainer.looking import Looker, begin_anew
 from trainer.schema import CannotLook, InvalidRequest, Photo
 from trainer.settings import Settings
 from trainer.store import Job, Row, Store, Table, now, stamp
@@ -115,7 +117,7 @@ class Bench:
                 self._render(job, job.prompt_id, reporter)
         except (InvalidRequest, CannotLook) as problem:
             self._store.finish(job, "failed", error=str(problem))
-        except Aside:
+        except (Aside, Closed):
             self._put_aside(job, reporter)
         except Exception as error:
             log.exception("job %s failed", job)
@@ -133,7 +135,9 @@ class Bench:
         files = train_tune(tune, self._base(tune), config, self._settings, self._device, reporter, self._preview(tune))
         if files is not None:
             reporter.stage("trained")
-            self._store.finish(job, "trained", files=files, trained_at=now(), eta=now(), progress=reporter.progress)
+            moment = datetime.now(UTC)
+            ends = {"trained_at": stamp(moment), "eta": stamp(moment), "expires_at": expiry(self._settings, moment)}
+            self._store.finish(job, "trained", files=files, progress=reporter.progress, **ends)
         else:
             self._put_aside(job, reporter)
 
@@ -150,7 +154,9 @@ class Bench:
         folder = self._settings.outputs / "tunes" / str(tune["id"])
         done = folder / "dataset" / "prepared.json"
         if done.exists():
-            return tune
+            self._store.update("tunes", tune["id"], photos=json.loads(done.read_text("utf-8")))
+            return self._must(self._store.get("tunes", tune["id"]))
+        begin_anew(done.parent)
 
         def tell(what: str, number: int, of: int) -> None:
             reporter.stage(f"{what}: {number} of {of}")
@@ -165,11 +171,13 @@ class Bench:
             bool(tune["training_face_correct"]),
             tell,
         )
+        before, left = (sum(not one["dropped"] for one in told) for told in (tune["photos"], verdicts(photos)))
+        if left < before:
+            warnings.append(f"{left} of {before} photos are left; steps and batch are those for {before}")
         for warning in warnings:
             reporter.warn(warning)
-        self._store.update("tunes", tune["id"], photos=[photo.model_dump() for photo in photos])
-        done.parent.mkdir(exist_ok=True)
-        done.write_text(json.dumps({"at": now()}))
+        write_whole(done, json.dumps(verdicts(photos)))  # before the store: a crash in between must not judge again
+        self._store.update("tunes", tune["id"], photos=verdicts(photos))
         return self._must(self._store.get("tunes", tune["id"]))
 
     def _fitted(self, tune: Row) -> presets.TrainConfig:
@@ -338,3 +346,8 @@ def explain(error: Exception) -> str:
             " resolution or a lower rank; or close what else uses the card"
         )
     return text
+
+
+def verdicts(photos: list[Photo]) -> list[Row]:
+    """As the store keeps them."""
+    return [photo.model_dump() for photo in photos]
