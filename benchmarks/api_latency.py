@@ -1,7 +1,8 @@
 """How fast the API answers while a tune trains, and what a watching page costs the training.
 
 Starts the app, queues a long tune on branch fast, then measures over HTTP on loopback:
-POST /tunes with five photos of some 300 kB (decoded and checked), GET /tunes/ID, and the training's steps per second
+POST /tunes with four small PNGs, idle and training, POST /tunes with five photos of some 300 kB (decoded and checked),
+GET /tunes/ID, and the training's steps per second
 with and without the page's own requests, in ten interleaved rounds.
 Run: `uv run python -m benchmarks.api_latency`
 """
@@ -46,6 +47,13 @@ def photo(number: int) -> bytes:
     return buffer.getvalue()
 
 
+def small_png(number: int) -> bytes:
+    """The demo's robot at 256 px."""
+    buffer = io.BytesIO()
+    demo.draw_photo(number % len(demo.SCENES)).resize((256, 256)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -57,7 +65,8 @@ def start(outputs: Path) -> tuple[subprocess.Popen[bytes], str]:
     """The app in a process of its own, with a folder of its own."""
     port = free_port()
     command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--outputs", str(outputs)]
-    app = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"})
+    environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    app = subprocess.Popen(command, cwd=ROOT, env=environment)
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):
         try:
@@ -78,6 +87,18 @@ def post(client: httpx.Client, title: str, photos: list[bytes], **fields: str) -
     took = time.perf_counter() - began
     answer.raise_for_status()
     return took, answer.json()
+
+
+def idle_posts(client: httpx.Client, count: int) -> list[float]:
+    """Seconds of POST /tunes while nothing else is done: each tune fails at once, for its base is not here."""
+    small, taken = [small_png(number) for number in range(4)], []
+    for number in range(count + 1):
+        seconds, tune = post(client, f"idle {number}", small, branch="sd15", model_type="lora")
+        taken.append(seconds)
+        while client.get(f"/tunes/{tune['id']}").json()["status"] != "failed":
+            time.sleep(0.1)
+        time.sleep(0.2)
+    return taken[1:]  # the first one waits for torch to be imported
 
 
 def steps_per_second(log: Path, seconds: float) -> float:
@@ -123,6 +144,7 @@ def main() -> None:
         app, url = start(Path(name))
         try:
             with httpx.Client(base_url=url, timeout=60) as client:
+                idle = idle_posts(client, options.posts)
                 _, tune = post(client, "long", photos, steps="10000")
                 while client.get(f"/tunes/{tune['id']}").json()["progress"]["step"] < 20:
                     time.sleep(0.5)
@@ -132,6 +154,10 @@ def main() -> None:
                     client.get(f"/tunes/{tune['id']}").raise_for_status()
                     gets.append(time.perf_counter() - began)
                     time.sleep(0.02)
+                small, smalls = [small_png(number) for number in range(4)], []
+                for number in range(5 * options.posts):
+                    smalls.append(post(client, f"small {number}", small)[0])
+                    time.sleep(0.05)
                 for number in range(options.posts):
                     posts.append(post(client, f"post {number}", photos)[0])
                     time.sleep(0.3)
@@ -153,6 +179,8 @@ def main() -> None:
         print(f"{label}: median {1000 * statistics.median(times):.1f} ms, 99th percentile {1000 * worst:.1f} ms")
 
     told("GET /tunes/ID while training", gets)
+    told("POST /tunes with four small PNGs, idle", idle)
+    told("POST /tunes with four small PNGs while training", smalls)
     told("POST /tunes with five photos while training", posts)
     told("one look of the page", watcher.times)
     pace, slower = statistics.median(alone), statistics.median(watched)
