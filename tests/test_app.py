@@ -221,6 +221,7 @@ def test_a_second_app_on_the_same_folder_is_refused_in_words(app: App) -> None:
     assert f"in use by process {app.process.pid}" in second.stderr
 
 
+@pytest.mark.long
 def test_the_demo_shows_a_trained_tune_with_pictures(tmp_path: Path) -> None:
     with running(tmp_path, "--demo") as app:
         wait_for(lambda: app.ready().http.get("/tunes").json())
@@ -249,6 +250,7 @@ def test_rest_trains_the_dog(app: App, dog_photos: Callable[[int], list[Path]]) 
     assert download.content == (app.outputs / f"tunes/{tune['id']}/model/lora.safetensors").read_bytes()
 
 
+@pytest.mark.long  # as above
 def test_gradio_client_trains_the_dog(app: App, dog_photos: Callable[[int], list[Path]]) -> None:
     client = Client(app.url, verbose=False)
     waiting = post(app, "before gradio's", dog_photos(5), steps=20).json()
