@@ -337,10 +337,10 @@ def _message(model: type[Request], problem: Any) -> str:
         return "only English letters, numbers and spaces allowed"
     if kind in ("string_too_short", "too_short"):
         return "must not be empty"
+    if kind == "string_too_long" or (kind == "too_long" and isinstance(problem["input"], str)):
+        return f"must have at most {context['max_length']} characters"
     if kind == "too_long":
         return f"must have at most {context['max_length']} entries, got {context['actual_length']}"
-    if kind == "string_too_long":
-        return f"must have at most {context['max_length']} characters"
     if kind in ("greater_than_equal", "less_than_equal"):
         bound = context.get("ge", context.get("le"))
         return f"must be {'at least' if 'ge' in context else 'at most'} {bound}, got {problem['input']}"
