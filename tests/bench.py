@@ -6,6 +6,7 @@ import atexit
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from trainer import dataset, loop, presets
 from trainer.bases import Base
 from trainer.branches import Branch, load_branch
 from trainer.dataset import Dataset, Picture
-from trainer.methods import lora
+from trainer.methods import Method, get_method
 from trainer.presets import TrainConfig
 
 # The million objects of the libraries are never garbage; looking through them takes 0.3 s each time a base is placed.
@@ -71,17 +72,23 @@ class Bench:
     config: TrainConfig
     family: str = "sd15"
     more: list[Picture] = field(default_factory=list)  # beside the photos
+    model_type: str = "lora"
+    earlier: Path | None = None  # a LoRA that the base stands on
+    captions: tuple[str, ...] = ("a red dog", "a blue dog", "a dog")
+    warnings: list[str] = field(default_factory=list)  # of the last start
 
     def start(self, adapters_seed: int = 0) -> Run:
         base = Base(1, self.base.name, self.family, path=self.base)
         branch = load_branch(base, torch.device("cpu"), self.cache)
-        captions = ["a red dog", "a blue dog", "a dog"]
-        pictures = [Picture(*one, one[0].name) for one in zip(self.photos, captions, strict=True)]
-        data, _ = dataset.build(branch, [*pictures, *self.more], [], self.config, self.cache / "dataset")
+        method = get_method(self.model_type)
+        self.warnings = method.begin(branch, self.config, "ohwx", "dog", self.earlier)
+        pictures = [Picture(*one, one[0].name) for one in zip(self.photos, self.captions, strict=True)]
+        kept = method.encoders(branch, self.config)
+        data, _ = dataset.build(branch, [*pictures, *self.more], [], self.config, self.cache / "dataset", kept)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(adapters_seed)
-            groups = lora.attach(branch, self.config)
-        return Run(branch, groups, data, self.config)
+            groups = method.attach(branch, self.config)
+        return Run(branch, groups, data, self.config, method)
 
 
 @dataclass
@@ -90,9 +97,11 @@ class Run:
     groups: list[dict[str, Any]]
     data: Dataset
     config: TrainConfig
+    method: Method
 
     def train(self, states: Path, report: Told) -> bool:
-        return loop.train(self.branch, self.groups, self.data, self.config, report, states)
+        tend = partial(self.method.after_step, self.branch)
+        return loop.train(self.branch, self.groups, self.data, self.config, report, states, after_step=tend)
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights by name."""
@@ -108,15 +117,17 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def config_of(**changes: object) -> TrainConfig:
+def config_of(model_type: str = "lora", **changes: object) -> TrainConfig:
     words = {
         "steps": STEPS, "batch": 2, "lr": 1e-2, "text_encoder_lr": 0, "rank": 2, "alpha": 4, "resolution": 32,
         "schedule": "cosine", "warmup_steps": 2, "caption_dropout": 0.3, "save_every": 2, "micro_batch": 2,
         "buckets": False, "save_dtype": "float32",
     }  # fmt: skip
+    if model_type == "checkpoint":
+        words |= {"rank": 0, "alpha": 0, "prior_weight": 0}
     args = " ".join(f"{key}={value}" for key, value in (words | changes).items())
     return presets.resolve(
-        PRESETS, branch="sd15", model_type="lora", preset=None, name="dog", photos=3, steps=None, args=args
+        PRESETS, branch="sd15", model_type=model_type, preset=None, name="dog", photos=3, steps=None, args=args
     )
 
 

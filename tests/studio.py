@@ -88,8 +88,8 @@ class Studio:
     def states(self, tune_id: int) -> list[str]:
         return sorted(path.name for path in (self.jobs.folder(tune_id) / "state").iterdir())
 
-    def weights(self, tune_id: int) -> dict[str, torch.Tensor]:
-        return load_file(self.jobs.folder(tune_id) / "model" / "lora.safetensors")
+    def weights(self, tune_id: int, file: str = "lora.safetensors") -> dict[str, torch.Tensor]:
+        return load_file(self.jobs.folder(tune_id) / "model" / file)
 
     def pictures(self, tune_id: int) -> list[Image.Image]:
         """All pictures of a tune's prompts, loaded."""

@@ -389,19 +389,21 @@ def test_presets_are_listed(jobs: Jobs, tmp_path: Path) -> None:
 SD15: Fields = [("tune[branch]", "sd15"), ("tune[model_type]", "lora")]
 BAD_PARAMETERS: dict[str, tuple[Fields, str, str]] = {
     "an unknown branch": ([("tune[branch]", "sd16")], "branch", "unknown branch 'sd16' (did you mean 'sd15'?)"),
-    "sdxl1 pti": ([("tune[branch]", "sdxl1"), ("tune[model_type]", "pti")], "model_type", "pti is not here yet"),
-    "flux1 faceid": ([("tune[branch]", "flux1"), ("tune[model_type]", "faceid")], "model_type", "is not here yet"),
-    "sdxl1 checkpoint": (
-        [("tune[branch]", "sdxl1"), ("tune[model_type]", "checkpoint")], "model_type", "checkpoint is not here yet",
+    "flux1 faceid": ([("tune[branch]", "flux1"), ("tune[model_type]", "faceid")], "model_type", "its adapter is PuLID"),
+    "fast faceid": ([("tune[model_type]", "faceid")], "model_type", "its base has no FaceID adapter"),
+    "faceid of a dog": ([("tune[branch]", "sd15"), ("tune[model_type]", "faceid")], "name", "faceid is of one person"),
+    "faceid with args": (
+        [("tune[branch]", "sd15"), ("tune[model_type]", "faceid"), ("tune[name]", "man"), ("tune[args]", "lr=1")],
+        "args", "faceid trains nothing",
     ),
+    "rank of a checkpoint": (
+        [("tune[branch]", "sd15"), ("tune[args]", "rank=4")], "args", "rank has no meaning for checkpoint",
+    ),
+    "tokens of a lora": ([*SD15, ("tune[args]", "tokens=2")], "args", "tokens has no meaning for lora"),
     "flux preset on sdxl1": (
         [("tune[branch]", "sdxl1"), ("tune[preset]", "flux-lora-portrait")], "preset", "for flux1, not for sdxl1",
     ),
-    "model_type pti": ([("tune[model_type]", "pti")], "model_type", "pti is not here yet"),
-    "model_type checkpoint": ([("tune[model_type]", "checkpoint")], "model_type", "checkpoint is not here yet"),
-    "model_type faceid": ([("tune[model_type]", "faceid")], "model_type", "faceid is not here yet"),
     "an unknown model_type": ([("tune[model_type]", "lroa")], "model_type", "did you mean 'lora'?"),
-    "sd15 of model_type null": ([("tune[branch]", "sd15")], "model_type", "null means checkpoint on sd15"),
     "a misspelt parameter": ([("tune[stepz]", "5")], "stepz", "unknown parameter (did you mean 'steps'?)"),
     "a parameter of nobody": ([("tune[qqq]", "5")], "qqq", "unknown parameter"),
     "a name of ours inside": ([("tune[ignored][]", "name")], "ignored", "unknown parameter"),
@@ -467,7 +469,7 @@ def test_what_is_missing_is_named_at_once(client: TestClient, jobs: Jobs) -> Non
 
 
 def test_bad_parameters_and_bad_photos_are_told_together(client: TestClient, jobs: Jobs) -> None:
-    fields = [*GOOD, ("tune[model_type]", "pti"), ("tune[images][]", ("bad.png", b"no"))]
+    fields = [*GOOD, ("tune[model_type]", "faceid"), ("tune[images][]", ("bad.png", b"no"))]
     assert list(refusal(post(client, fields), jobs)) == ["model_type", "images"]
 
 

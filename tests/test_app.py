@@ -273,6 +273,7 @@ def test_gradio_client_trains_the_dog(app: App, dog_photos: Callable[[int], list
     assert_learned(app, tune, FAST_FOLDER)
 
 
+@pytest.mark.long
 def test_a_client_that_leaves_takes_nothing_with_it(app: App, dog_photos: Callable[[int], list[Path]]) -> None:
     client = Client(app.url, verbose=False)
     job = client.submit(
@@ -285,6 +286,7 @@ def test_a_client_that_leaves_takes_nothing_with_it(app: App, dog_photos: Callab
     assert app.finished(found[0]["id"])["status"] == "trained"
 
 
+@pytest.mark.long
 def test_gradio_client_cancels_a_tune(app: App, dog_photos: Callable[[int], list[Path]]) -> None:
     client = Client(app.url, verbose=False)
     tune = post(app, "to be canceled", dog_photos(5), steps=5000).json()
@@ -469,8 +471,6 @@ def test_sd15_trains_on_a_base_of_the_models_folder(
     bases = {base["title"]: base for base in app.http.get("/gallery/tunes").json()}
     assert bases[title]["branch"] == "sd15"
     asked = {"branch": "sd15", "base_tune_id": bases[title]["id"], "steps": 60, "token": "ohwx"}
-    refused = post(app, f"checkpoint of {title}", dog_photos(5), **asked)
-    assert refused.status_code == 422 and "model_type null means checkpoint on sd15" in refused.json()["model_type"][0]
     args = "resolution=64 lr=2e-3 text_encoder_lr=2e-3 batch=4"
     answer = post(app, f"lora of {title}", dog_photos(5), model_type="lora", args=args, **asked)
     tune = app.finished(answer.raise_for_status().json()["id"])

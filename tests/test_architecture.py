@@ -24,7 +24,8 @@ WEB = {
 }  # fmt: skip
 WORK = {
     "trainer.worker", "trainer.train", "trainer.render", "trainer.dataset", "trainer.loop", "trainer.objectives",
-    "trainer.loading", "trainer.memory", "trainer.hub", "trainer.faces",
+    "trainer.loading", "trainer.memory", "trainer.hub", "trainer.faces", "trainer.words", "trainer.export",
+    "trainer.original", "trainer.optimizers",
 }  # fmt: skip
 DOORS = {"app", "trainer.ui", "trainer.api", "trainer.guard", "trainer.page", "trainer.jobs", "trainer.images"}
 

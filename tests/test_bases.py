@@ -149,8 +149,7 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "shape of the wrong kind": (lambda whole: tensors(CLIP, VAE, shapes={UNET: 5}), EDITS),
     "web page": (lambda whole: b"<!DOCTYPE html><html><body>Please log in</body></html>", NOT_ONE),
     "pickle": (lambda whole: b"PK\x03\x04" + bytes(100), NOT_ONE),
-    "LoRA": (lambda whole: tensors("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"), UNKNOWN),
-    "FLUX LoRA": (lambda whole: tensors("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight"), UNKNOWN),
+    "LoRA of none": (lambda whole: tensors("diffusion_model.blocks.0.attn.lora_A.weight"), "a LoRA of no family"),
     "Stable Diffusion 2": (
         lambda whole: tensors(UNET, VAE, "cond_stage_model.model.ln_final.weight"),
         "a Stable Diffusion 2 model",

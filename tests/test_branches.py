@@ -21,6 +21,7 @@ from tests.studio import Studio, same
 from tests.web import client_of, multipart
 from trainer import loading
 from trainer.images import Decoder
+from trainer.methods import FORMATS
 from trainer.schema import Tune
 
 pytest_plugins = ("tests.web",)
@@ -38,16 +39,23 @@ class Case:
     preset: str | None = None
     name: str = "dog"
     args: str = ""
+    model_type: str = "lora"
+
+    @property
+    def method(self) -> str:
+        """What is trained: sdxl1 takes lora for pti."""
+        return "pti" if (self.branch, self.model_type) == ("sdxl1", "lora") else self.model_type
 
     def __str__(self) -> str:
-        return f"{self.branch} {self.kind} {self.preset or 'null'} {self.name} {self.args}".strip()
+        return f"{self.branch} {self.model_type} {self.kind} {self.preset or 'null'} {self.name} {self.args}".strip()
 
 
-CASES = [  # in the default run; test_app.py has sd15 there, as folder and as file
-    Case("sdxl1", "folder"),
+CASES = [  # in the default run
     Case("flux1", "folder", "flux-lora-portrait", "woman"),
+    Case("sd15", "folder", args="prior_images=2", model_type="checkpoint"),
 ]
 MORE_CASES = [
+    Case("sdxl1", "folder"),
     Case("sd15", "file", args="prior_weight=1 prior_images=2"),
     Case("sd15", "folder"),
     Case("sd15", "folder", "mine"),
@@ -60,6 +68,12 @@ MORE_CASES = [
     Case("flux1", "folder", "flux-lora-focus", "dog", "resolution=64,128"),
     Case("flux1", "folder", "flux-lora-focus", "style"),
     Case("flux1", "folder", "mine", args="gradient_checkpointing=true"),
+    Case("sd15", "file", args="optimizer=adafactor trained_dtype=bfloat16 prior_images=2", model_type="checkpoint"),
+    Case("sd15", "folder", model_type="pti"),
+    Case("sd15", "file", "mine", args="text_encoder_lr=1e-3", model_type="pti"),
+    Case("sdxl1", "file", args="prior_images=2 gradient_checkpointing=true", model_type="checkpoint"),
+    Case("flux1", "folder", model_type="pti"),
+    Case("flux1", "file", model_type="checkpoint"),
 ]
 
 
@@ -95,7 +109,7 @@ def post(studio: Studio, case: Case, title: str) -> dict[str, Any]:
         ("tune[title]", title),
         ("tune[name]", case.name),
         ("tune[base_tune_id]", str(bases[title_of_base])),
-        ("tune[model_type]", "lora"),
+        ("tune[model_type]", case.model_type),
         ("tune[steps]", str(STEPS)),
         ("tune[args]", f"lr=1e-2 save_every=100 {size} {case.args}"),
         *([("tune[preset]", case.preset)] if case.preset else []),
@@ -122,6 +136,7 @@ def post(studio: Studio, case: Case, title: str) -> dict[str, Any]:
 def test_a_family_and_a_preset_train_and_a_resumed_run_ends_the_same(studio: Studio, case: Case) -> None:
     whole = studio.ended(post(studio, case, f"whole, {case}")["id"])
     assert_trained(studio, case, whole)
+    kept = FORMATS["checkpoint" if case.model_type == "checkpoint" else "kohya"]
     stopped = whole.id + 1
     studio.store.at_step[stopped, 2] = lambda: studio.jobs.cancel_tune(stopped)
     assert post(studio, case, f"stopped, {case}")["id"] == stopped
@@ -130,12 +145,13 @@ def test_a_family_and_a_preset_train_and_a_resumed_run_ends_the_same(studio: Stu
     studio.jobs.resume_tune(stopped)
     assert studio.ended(stopped).status == "trained"
     assert studio.events(stopped) == [("started", 0), ("resumed", 2)]
-    assert same(studio.weights(stopped), studio.weights(whole.id))
+    assert same(studio.weights(stopped, kept), studio.weights(whole.id, kept))
 
 
 def assert_trained(studio: Studio, case: Case, tune: Tune) -> None:
     """A tune that says trained has a model that works elsewhere, pictures, and says what it did not do."""
     assert (tune.status, tune.error, tune.branch) == ("trained", None, case.branch)
+    assert [(prompt.status, prompt.error) for prompt in tune.prompts] == [("rendered", None)]
     folder = studio.jobs.folder(tune.id)
     expected = {"ohwx dog on a sofa", "ohwx style" if case.name == "style" else f"A photo of {tune.token} {case.name}"}
     assert {one["caption"] for one in studio.jobs.seen(tune.id)} == expected
@@ -143,23 +159,26 @@ def assert_trained(studio: Studio, case: Case, tune: Tune) -> None:
     assert len(studio.jobs.seen(tune.id)) == 3 * resolutions
     assert [moment["step"] for moment in studio.jobs.moments(tune.id)] == [1, 2, 3, 4]
     assert len(studio.pictures(tune.id)) == 1
-    with safe_open(folder / "model" / "lora.safetensors", "pt") as file:
+    row = studio.store.get("tunes", tune.id)
+    assert row is not None and row["method"] == case.method
+    with safe_open(folder / "model" / row["files"][0], "pt") as file:
         told = file.metadata()
     assert told["modelspec.trigger_phrase"] == f"{tune.token} {case.name}"
     assert (told["ss_steps"], told["ss_seed"]) == (str(STEPS), "42")
     masked = case.preset in ("flux-lora-portrait", "flux-lora-focus") and case.name != "style"
     assert any(warning.startswith("no mask of the") for warning in tune.warnings) == masked  # no weights lie here
-    assert any("pivotal tuning" in warning for warning in tune.warnings) == (case.branch == "sdxl1")
+    assert any("trains pti where lora is asked" in told for told in tune.warnings) == (case.method != case.model_type)
     assert "micro_batch=0" not in str(tune.args)  # what was made of it stands there
-    base = (
-        DiffusionPipeline.from_pretrained(
-            studio.settings.models / f"{case.branch}-folder", local_files_only=True, safety_checker=None
-        )
-        if case.branch == "sd15"
-        else DiffusionPipeline.from_pretrained(studio.settings.models / f"{case.branch}-folder", local_files_only=True)
+    if case.method == "checkpoint":
+        assert not (folder / "state").exists() and not (folder / "checkpoints").exists()  # each as large as the model
+        return
+    options = {"safety_checker": None} if case.branch == "sd15" else {}
+    base = DiffusionPipeline.from_pretrained(
+        studio.settings.models / f"{case.branch}-folder", local_files_only=True, **options
     )
     base.load_lora_weights(folder / "model", weight_name="lora_diffusers.safetensors")
     assert base.get_active_adapters()
+    assert (folder / "model" / "lora_emb.safetensors").exists() == (case.method == "pti")
 
 
 def test_a_preview_is_the_first_prompt_and_changes_as_it_learns(studio: Studio) -> None:
@@ -216,6 +235,7 @@ from fastapi.testclient import TestClient
 from trainer.api import create_app
 from trainer import loading
 from trainer.images import Decoder
+from trainer.methods import FORMATS
 from trainer.jobs import Jobs
 from trainer.looking import Looker
 from trainer.settings import read_settings

@@ -53,6 +53,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
         yield app.ready()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [pytest.param(n, id=f"{n} {kind}") for n, (kind, _) in enumerate(PROGRAMS)])
 def test_a_program_runs(number: int, app: App, dog_photos: Callable[[int], list[Path]], tmp_path: Path) -> None:
     kind, program = PROGRAMS[number]

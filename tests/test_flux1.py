@@ -107,11 +107,11 @@ def test_the_transformer_is_read_only_when_it_is_asked_for(
     branch = load(request.getfixturevalue(kind), tmp_path)
     branch.encode_prompts(["a dog"])
     branch.encode_images(torch.zeros(1, 3, 32, 32))
-    branch.drop_text_encoders()
-    assert branch._pipeline.transformer is None
-    assert branch._pipeline.text_encoder is None and branch._pipeline.text_encoder_2 is None
+    branch.keep_text_encoders(())
+    assert branch.parts.transformer is None
+    assert branch.parts.text_encoder is None and branch.parts.text_encoder_2 is None
     assert branch.text_encoders == {}
-    assert branch.denoiser is branch.denoiser is branch._pipeline.transformer is branch.pipeline.transformer
+    assert branch.denoiser is branch.denoiser is branch.parts.transformer is branch.pipeline.transformer
 
 
 def test_a_loaded_base_is_frozen_and_draws_no_dropout(tiny_flux1: Path, tmp_path: Path) -> None:

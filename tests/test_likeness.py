@@ -41,6 +41,33 @@ def test_the_tuned_subject_is_nearest_and_the_rest_is_kept(studio: likeness.Stud
     assert likeness.kept(pipeline, told) >= before - likeness.NEAR
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("subject", PAIR)
+def test_new_words_learn_the_subject_as_well(studio: likeness.Studio, subject: str) -> None:
+    of_photos = likeness.described(photos.read_photos())
+    told = measure.held_back(likeness.REST, likeness.SEED)
+    before = likeness.kept(likeness.load_base(), told)
+    pipeline = likeness.load_tune(studio.tune(subject, model_type="pti")[0])
+    votes = Counter(likeness.vote(picture, of_photos) for picture in likeness.pictures_of(pipeline, subject))
+    assert likeness.is_right(votes, subject), votes
+    assert likeness.kept(pipeline, told) >= before - likeness.NEAR
+
+
+@pytest.mark.long
+def test_a_checkpoint_learns_the_subject_and_class_pictures_hold_the_rest(studio: likeness.Studio) -> None:
+    of_photos = likeness.described(photos.read_photos())
+    told = measure.held_back(likeness.REST, likeness.SEED)
+    base, kept, of_class = likeness.load_base(), {}, {}
+    before = likeness.kept(base, told), likeness.class_kept(base, "dog", of_photos)
+    for weight in (1, 0):
+        pipeline = likeness.load_tune(studio.tune("dog", f"prior_weight={weight}", "checkpoint")[0])
+        votes = Counter(likeness.vote(picture, of_photos) for picture in likeness.pictures_of(pipeline, "dog"))
+        assert likeness.is_right(votes, "dog"), votes
+        kept[weight], of_class[weight] = likeness.kept(pipeline, told), likeness.class_kept(pipeline, "dog", of_photos)
+    assert kept[1] >= before[0] - 0.05 and of_class[1] >= before[1] - 0.05
+    assert of_class[0] < of_class[1] - 0.2  # without them, every dog is the subject
+
+
 def test_the_measure_sees_colours_and_where_they_are() -> None:
     red, blue = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)
     red[..., 0], blue[..., 2] = 200, 200

@@ -247,6 +247,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory, decoder: Decoder) -> Iterat
     made.close()
 
 
+@pytest.mark.long
 @needs_shared
 def test_a_tune_of_a_person_trains_on_closeups_and_says_so(studio: Studio) -> None:
     tune = studio.ended(studio.create("closeups", name="man", face_crop=True, steps=4, prompts_attributes=[]))
@@ -278,6 +279,7 @@ def test_the_loss_looks_at_the_face_alone(studio: Studio) -> None:
     assert drawn == pytest.approx((left - aside, top - above, right + aside, bottom + above), abs=2)
 
 
+@pytest.mark.long
 @needs_shared
 def test_photos_without_a_face_are_dropped_or_kept_as_the_configuration_says(studio: Studio) -> None:
     studio_photos, studio.photos = studio.photos, [*studio.photos, FACES / "noface" / "coffee.jpg"]
@@ -539,7 +541,8 @@ def segmenting(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return read_settings(outputs=folder / "outputs", models=folder / "models", weights=own)
 
 
-@pytest.mark.parametrize("name", [pytest.param("man", marks=pytest.mark.long), "dog"])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["man", "dog"])
 def test_the_segmenters_mask_is_seen_in_the_loss(
     name: str, segmenting: Settings, tmp_path: Path, thin_sd15: Path, photos: list[Path]
 ) -> None:
@@ -625,14 +628,19 @@ def fetching(settings: Settings, tmp_path: Path) -> Settings:
     return settings.model_copy(update={"weights": tmp_path / "weights"})
 
 
-def test_weights_are_fetched_once_and_checked(settings: Settings, tmp_path: Path, file_server: str) -> None:
+def test_weights_are_fetched_once_and_checked(
+    settings: Settings, tmp_path: Path, file_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
     import hashlib
+
+    caplog.set_level("INFO", "tunebooth.weights")
 
     right = hashlib.sha256(FileServer.content).hexdigest()
     one = replace(weights.DETECTOR, url=file_server, sha256=right)
     mine, told = fetching(settings, tmp_path), []
     file = weights.obtain(mine, one, tell=lambda *words: told.append(words))
-    assert file.read_bytes() == FileServer.content and told
+    assert file.read_bytes() == FileServer.content
+    assert one.licence in told[-1][0] and one.licence in caplog.text
     assert [path.name for path in mine.weights.iterdir()] == [one.name]
     away = replace(one, url="http://127.0.0.1:9/nobody")
     assert weights.obtain(mine, away) == file  # nobody is asked again

@@ -89,7 +89,7 @@ def seen(text: str) -> list[dict[str, Any]]:
 
 PARTS: list[Callable[[Tune], str]] = [
     lambda one: page.current(one, [], [], 0),
-    lambda one: page.earlier([one], {}),
+    lambda one: page.earlier([one], {one.id: page.Beside((), [one.title], {"kohya": (LINK, "made"), "x": (None, "")})}),
     lambda one: page.trained_pictures(seen(one.title) * 5),
 ]
 

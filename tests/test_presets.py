@@ -10,6 +10,7 @@ import pytest
 
 from trainer import presets
 from trainer.branches import BRANCHES
+from trainer.methods import METHODS, WORDS
 from trainer.presets import TrainConfig
 from trainer.schema import InvalidRequest
 from trainer.settings import Settings
@@ -44,6 +45,9 @@ def difference(config: TrainConfig, other: TrainConfig) -> dict[str, Any]:
     return {word: value for word, value in config if value != theirs[word]}
 
 
+FITTED = {"gradient_checkpointing", "micro_batch", "resolution", "optimizer", "trained_dtype"}
+
+
 # The numbers of the branches
 
 
@@ -73,7 +77,8 @@ SHARED = {
     "micro_batch": 0, "gradient_checkpointing": False, "crops": 1, "flip": False, "face_set": False, "mask": "none",
     "faceless": "keep", "restore_strength": 0.8,
     "mask_widen": 0, "mask_floor": 0.1, "prior_weight": 0, "seed": 42, "power": 1, "weight_decay": 0.01,
-    "max_grad_norm": 1,
+    "max_grad_norm": 1, "optimizer": "adamw", "trained_dtype": "float32", "on_top": "continue", "tokens": 0,
+    "token_lr": 0, "token_share": 0,
 }  # fmt: skip
 
 
@@ -132,7 +137,7 @@ def test_a_batch_is_no_larger_than_the_number_of_photos_unless_asked_for(folder:
 
 @pytest.mark.parametrize(
     ("branch", "token", "model_type", "negative_prompt"),
-    [("flux1", "ohwx", "lora", False), ("sdxl1", "ohwx", "lora", True), ("sd15", "sks", "checkpoint", True)],
+    [("flux1", "ohwx", "lora", False), ("sdxl1", "ohwx", "pti", True), ("sd15", "sks", "checkpoint", True)],
 )
 def test_each_branch_has_the_hosted_service_s_token_and_model_type(
     folder: Path, branch: str, token: str, model_type: str, negative_prompt: bool
@@ -154,10 +159,15 @@ def test_what_a_branch_renders_at(folder: Path) -> None:
     assert {branch: each.fixed_size for branch, each in rendered.items() if each.fixed_size} == {"fast": 64}
 
 
-def test_only_sdxl1_warns_that_it_does_not_train_what_the_hosted_service_trains(folder: Path) -> None:
-    warned = {branch: presets.branch_warnings(folder, branch) for branch in BRANCHES}
-    assert "pivotal tuning" in warned.pop("sdxl1")[0]
-    assert warned == {"sd15": [], "flux1": [], "fast": []}
+def test_what_is_trained_where_and_why_not(folder: Path) -> None:
+    trained = {branch: presets.model_types(folder, branch) for branch in BRANCHES}
+    whole = ["lora", "pti", "checkpoint"]
+    assert trained == {"sd15": [*METHODS], "sdxl1": [*METHODS], "flux1": whole, "fast": whole}
+    reasons = {branch: presets.why_not(folder, branch).get("faceid", "") for branch in BRANCHES}
+    assert "PuLID" in reasons.pop("flux1") and "no FaceID adapter" in reasons.pop("fast")
+    assert set(reasons.values()) == {""}
+    meant = {branch: presets.method_of(folder, branch, "lora") for branch in BRANCHES}
+    assert meant == {"sd15": "lora", "sdxl1": "pti", "flux1": "lora", "fast": "lora"}
 
 
 # The numbers of the presets, each as its difference from FLUX.1's defaults (preset null, or High)
@@ -213,17 +223,45 @@ def test_args_read_back_as_the_very_same_configuration(
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_a_branch_s_own_toml_has_no_key_that_nobody_reads(folder: Path, branch: str) -> None:
     table = presets.branch_table(folder, branch)
-    assert table.keys() <= {"token", "model_type", "without", "warnings", "lora", "render", "base"}
-    assert table["lora"].keys() - presets.KEYS <= {
-        *presets.KINDS,
-        presets.STYLE_KIND,
-        presets.OTHER_KIND,
-        "memory",
-        "least_gib",
-    }
-    assert table["lora"].keys() >= presets.KEYS  # every word has a default
-    for row in table["lora"].get("memory", []):
-        assert row.keys() - {"below_gib"} <= {"gradient_checkpointing", "micro_batch", "resolution"}
+    plain = {"token", "model_type", "instead", "without", "warnings", "why_not", "render", "base"}
+    assert table.keys() <= plain | set(METHODS)
+    kinds = {*presets.KINDS, presets.STYLE_KIND, presets.OTHER_KIND}
+    for method in METHODS:
+        assert table.get(method, {}).keys() - presets.KEYS <= kinds | {"memory", "least_gib"}
+        for row in table.get(method, {}).get("memory", []):
+            assert row.keys() - {"below_gib"} <= FITTED
+    words = {word for word, having in WORDS.items() if "lora" not in having}
+    assert table["lora"].keys() | words >= presets.KEYS  # every word has a default
+    assert table["pti"].keys() >= words
+    assert set(table.get("why_not", {})) == set(METHODS) - table.keys()
+    assert table.get("faceid", {}) == {}
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("model_type", ["lora", "pti", "checkpoint"])
+def test_each_model_type_has_its_words_and_no_others(folder: Path, branch: str, model_type: str) -> None:
+    config = resolve(folder, branch=branch, model_type=model_type)
+    for word, having in WORDS.items():
+        assert bool(getattr(config, word)) == (model_type in having), word
+        value = "0" if model_type in having else "1"
+        told = f"{word} must not be 0" if model_type in having else f"{word} has no meaning for {model_type}"
+        problems = problem_of(folder, branch=branch, model_type=model_type, args=f"{word}={value}")
+        assert problems.keys() == {"args"} and problems["args"][0].startswith(told)
+    assert resolve(folder, branch=branch, model_type=model_type, args=presets.as_args(config)) == config
+
+
+def test_a_preset_s_lora_is_for_pti_as_well_and_not_for_a_checkpoint(folder: Path) -> None:
+    (folder / "mine.toml").write_text("[lora]\nrank = 6\nflip = true\n[pti]\ntokens = 3\n")
+    asked = {method: resolve(folder, preset="mine", model_type=method) for method in ("lora", "pti", "checkpoint")}
+    assert {method: (c.rank, c.flip, c.tokens) for method, c in asked.items()} == {
+        "lora": (6, True, 0), "pti": (6, True, 3), "checkpoint": (0, False, 0),
+    }  # fmt: skip
+
+
+def test_bfloat16_weights_are_refused_where_nothing_rounds_at_random(folder: Path) -> None:
+    problems = problem_of(folder, args="trained_dtype=bfloat16")
+    assert problems == {"args": ["trained_dtype=bfloat16 needs optimizer=adafactor, which rounds at random"]}
+    assert resolve(folder, args="trained_dtype=bfloat16 optimizer=adafactor").trained_dtype == "bfloat16"
 
 
 def test_the_project_s_presets_are_listed_and_the_branches_are_not(folder: Path) -> None:
@@ -324,7 +362,7 @@ def test_a_preset_of_another_branch_is_refused(folder: Path) -> None:
         ("[lora]\nsteps = 6", ("mine.toml", "unknown key 'steps'")),
         ("[lora]\nsteps_per_photo = 'many'", ("mine.toml", "steps_per_photo must be a whole number")),
         ("[lora.style]\nmin_steps = 1.5", ("mine.toml", "min_steps must be a whole number")),
-        ("[lora]\nrank = 0", ("rank", "greater than or equal to 1")),
+        ("[lora]\nrank = 0", ("rank must not be 0",)),
         ("[lora]\nresolution = [512, 500]", ("resolution", "multiple of 8")),
         ("[lora]\nresolution = []", ("resolution", "at least 1")),
         ("[lora]\nmask = 'hand'", ("mask", "'none', 'face' or 'subject'")),

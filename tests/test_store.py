@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.web import left_behind, photo, upload
+from trainer import presets
 from trainer.jobs import Jobs
 from trainer.settings import Settings
 from trainer.store import MIGRATIONS, InUse, Job, Store
@@ -289,3 +291,27 @@ def test_a_damaged_file_is_refused_in_words(store: Store, settings: Settings, da
     after = Store(settings.outputs)
     assert after.queue_length() == 200
     after.close()
+
+
+def test_a_store_of_an_older_version_is_brought_up_and_its_tunes_can_still_be_trained(settings: Settings) -> None:
+    """As version 2 left it: a LoRA that waits, with all the words that there were then."""
+    config = presets.resolve(
+        settings.presets, branch="fast", model_type="lora", preset=None, name="dog", photos=4, steps=None, args=None
+    )
+    new = {"optimizer", "trained_dtype", "on_top", "tokens", "token_lr", "token_share"}
+    args = " ".join(word for word in presets.as_args(config).split() if word.partition("=")[0] not in new)
+    with sqlite3.connect(settings.outputs / "tunebooth.db") as db:
+        for number, script in enumerate(MIGRATIONS[:2], 1):
+            db.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
+        row = TUNE | {"args": args, "status": "queued", "created_at": "", "updated_at": ""}
+        row = {key: json.dumps(value) if isinstance(value, dict | list) else value for key, value in row.items()}
+        db.execute(f"INSERT INTO tunes ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
+        db.execute("INSERT INTO jobs (tune_id) VALUES (1)")
+    store = Store(settings.outputs)
+    assert claimed(store).target == ("tunes", 1)
+    tune = store.get("tunes", 1)
+    assert tune is not None and presets.TrainConfig(**presets.parse_args(tune["args"])) == config
+    store.add_export(1, "checkpoint")
+    store.finish(Job(1, 1, None, 1), "trained", files=["lora.safetensors"])
+    assert claimed(store).target == ("exports", 1)
+    store.close()

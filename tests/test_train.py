@@ -75,8 +75,8 @@ def test_a_file_that_no_training_gives_is_refused(tmp_path: Path, tensors: dict[
 def test_a_model_that_changes_no_picture_is_not_called_trained(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     before = lora.adapters_of
 
-    def weak(module: Any) -> Any:  # a training that hardly moved
-        return {name: (down, torch.full_like(up, 1e-12)) for name, (down, up) in before(module).items()}
+    def weak(*arguments: Any) -> Any:  # a training that hardly moved
+        return {name: (down, torch.full_like(up, 1e-12)) for name, (down, up) in before(*arguments).items()}
 
     monkeypatch.setattr(lora, "adapters_of", weak)
     tune = studio.ended(studio.create("weak"))

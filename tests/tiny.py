@@ -199,6 +199,41 @@ def make_tiny_flux1(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def make_tiny_faceid(file: Path, unet: UNet2DConditionModel, vector: int = 128, seed: int = 0) -> Path:
+    """Write an IP-Adapter FaceID for a UNet: its layout is that of the published files, and its LoRA has rank 4.
+
+    vector: how many numbers an identity has; 512 in the published ones.
+    """
+    width, tokens, rank = unet.config.cross_attention_dim, 4, 4
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projection = nn.ModuleDict(
+            {
+                "proj": nn.Sequential(nn.Linear(vector, 2 * vector), nn.GELU(), nn.Linear(2 * vector, width * tokens)),
+                "norm": nn.LayerNorm(width),
+            }
+        )
+        layers: dict[str, Tensor] = {}
+        # Counted are all attentions, in the order of the processors: those to itself at even numbers, those to the text
+        # at odd ones. Only the latter see the face; the LoRA is in both.
+        for number, name in enumerate(unet.attn_processors):
+            attention = unet.get_submodule(name.removesuffix(".processor"))
+            shapes = {
+                "q": attention.to_q.weight.shape,
+                "k": attention.to_k.weight.shape,
+                "v": attention.to_v.weight.shape,
+                "out": attention.to_out[0].weight.shape,
+            }
+            for part, (out, into) in shapes.items():
+                layers[f"{number}.to_{part}_lora.down.weight"] = torch.randn(rank, into) / rank
+                layers[f"{number}.to_{part}_lora.up.weight"] = torch.randn(out, rank) / rank
+            if number % 2:
+                for part in "kv":
+                    layers[f"{number}.to_{part}_ip.weight"] = torch.randn(shapes["q"][0], width) / width**0.5
+    torch.save({"image_proj": dict(projection.state_dict()), "ip_adapter": layers}, file)
+    return file
+
+
 def tiny_clip(width: int, activation: str) -> CLIPTextConfig:
     """A CLIP text encoder of two layers: SDXL reads what comes out of the last but one."""
     return CLIPTextConfig(

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from pydantic import BaseModel, RootModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -154,12 +154,19 @@ def create_app(jobs: Jobs) -> FastAPI:
     def resume_tune(tune_id: int) -> Tune:
         return jobs.resume_tune(tune_id)
 
-    @app.get("/tunes/{tune_id}/model", status_code=307, responses={307: {"description": "Leads to the file"}})
-    def get_model(tune_id: int) -> RedirectResponse:
-        """Leads to the trained file."""
-        link = jobs.get_tune(tune_id).ckpt_url
+    answers: dict[int | str, dict[str, Any]] = {
+        307: {"description": "Leads to the file"},
+        202: {"model": Done, "description": "It is being made; ask again"},
+    }
+
+    @app.get("/tunes/{tune_id}/model", status_code=307, responses=answers, response_model=None)
+    def get_model(tune_id: int, wanted: Annotated[str | None, Query(alias="format")] = None) -> Response:
+        """Leads to the trained file; in another `format` once that is made: kohya, diffusers, embeddings, bundled,
+        checkpoint, faceid, as far as the model type has it."""
+        link = jobs.model_link(tune_id, wanted)
         if link is None:
-            raise NotFound(f"tune {tune_id} has no model yet")
+            waiting = Done(message=f"the model is being made into {wanted}; ask again in a moment")
+            return JSONResponse(waiting.model_dump(), 202, {"Retry-After": "5"})
         return RedirectResponse(link)
 
     @app.post("/tunes/{tune_id}/prompts", status_code=201, openapi_extra=prompt_body)
@@ -232,7 +239,8 @@ def create_app(jobs: Jobs) -> FastAPI:
         file = open_link(jobs.settings, path, expires, signature)
         if file is None:
             raise NotFound("this link is wrong, over, or its file is gone")
-        name = file.name if file.suffix != ".safetensors" else f"tune-{path.partition('/')[0]}-{file.name}"
+        model = file.suffix in (".safetensors", ".zip")
+        name = f"tune-{path.partition('/')[0]}-{file.name}" if model else file.name
         picture = file.suffix in (".png", ".jpg")
         headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=86400"}
         return FileResponse(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import presets
 from trainer.branches import BRANCHES
+from trainer.methods import FORMATS
 from trainer.schema import InvalidRequest, check_branch
 
 if TYPE_CHECKING:
@@ -21,6 +24,13 @@ FAST_FOLDER = Path(__file__).parent / "branches" / "fast_base"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 EDITING_MODEL = "it is a model for inpainting or editing, which takes a picture as input; those are not trained here"
+WORDS_SUFFIX = "_emb.safetensors"
+LORA_KEY = re.compile(r"\.(lora_down|lora_A|lora\.down)\.weight$")
+LORA_BRANCHES = {  # told by these keys alone
+    "flux1": re.compile(r"lora_unet_(double|single)_blocks_|transformer\.(single_)?transformer_blocks\."),
+    "sdxl1": re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_|lora_te2_"),
+    "sd15": re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks)_"),
+}
 PIPELINES = {
     "StableDiffusionPipeline": "sd15",
     "StableDiffusionXLPipeline": "sdxl1",
@@ -40,6 +50,17 @@ class Base:
     revision: str | None = None  # of the repository; None: its main one
     variant: str | None = None  # of its weight files
     error: str | None = None  # why it cannot be used
+    model: Path | None = None  # a LoRA that is put on it: a file, or the `model/` of an earlier tune
+    rest: Base | None = None  # what has the parts that its file lacks
+    chain: tuple[str, ...] = ()  # of an earlier tune: the titles of what it stands on, the nearest first
+
+    @property
+    def weights(self) -> tuple[object, ...]:
+        """What is the same where the same weights are loaded, whatever LoRA comes on them."""
+        return self.branch, self.path, self.repository, self.revision, self.variant, self.rest and self.rest.weights
+
+
+Tunes = Callable[[int], dict[str, Any] | None]  # a tune's row by its id
 
 
 def fast_base() -> Base:
@@ -50,7 +71,21 @@ def fast_base() -> Base:
 def list_bases(settings: Settings) -> list[Base]:
     """All bases: the presets' hub repositories, the fast one, and whatever lies in the models folder."""
     hub = [_of_hub(row, branch) for branch in BRANCHES for row in presets.base_rows(settings.presets, branch)]
-    return [*hub, fast_base(), *_scan(settings.models)]
+    known = [*hub, fast_base()]
+    found = _scan(settings.models)
+    known += [base for base in found if base.model is None]
+    return known + [_put_on(base, known) for base in found if base.model is not None]
+
+
+def _put_on(lora: Base, known: list[Base]) -> Base:
+    """A LoRA file on the base that it names as its own, else on the default one of its branch."""
+    assert lora.model is not None
+    facts = _safetensors_header(lora.model).get("__metadata__", {})
+    named = {facts.get("tunebooth.base"), facts.get("ss_sd_model_name")} - {None}
+    under = next((base for base in known if named & {base.title, base.repository, Path(base.title).name}), None)
+    if under is None or under.branch not in (lora.branch, "fast"):
+        under = next(base for base in known if base.branch == lora.branch)
+    return replace(under, id=lora.id, title=lora.title, model=lora.model, chain=(under.title,))
 
 
 def _of_hub(row: presets.BaseRow, branch: str) -> Base:
@@ -58,16 +93,24 @@ def _of_hub(row: presets.BaseRow, branch: str) -> Base:
     return Base(number, row.title, branch, None, row.repository, row.revision, row.variant)
 
 
-def resolve(settings: Settings, base_tune_id: int | None, branch: str | None) -> Base:
-    """The base that a request means. Raises InvalidRequest where there is none, or none of that branch."""
+def resolve(
+    settings: Settings, base_tune_id: int | None, branch: str | None, tunes: Tunes = lambda tune_id: None
+) -> Base:
+    """The base that a request means. tunes: to look up an earlier tune, which is a base, too.
+
+    Raises InvalidRequest where there is none, or none of that branch.
+    """
     if branch is not None:
         check_branch(branch)
-    if branch == "fast":
+    earlier = None if base_tune_id is None else tunes(base_tune_id)
+    if branch == "fast" and (earlier is None or earlier["branch"] != "fast"):
         return fast_base()  # a way to test a call: it takes any base_tune_id and uses its own
     if base_tune_id is None:
         branch = branch or "sd15"
         return _of_hub(presets.base_rows(settings.presets, branch)[0], branch)
     base = next((base for base in list_bases(settings) if base.id == base_tune_id), None)
+    if base is None and earlier is not None:
+        base = of_tune(settings, earlier, tunes)
     if base is None:
         raise InvalidRequest(
             {"base_tune_id": [f"no base model has the id {base_tune_id}; GET /gallery/tunes lists them"]}
@@ -78,6 +121,25 @@ def resolve(settings: Settings, base_tune_id: int | None, branch: str | None) ->
     if branch is not None and base.branch != branch:
         raise InvalidRequest({"base_tune_id": [f"{base.title} is of branch {base.branch}, not {branch}"]})
     return base
+
+
+def of_tune(settings: Settings, tune: dict[str, Any], tunes: Tunes) -> Base:
+    """An earlier tune as a base: what it stands on with its LoRA, or its checkpoint.
+
+    Raises InvalidRequest for one that is not trained, or that has no weights.
+    """
+    tune_id, title, method = tune["id"], tune["title"], tune["method"]
+    if tune["status"] != "trained":
+        raise InvalidRequest({"base_tune_id": [f"tune {tune_id} is {tune['status']}; only a trained one is a base"]})
+    if method == "faceid":
+        raise InvalidRequest({"base_tune_id": [f"tune {tune_id} holds a face, and no weights that could be tuned"]})
+    under = resolve(settings, tune["base_id"], tune["branch"], tunes)
+    model = settings.outputs / "tunes" / str(tune_id) / "model"
+    chain = (under.title, *under.chain)
+    if method != "checkpoint":
+        return replace(under, id=tune_id, title=title, model=model, chain=chain)
+    rest = under.rest or replace(under, model=None) if tune["branch"] == "flux1" else None  # its file: the transformer
+    return Base(tune_id, title, tune["branch"], path=model / FORMATS["checkpoint"], rest=rest, chain=chain)
 
 
 def hashed_id(name: str) -> int:
@@ -103,16 +165,23 @@ def _scan(models: Path) -> list[Base]:
     found = []
     for path in [*(folder for folder in folders if folder not in sidecars), *files]:
         name = path.relative_to(models).as_posix()
-        branch, error = "", None
+        if (
+            path.name.endswith(WORDS_SUFFIX)
+            and path.with_name(path.name.replace(WORDS_SUFFIX, ".safetensors")) in files
+        ):
+            continue  # the new words of the LoRA beside it
+        branch, lora, error = "", None, None
         try:
             if not path.resolve().is_relative_to(root):
                 raise ValueError("it lies outside the models folder")
-            branch = _branch_of_folder(path) if path.is_dir() else _branch_of_file(path)
+            lora = None if path.is_dir() else _branch_of_lora(_safetensors_header(path))
+            branch = lora or (_branch_of_folder(path) if path.is_dir() else _branch_of_file(path))
         except OSError as problem:
             error = f"it cannot be read: {problem.strerror}"
         except ValueError as problem:
             error = str(problem)
-        found.append(Base(hashed_id(name), name, branch, path=path, error=error))
+        base = Base(hashed_id(name), name, branch, error=error)
+        found.append(replace(base, model=path) if lora else replace(base, path=path))
     return found
 
 
@@ -169,7 +238,22 @@ def _branch_of_file(file: Path) -> str:
         if not any(key.startswith("first_stage_model.") for key in header):
             raise ValueError("it has no VAE; a whole Stable Diffusion 1.5 checkpoint is needed")
         return "sd15"
-    raise ValueError("its tensors are of no family that is known here (a LoRA, or another model?)")
+    raise ValueError("its tensors are of no family that is known here")
+
+
+def _branch_of_lora(header: dict[str, Any]) -> str | None:
+    """The branch of a LoRA with kohya's or diffusers' keys; None for what is no LoRA. Raises ValueError for others."""
+    adapters = [key for key in header if LORA_KEY.search(key)]
+    if not adapters:
+        return None
+    for branch, pattern in LORA_BRANCHES.items():
+        if any(pattern.match(key) for key in adapters):
+            return branch
+    # diffusers' keys of both UNets are alike: what reads the text tells them apart by its width.
+    widths = {_shape(header, key)[-1] for key in adapters if key.endswith("attn2.to_k.lora_A.weight")}
+    if any(key.startswith("unet.") for key in adapters):
+        return "sdxl1" if 2048 in widths or any(key.startswith("text_encoder_2.") for key in adapters) else "sd15"
+    raise ValueError("it is a LoRA of no family that is known here")
 
 
 def _shape(header: dict[str, Any], key: str) -> list[int]:

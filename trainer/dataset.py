@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -94,13 +94,14 @@ class MicroBatch:
     timesteps: Tensor
     mask: Tensor | None
     share: float
+    last: bool = True  # of its step
 
 
 class Dataset:
     """Everything that is trained on, encoded.
 
-    captions: the distinct ones, the empty one last. cond: what they are encoded to, one entry (1, ...) each; None where
-    a text encoder is trained, and captions are encoded anew in each step.
+    captions: the distinct ones, the empty one last. cond: what they are encoded to, one entry (1, ...) each; None while
+    that is trained as well, and captions are encoded anew in each step.
     """
 
     def __init__(
@@ -128,24 +129,23 @@ class Dataset:
         dropped = (torch.rand(len(drawn), generator=dice) < config.caption_dropout).tolist()
         turns = torch.randint(2**31, (len(drawn),), generator=dice).tolist()
         mask = self._mask(step)
+        if step < config.text_steps:
+            self.cond = None  # again, where a run went back to before they came to rest
+        elif self.cond is None:  # from here on, what is encoded stays the same
+            with torch.no_grad():
+                self.cond = [branch.encode_prompts([caption]) for caption in self.captions]
         groups: dict[tuple[tuple[int, int], float], list[int]] = {}
         for place, (sample, share) in enumerate(drawn):
             groups.setdefault((sample.shape, share), []).append(place)
-        for (_, share), group in groups.items():
-            for start in range(0, len(group), config.micro_batch):
-                places = group[start : start + config.micro_batch]
-                views = [drawn[place][0].views[turns[place] % len(drawn[place][0].views)] for place in places]
-                captions = ["" if dropped[place] else drawn[place][0].picture.caption for place in places]
-                chances = [self._chance(branch, view, step, place) for view, place in zip(views, places, strict=True)]
-                latents, noise, timesteps = (torch.cat(values) for values in zip(*chances, strict=True))
-                yield MicroBatch(
-                    latents,
-                    self._conditions(branch, captions, views),
-                    noise,
-                    timesteps,
-                    self._masks(views, mask),
-                    share,
-                )
+        size = config.micro_batch
+        parts = [(share, of[at : at + size]) for (_, share), of in groups.items() for at in range(0, len(of), size)]
+        for number, (share, places) in enumerate(parts, 1):
+            views = [drawn[place][0].views[turns[place] % len(drawn[place][0].views)] for place in places]
+            captions = ["" if dropped[place] else drawn[place][0].picture.caption for place in places]
+            chances = [self._chance(branch, view, step, place) for view, place in zip(views, places, strict=True)]
+            latents, noise, timesteps = (torch.cat(values) for values in zip(*chances, strict=True))
+            cond, masks = self._conditions(branch, captions, views), self._masks(views, mask)
+            yield MicroBatch(latents, cond, noise, timesteps, masks, share, number == len(parts))
 
     def _drawn(self, step: int) -> list[tuple[Sample, float]]:
         """The samples of a step, each with its share of the loss."""
@@ -191,27 +191,31 @@ class Dataset:
 
 
 def build(
-    branch: Branch, pictures: Sequence[Picture], prompts: Sequence[str], config: TrainConfig, folder: Path
+    branch: Branch,
+    pictures: Sequence[Picture],
+    prompts: Sequence[str],
+    config: TrainConfig,
+    folder: Path,
+    keep: Collection[str] = (),
 ) -> tuple[Dataset, list[dict[str, Tensor]]]:
     """Encode each picture and each caption once, and write the pictures as they are trained to `folder/seen`.
 
     folder: the tune's `dataset/`. prompts: texts that will be rendered while training; what they are encoded to is
-    returned beside the set. Encoders are on the device only while they encode; text encoders that are not trained are
-    dropped.
+    returned beside the set. Encoders are on the device only while they encode; afterwards the text encoders are
+    dropped, but for those to `keep`.
     """
     encoders = list(branch.text_encoders.values())
     captions = [*dict.fromkeys(picture.caption for picture in pictures if picture.caption), ""]
     with torch.no_grad(), placed(branch.device, *encoders):
         cond = [branch.encode_prompts([caption]) for caption in captions]
         said = [branch.encode_prompts([prompt]) for prompt in prompts]
-    if not config.text_encoder_lr:
-        branch.drop_text_encoders()
+    branch.keep_text_encoders(keep)
     with whole_folder(folder / "seen") as partial, placed(branch.device, branch.vae):
         asked = [(picture, resolution) for picture in pictures for resolution in config.resolution]
         samples = [encode(branch, picture, resolution, config, folder) for picture, resolution in asked]
         shown = [show(branch, *one, config, folder, partial) for one in asked if one[0].kind != "class"]
         (partial / "seen.json").write_text(json.dumps(shown, indent=1))
-    return Dataset(samples, captions, None if config.text_encoder_lr else cond, config), said
+    return Dataset(samples, captions, None if config.text_steps else cond, config), said
 
 
 def encode(branch: Branch, picture: Picture, resolution: int, config: TrainConfig, folder: Path) -> Sample:

@@ -1,4 +1,4 @@
-"""What the looking child process does with photos: finds faces, restores and crops them, and makes masks.
+"""What the looking child process does with photos: finds, restores and crops faces, keeps identities, makes masks.
 
 The only user of facexlib, gfpgan, cv2 and torchvision. Models are loaded once, from files whose sha256 was checked,
 with `weights_only=True`. Pictures are (H, W, 3) arrays in RGB, 0 to 255, unless a model wants them otherwise.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from facexlib.detection.align_trans import get_reference_facial_points, warp_and
 from facexlib.detection.retinaface import RetinaFace, generate_config
 from facexlib.detection.retinaface_utils import PriorBox, decode, decode_landm, py_cpu_nms
 from PIL import Image, ImageDraw
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from trainer import dataset
-from trainer.files import fsync
+from trainer.files import fsync, write_whole
 from trainer.looking import Box, Found, Made, Task
+from trainer.weights import ARCFACE
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -58,7 +61,9 @@ SHOWN_PX = 320
 RECOGNIZERS = {
     "face_recognition_sface_2021dec.onnx": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "mobilefacenet_112.onnx": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    ARCFACE.name: ((127.5,) * 3, (127.5,) * 3),  # insightface, model_zoo/arcface_onnx.py
 }
+PLAIN = {ARCFACE.name}  # adapters were trained on the identity of the face as it is (`normed_embedding`)
 
 
 def begin() -> None:
@@ -151,12 +156,15 @@ def sharpness(face: Array) -> float:
 
 
 def identify(face: Array, recognizer: Path) -> tuple[float, ...]:
-    """Who an aligned face is: a vector of length 1. The mirrored face is added, which evens out light and pose."""
+    """Who an aligned face is: a vector of length 1.
+
+    The mirrored face is added, which evens out light and pose, but for the recognizers that are PLAIN.
+    """
     mean, deviation = (np.array(values, np.float32) for values in RECOGNIZERS[recognizer.name])
     pixels = (face.astype(np.float32) - mean) / deviation
     net = load_recognizer(recognizer)
     total = np.zeros(1, np.float32)
-    for turned in (pixels, pixels[:, ::-1]):
+    for turned in (pixels,) if recognizer.name in PLAIN else (pixels, pixels[:, ::-1]):
         net.setInput(np.ascontiguousarray(turned.transpose(2, 0, 1)[None]))
         total = total + net.forward()[0]
     return tuple((total / np.linalg.norm(total)).tolist())
@@ -165,6 +173,19 @@ def identify(face: Array, recognizer: Path) -> tuple[float, ...]:
 @lru_cache(maxsize=1)
 def load_recognizer(file: Path) -> Any:
     return cv2.dnn.readNetFromONNX(str(file))
+
+
+def save_identity(identity: Sequence[float], file: Path, metadata: Mapping[str, str]) -> None:
+    """Write a person's identity (D,) as the tensor `identity`, float32 and of length 1; whole or not at all.
+
+    Raises ValueError for a vector without a direction.
+    """
+    vector = torch.tensor(identity, dtype=torch.float64)
+    length = vector.norm()
+    if not (torch.isfinite(length) and length > 0):
+        raise ValueError("the identity is not a vector of finite numbers with a direction")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, save({"identity": (vector / length).float()}, dict(metadata)))
 
 
 # Making what the trainer reads

@@ -47,10 +47,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file so that it is complete or not there, also after a power cut."""
     partial = file.with_name(f"{file.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
-    partial.write_text(text, "utf-8")
+    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
     fsync(partial)
     partial.rename(file)
     fsync(file.parent)

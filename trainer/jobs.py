@@ -7,14 +7,17 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer import bases, presets
+from trainer.expiry import expiry
 from trainer.files import discard, fsync, read_json_lines
 from trainer.images import SAME_PICTURE, Decoder, intake
 from trainer.links import MODEL_LINK_SECONDS, make_link
-from trainer.looking import Looker, not_people
+from trainer.looking import Looker, not_people, of_one_person
+from trainer.methods import FORMATS, MADE
 from trainer.schema import (
     ENDED,
     Callback,
@@ -42,12 +45,13 @@ from trainer.schema import (
     words,
 )
 from trainer.settings import Settings
-from trainer.store import Row, Store, Table
+from trainer.store import Row, Store, Table, stamp
 
 FEW_PHOTOS = 4
+EARLIER_LISTED = 100  # tunes, in the page's list of bases
 API_NUM_IMAGES = 8  # the hosted service's default; the page asks for 4
 HOSTED_PRESETS = ("flux-lora-focus", "flux-lora-portrait", "flux-lora-fast")
-MOMENT_FILE = "lora.safetensors"  # of the files of a model in mid-run, the one that most programs read
+MOMENT_FILES = FORMATS["bundled"], FORMATS["kohya"]  # of a model in mid-run: with its new words, where it has some
 NUMBER = re.compile("[0-9]{1,18}")
 STOP_SECONDS = 120.0  # a step of the largest model on the slowest card, and saving it
 
@@ -94,13 +98,14 @@ class Jobs:
             return existing, False
         if len(request.prompts_attributes) > self.settings.max_prompts:
             problems["prompts_attributes"] = [f"must contain at most {self.settings.max_prompts} prompts"]
+        values: Row = {"branch": None}
         try:
             values = self._settle(request, max(1, count))
         except InvalidRequest as invalid:
             problems |= invalid.problems
         for number, prompt in enumerate(request.prompts_attributes):
             try:  # the tune has no id yet
-                check_references(prompt.text, (request.token or "ohwx", request.token or "sks"))
+                self._check_references(prompt.text, (request.token or "ohwx", request.token or "sks"), values["branch"])
             except InvalidRequest as invalid:
                 told = [f"{number}.{field}: {message}" for field, all_ in invalid.problems.items() for message in all_]
                 problems.setdefault("prompts_attributes", []).extend(told)
@@ -110,6 +115,10 @@ class Jobs:
             with intake(self.settings, self.decoder, uploads, request.image_urls, tell) as (work, photos):
                 if problems:
                     raise InvalidRequest({})
+                if values["method"] == "faceid":
+                    photos, said = self.looker.identify(work, photos, request.name, tell)
+                    values["warnings"] = [*values["warnings"], *said]
+                    return self._insert(request, values, work, photos, mark)
                 different = sum(not photo.dropped for photo in photos)
                 if different != count:  # a photo that came twice is trained once
                     values = self._settle(request, different)
@@ -227,8 +236,14 @@ class Jobs:
             return self.get_tune(tune_id)
 
     def delete_tune(self, tune_id: int) -> None:
-        """Remove a tune with its prompts and files; a running one is stopped first. Raises NotFound, Conflict."""
+        """Remove a tune with its prompts and files; a running one is stopped first. Raises NotFound, Conflict.
+
+        One that others stand on stays.
+        """
         self._row("tunes", tune_id)
+        if others := self.store.standing_on(tune_id):
+            named = ", ".join(f"{other['id']} ({other['title']})" for other in others)
+            raise Conflict(f"tune {tune_id} is what others stand on: {named}; delete those first")
         deadline = time.monotonic() + STOP_SECONDS
         self.store.take_off_queue(tune_id)
         while self._busy(tune_id):
@@ -247,7 +262,7 @@ class Jobs:
         for prompt in self.store.find("prompts", tune_id=tune_id, status="rendering"):
             self.store.update("prompts", prompt["id"], cancel=1)
             busy = True
-        return busy
+        return busy or bool(self.store.find("exports", tune_id=tune_id, status="exporting"))
 
     # Prompts
 
@@ -256,36 +271,82 @@ class Jobs:
 
         tune_id: the tune's, or that of its base with `<lora:ID:WEIGHT>` in the text.
         """
-        on_base = self.store.get("tunes", tune_id) is None and any(
-            base.id == tune_id for base in bases.list_bases(self.settings)
-        )
-        if on_base:
+        base = None
+        if self._tune_row(tune_id) is None:
+            base = next((base for base in bases.list_bases(self.settings) if base.id == tune_id), None)
+        if base:
             request = parse_request(PromptRequest, data)
-            tune = self._tune_of_base(tune_id, request.text)
+            tune = self._tune_of_base(base, request.text)
         else:
             tune = self._row("tunes", tune_id)
             request = parse_request(PromptRequest, data)
-            check_references(request.text, (str(tune_id), tune["token"]))
+            self._check_references(request.text, (str(tune_id), tune["token"]), tune["branch"], tune_id)
         with self.store.transaction():
             if known := self._marked("prompts", mark):
                 return self._prompt(known)
             tune = self._row("tunes", tune["id"])  # it may be gone by now
             if tune["status"] in ("failed", "canceled", "expired"):
                 raise InvalidRequest({"tune_id": [f"tune {tune['id']} is {tune['status']}; it has no model"]})
-            prompt_id = self.store.add_prompt(self._prompt_values(tune["id"], request) | marks(mark))
+            asked = base.id if base and tune["method"] == "faceid" else None
+            prompt_id = self.store.add_prompt(
+                self._prompt_values(tune["id"], request) | {"base_id": asked} | marks(mark)
+            )
         self.store.changed.set()
         return self.get_prompt(prompt_id)
 
-    def _tune_of_base(self, base_id: int, text: str) -> Row:
-        """The tune that a prompt on its base names. Raises InvalidRequest."""
-        named = [name for kind, name, _ in references(text)[1] if kind == "lora"]
-        if len(named) != 1:
-            raise InvalidRequest({"text": [f"a prompt on base {base_id} names the tune as <lora:ID:WEIGHT>, once"]})
-        tune = self.store.get("tunes", int(named[0])) if NUMBER.fullmatch(named[0]) else None
-        if tune is None or tune["base_id"] != base_id:
-            raise InvalidRequest({"text": [f"there is no tune {named[0]} on base {base_id}"]})
-        check_references(text, (str(tune["id"]), tune["token"]))
+    def _tune_of_base(self, base: bases.Base, text: str) -> Row:
+        """The tune that a prompt on a base names: a LoRA of that base, else a face. Raises InvalidRequest."""
+        named = references(text)[1]
+        loras = [name for kind, name, _ in named if kind == "lora"]
+        if len(loras) > 1 or not named:
+            told = f"a prompt on base {base.id} names the tune, once: <lora:ID:WEIGHT>, or <faceid:ID:WEIGHT>"
+            raise InvalidRequest({"text": [told]})
+        wanted = (loras or [named[0][1]])[0]
+        tune = self._tune_row(int(wanted)) if NUMBER.fullmatch(wanted) else None
+        if tune is None or (loras and self._root_id(tune) != base.id):
+            raise InvalidRequest({"text": [f"there is no tune {wanted} on base {base.id}"]})
+        self._check_references(text, (str(tune["id"]), tune["token"]), base.branch, tune["id"])
         return tune
+
+    def _root_id(self, tune: Row) -> int:
+        """The base at the end of the chain of tunes that a tune stands on."""
+        while earlier := self._tune_row(tune["base_id"]):
+            tune = earlier
+        return int(tune["base_id"])
+
+    def _check_references(
+        self, text: str, own: tuple[str, ...], branch: str | None, tune_id: int | None = None
+    ) -> None:
+        """Raises InvalidRequest for what a prompt cannot name: any LoRA but its own tune, and faces of other branches.
+
+        own: the tune's id and token. branch None: not known, for the request is refused for it anyway.
+        """
+        found = references(text)[1]
+        problems = [
+            f"<lora:{name}> is not the tune of this prompt, and others beside it are not here yet"
+            for kind, name, _ in found
+            if kind == "lora" and name not in own
+        ]
+        loras, faces = ([name for one, name, _ in found if one == kind] for kind in ("lora", "faceid"))
+        if len(loras) > 1:
+            problems.append(f"names its tune {len(loras)} times; once is enough")
+        if len(faces) > 1:
+            problems.append(f"names {len(faces)} faces; one is possible")
+        own_method = (self._tune_row(tune_id) or {}).get("method") if tune_id else None
+        if own_method == "faceid" and (loras or any(name != str(tune_id) for name in faces)):
+            problems.append(
+                f"tune {tune_id} is a face: its prompts name no other tune; prompts of the other can name it"
+            )
+        for name in faces:
+            face = self._tune_row(int(name)) if NUMBER.fullmatch(name) else None
+            if face is None or face["method"] != "faceid":
+                problems.append(f"<faceid:{name}>: there is no faceid tune {name}")
+            elif face["status"] != "trained":
+                problems.append(f"<faceid:{name}>: it is {face['status']}")
+            elif branch not in (None, face["branch"]):
+                problems.append(f"<faceid:{name}> is of branch {face['branch']}, not {branch}")
+        if problems:
+            raise InvalidRequest({"text": problems})
 
     def duplicate_prompt(self, prompt_id: int, data: Mapping[str, Any], mark: Mark | None = None) -> Prompt:
         """Queue a prompt again, with other values where `data` has some. Raises NotFound, InvalidRequest."""
@@ -347,6 +408,7 @@ class Jobs:
                 "branch": base.branch or None,
                 "repository": base.repository,
                 "error": base.error,
+                "stands_on": list(base.chain),
             }
             for base in bases.list_bases(self.settings)
             if branch in (None, base.branch)
@@ -354,6 +416,68 @@ class Jobs:
 
     def list_presets(self) -> list[str]:
         return presets.list_presets(self.settings.presets)
+
+    # Models
+
+    def model_link(self, tune_id: int, format_: str | None = None) -> str | None:
+        """The link to a tune's model in a format; None while that is being made. Raises NotFound, InvalidRequest,
+        Conflict."""
+        row = self._row("tunes", tune_id)
+        if row["status"] != "trained":
+            raise NotFound(f"tune {tune_id} has no model: it is {row['status']}")
+        paths = here(row)
+        if format_ in (None, ""):
+            return self._model_link(tune_id, f"model/{row['files'][0]}")
+        if format_ in paths:
+            return self._model_link(tune_id, paths[format_])
+        known = [*paths, *MADE[row["method"]]]
+        if format_ not in known:
+            raise InvalidRequest({"format": [f"tune {tune_id} can be had as {words(known)}, not as {format_!r}"]})
+        with self.store.transaction():
+            made = next(iter(self.store.find("exports", tune_id=tune_id, format=format_)), None)
+            if made is None:
+                self.store.add_export(tune_id, format_)
+            elif made["status"] == "failed":  # told once; who asks again, tries again
+                self.store.delete("exports", made["id"])
+        self.store.changed.set()
+        if made and made["status"] == "failed":
+            raise Conflict(f"tune {tune_id} could not be made into {format_}: {made['error']}")
+        return self._model_link(tune_id, f"exports/{made['files'][0]}") if made and made["files"] else None
+
+    def _model_link(self, tune_id: int, path: str) -> str:
+        return make_link(self.settings, f"{tune_id}/{path}", MODEL_LINK_SECONDS)
+
+    def formats(self, tune_id: int) -> dict[str, tuple[str | None, str]]:
+        """What a trained tune can be had as: (link or None, state) of each format.
+
+        state: made, failed, exporting, queued or, where nobody has asked for it yet, nothing.
+        """
+        row = self._row("tunes", tune_id)
+        if row["status"] != "trained":
+            return {}
+        links: dict[str, tuple[str | None, str]] = {}
+        links |= {name: (self._model_link(tune_id, path), "made") for name, path in here(row).items()}
+        asked = {one["format"]: one for one in self.store.find("exports", tune_id=tune_id)}
+        for name in MADE[row["method"]]:
+            one = asked.get(name, {"files": [], "status": ""})
+            link = self._model_link(tune_id, f"exports/{one['files'][0]}") if one["files"] else None
+            links[name] = link, "made" if link else one["status"]
+        return links
+
+    def chain(self, tune_id: int) -> list[str]:
+        """The earlier tunes that a tune stands on, the nearest first."""
+        row = self._row("tunes", tune_id)
+        titles: list[str] = []
+        while earlier := self._tune_row(row["base_id"]):
+            row = earlier
+            titles.append(f"{row['title']} (tune {row['id']}, {row['method']})")
+        return titles
+
+    def earlier_tunes(self) -> list[tuple[str, int]]:
+        """The trained tunes that another one can stand on: what to call them, and their ids; newest first."""
+        rows = self.store.find("tunes", status="trained", limit=EARLIER_LISTED)
+        usable = [row for row in rows if row["method"] != "faceid"]
+        return [(f"{row['title']} (tune {row['id']}, {row['branch']})", row["id"]) for row in usable]
 
     # What the page shows of a run beside the tune itself
 
@@ -376,12 +500,12 @@ class Jobs:
         """The previews of a run: `step`, `url`, and `model`, the link to the model of that moment where it is kept."""
         folder, found = self.folder(tune_id), []
         for picture in sorted((folder / "samples").glob("step-*.png")):
-            model = folder / "checkpoints" / picture.stem / MOMENT_FILE
+            model = moment_of(folder / "checkpoints" / picture.stem)
             found.append(
                 {
                     "step": int(picture.stem.removeprefix("step-")),
                     "url": make_link(self.settings, f"{tune_id}/samples/{picture.name}"),
-                    "model": self._moment_link(model) if model.exists() else None,
+                    "model": self._moment_link(model) if model else None,
                 }
             )
         return found
@@ -398,7 +522,7 @@ class Jobs:
 
     def _settle(self, request: TuneRequest, photos: int) -> Row:
         """Fix everything that has a default, and refuse what does not go together; all problems at once."""
-        base = bases.resolve(self.settings, request.base_tune_id, request.branch)
+        base = bases.resolve(self.settings, request.base_tune_id, request.branch, self._tune_row)
         asked_preset, warnings = request.preset, self._warnings(request, photos, base)
         problems: dict[str, list[str]] = {}
         known_presets = (*self.list_presets(), *HOSTED_PRESETS)
@@ -411,23 +535,32 @@ class Jobs:
             preset = None
         else:
             preset = asked_preset
-        default = presets.default_model_type(self.settings.presets, base.branch)
-        method, args = "", None
+        folder, branch = self.settings.presets, base.branch
+        asked_type = request.model_type or presets.default_model_type(folder, branch)
+        method, args = presets.method_of(folder, branch, asked_type), None
+        if method != asked_type:
+            warnings.append(f"{branch} trains {method} where {asked_type} is asked, as the hosted service does")
         try:
-            method = check_model_type(request.model_type or default, request.model_type, base.branch)
-            config = presets.resolve(
-                self.settings.presets,
-                branch=base.branch,
-                model_type=method,
-                preset=preset,
-                name=request.name,
-                photos=photos,
-                steps=request.steps,
-                args=request.args,
-                face_crop=request.face_crop,
-                face_crop_default=self.settings.face_crop,
-            )
-            args = presets.as_args(config)
+            check_model_type(method, branch, presets.model_types(folder, branch), presets.why_not(folder, branch))
+            if method == "checkpoint" and FORMATS["embeddings"] in (self._tune_row(base.id) or {}).get("files", []):
+                told = f"tune {base.id} has new words, and a checkpoint has no place for them; train lora or pti on it"
+                problems["base_tune_id"] = [told]
+            if method == "faceid":
+                problems |= faceid_problems(request)
+            else:
+                config = presets.resolve(
+                    folder,
+                    branch=branch,
+                    model_type=method,
+                    preset=preset,
+                    name=request.name,
+                    photos=photos,
+                    steps=request.steps,
+                    args=request.args,
+                    face_crop=request.face_crop,
+                    face_crop_default=self.settings.face_crop,
+                )
+                args = presets.as_args(config)
         except InvalidRequest as invalid:
             problems |= invalid.problems
         if problems:
@@ -435,7 +568,7 @@ class Jobs:
         return {
             "title": request.title,
             "name": request.name.strip(),
-            "token": request.token or presets.default_token(self.settings.presets, base.branch),
+            "token": None if method == "faceid" else request.token or self._default_token(base),
             "branch": base.branch,
             "model_type": request.model_type,
             "method": method,
@@ -453,6 +586,14 @@ class Jobs:
             "warnings": warnings,
         }
 
+    def _default_token(self, base: bases.Base) -> str:
+        """That of the earlier tune which the base is, else the branch's."""
+        earlier = self._tune_row(base.id)
+        return (earlier and earlier["token"]) or presets.default_token(self.settings.presets, base.branch)
+
+    def _tune_row(self, tune_id: int) -> Row | None:
+        return self.store.get("tunes", tune_id)
+
     def _warnings(self, request: TuneRequest, photos: int, base: bases.Base) -> list[str]:
         """What was asked for and is not done, in words."""
         told = [f"{name} is accepted and has no effect" for name in request.ignored]
@@ -460,12 +601,15 @@ class Jobs:
         if photos < FEW_PHOTOS:
             told.append(f"{photos} photos are few: with {FEW_PHOTOS} or more a tune learns its subject better")
         if base.branch == "fast":
-            if request.base_tune_id is not None:
+            if request.base_tune_id not in (None, base.id):
                 told.append(f"branch fast has a base of its own: base_tune_id {request.base_tune_id} is not used")
             if request.preset is not None:
                 told.append(f"branch fast has settings of its own: preset {request.preset} is not used")
         if request.face_crop and presets.kind_of(request.name) != "person":
             told.append(not_people("face_crop", request.name))
+        if request.model_type == "faceid":
+            asked = [name for name in ("steps", "token", "training_face_correct", "preset") if getattr(request, name)]
+            told += [f"{name} has no effect: faceid trains nothing" for name in asked]
         if request.auto_extend and not self.settings.lifetime_days:
             told.append("auto_extend has no effect: tunes do not expire here")
         return told
@@ -479,7 +623,19 @@ class Jobs:
             if existing := self._same_title(request.title):
                 return existing, False
             photos_told = [photo.model_dump() for photo in photos]
-            tune_id = self.store.add_tune({**values, **marks(mark), "photos": photos_told})
+            values = {**values, **marks(mark), "photos": photos_told}
+            if values["method"] == "faceid":
+                moment = datetime.now(UTC)
+                tune_id = self.store.add_ready_tune(
+                    values,
+                    files=[FORMATS["faceid"]],
+                    started_training_at=stamp(moment),
+                    trained_at=stamp(moment),
+                    expires_at=expiry(self.settings, moment),
+                    progress={"stage": "trained"},
+                )
+            else:
+                tune_id = self.store.add_tune(values)
             for prompt in request.prompts_attributes:
                 self.store.add_prompt(self._prompt_values(tune_id, prompt))
             (work / "request.json").write_text(request.model_dump_json(exclude={"images"}, indent=1))
@@ -535,8 +691,8 @@ class Jobs:
         tune_id = row["id"]
         models = [make_link(self.settings, f"{tune_id}/model/{f}", MODEL_LINK_SECONDS) for f in row["files"]]
         if models:
-            kept = sorted(self.folder(tune_id).glob(f"checkpoints/step-*/{MOMENT_FILE}"), reverse=True)
-            models += [self._moment_link(model) for model in kept]
+            kept = map(moment_of, sorted(self.folder(tune_id).glob("checkpoints/step-??????"), reverse=True))
+            models += [self._moment_link(model) for model in kept if model]
         photos = self._verdicts(row)
         prompts = [self._prompt(p) for p in self.store.find("prompts", tune_id=tune_id, oldest_first=True)]
         return Tune(
@@ -570,16 +726,32 @@ class Jobs:
             url=f"{self.settings.base_url}/prompts/{prompt_id}.json",
             images=[make_link(self.settings, f"{tune_id}/prompts/{prompt_id}/{file}") for file in row["files"]],
             user_error=row["error"],
-            tunes=[tune_id],
+            tunes=[
+                tune_id,
+                *(
+                    int(name)
+                    for kind, name, _ in references(row["text"])[1]
+                    if kind == "faceid" and name != str(tune_id) and NUMBER.fullmatch(name)
+                ),
+            ],
         )
 
 
-def check_references(text: str, own: tuple[str, ...]) -> None:
-    """Raises InvalidRequest for a reference in a prompt to anything but the tune that it is on, by id or token."""
-    found = references(text)[1]
-    for kind, name, _ in found:
-        if kind != "lora" or name not in own:
-            told = f"<{kind}:{name}> is not the tune of this prompt, and others beside it are not here yet"
-            raise InvalidRequest({"text": [told]})
-    if len(found) > 1:
-        raise InvalidRequest({"text": [f"names its tune {len(found)} times; once is enough"]})
+def moment_of(folder: Path) -> Path | None:
+    """The file to hand out of a model in mid-run; None where it is not there (any more)."""
+    return next((folder / name for name in MOMENT_FILES if (folder / name).exists()), None)
+
+
+def here(row: Row) -> dict[str, str]:
+    """The formats that a tune's own files are in, and where these lie in its folder."""
+    return {name: f"model/{file}" for name, file in FORMATS.items() if file in row["files"]}
+
+
+def faceid_problems(request: TuneRequest) -> dict[str, list[str]]:
+    """What a request for a faceid cannot have, in words."""
+    problems = {}
+    if not of_one_person(request.name):
+        problems["name"] = [f"faceid is of one person (man, woman, boy, girl, child, ...), not of {request.name}"]
+    if request.args:
+        problems["args"] = ["faceid trains nothing, so there is nothing to set; leave args out"]
+    return problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,20 @@ def refuse_gaps(missing: Iterable[str]) -> None:
     names = sorted(missing)
     if names:
         raise ValueError(f"{len(names)} weights are missing, {names[0]} among them")
+
+
+def keep_parts(pipeline: Any, parts: dict[str, nn.Module], names: Collection[str]) -> dict[str, nn.Module]:
+    """Those of the parts that are named; the others are taken out of the pipeline."""
+    pipeline.register_modules(**dict.fromkeys(parts.keys() - set(names)))
+    return {name: part for name, part in parts.items() if name in names}
+
+
+def copy_weights(source: Any, target: Any) -> None:
+    """From the modules of one pipeline to those of the same names of another, which may lack some."""
+    for name, part in source.components.items():
+        mine = target.components.get(name)
+        if isinstance(part, nn.Module) and mine is not None:
+            mine.load_state_dict(part.state_dict())
 
 
 @torch.no_grad()

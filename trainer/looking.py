@@ -11,13 +11,14 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 from trainer import weights
 from trainer.child import Broke, Child, Closed, NotStarted
 from trainer.files import write_whole
 from trainer.presets import TrainConfig, kind_of
-from trainer.schema import CannotLook, Face, Photo, Tell, untold
+from trainer.schema import CannotLook, Face, InvalidRequest, Photo, Tell, untold
 from trainer.settings import Settings
 from trainer.weights import Unavailable, Weights
 
@@ -28,8 +29,12 @@ RESTORE_SECONDS = 60.0  # three are usual on a CPU
 SAME = {  # cosine of two identities from which they are one person
     "face_recognition_sface_2021dec.onnx": 0.363,  # OpenCV's own figure
     "mobilefacenet_112.onnx": 0.4,  # same person 0.53 and more, others 0.25 and less, on the tests' data
+    weights.ARCFACE.name: 0.28,  # from which insightface's own example says "the same" (web-demos/src_recognition)
 }
 CANDIDATE = 0.25  # of the area of a photo's largest face: a smaller one is somebody in the background
+
+IDENTITY_FILE = "faceid.safetensors"  # in a faceid tune's `model/`
+STRANGER = "not the person of the other photos"
 
 MADE = ("restored", "faces", "masks")  # folders of `dataset/`
 PAIRS = {"couple"}  # class names of two people; then two faces of a photo are the subject
@@ -124,7 +129,10 @@ class Looker:
         found: dict[str, list[Found]] = {}
         if people:
             found, warnings = self._find(folder / "images", kept, tell)
-        subjects = self._judge(kept, found, name)
+        subjects = self._judge(kept, found, name, self._same())
+        for photo in kept:
+            if photo.same_person is False:
+                photo.notes.append(f"{STRANGER}: no closeup is made of this face")
         if people and found:
             warnings += drop_faceless(kept, config)
         if restore and not people:
@@ -138,6 +146,47 @@ class Looker:
             tell("photos are prepared", number, len(kept))
             self._make(folder, photo, config, name, found.get(photo.file, []), subjects.get(photo.file, []), tools)
         tell("photos are prepared", len(kept), len(kept))
+        return photos, warnings
+
+    def identify(
+        self, folder: Path, photos: Sequence[Photo], name: str, tell: Tell = untold
+    ) -> tuple[list[Photo], list[str]]:
+        """Look at the photos of `folder/images` and write who is on them to `folder/model/faceid.safetensors`.
+
+        That is the mean of the identities of the main faces, of length 1. Returns the verdicts and what to warn of;
+        photos without a face, and those of somebody else, are dropped. name: the class name. `tell` may raise, to stop
+        between two photos. Raises InvalidRequest where no photo shows who it is, CannotLook where nobody can look.
+        """
+        if not of_one_person(name):
+            raise InvalidRequest({"name": [f"a faceid is of one person (man, woman, ...), and {name} is not"]})
+        photos = [photo.model_copy(deep=True) for photo in photos]
+        kept = [photo for photo in photos if not photo.dropped]
+        try:
+            detector = weights.obtain(self._settings, weights.DETECTOR, tell=tell)
+            recognizer = weights.obtain_identifier(self._settings, tell)
+            self._child.start()
+        except (Unavailable, NotStarted) as problem:
+            raise CannotLook(f"nobody can look for faces: {problem}") from problem
+        same = SAME[recognizer.name]
+        found = self._look(folder / "images", kept, detector, recognizer, tell)
+        subjects = self._judge(kept, found, name, same)
+        warnings = drop_unusable(kept, subjects)
+        faces = {photo.file: subjects[photo.file][0] for photo in kept if not photo.dropped}
+        if not faces:
+            raise InvalidRequest({"images": [f"{photo.name}: {photo.dropped}" for photo in photos]})
+        warnings += doubts([photo for photo in kept if photo.file in faces], faces, same)
+        if recognizer.name != weights.ARCFACE.name:
+            warnings.append(
+                f"{weights.ARCFACE.name} cannot be had here, so {recognizer.name} said who it is: the published"
+                " adapters do not know its identities"
+            )
+        identity = mean([face.identity or () for face in faces.values()])
+        facts = {"recognizer": recognizer.name, "photos": str(len(faces))}
+        try:
+            self._child.run(FIND_SECONDS, "save_identity", identity, folder / "model" / IDENTITY_FILE, facts)
+        except (TimeoutError, Broke, NotStarted, OSError, ValueError) as problem:
+            told = str(problem) or type(problem).__name__
+            raise CannotLook(f"the identity could not be written: {told}") from problem
         return photos, warnings
 
     def show(self, folder: Path, photo: Photo, config: TrainConfig) -> None:
@@ -168,19 +217,30 @@ class Looker:
             self._child.start()
         except (Unavailable, NotStarted) as problem:
             return {}, [f"nobody looked for faces: {problem}"]
+        return self._look(images, photos, detector, recognizer, tell), []
+
+    def _look(
+        self, images: Path, photos: list[Photo], detector: Path, recognizer: Path | None, tell: Tell
+    ) -> dict[str, list[Found]]:
+        """The faces of each photo by its file."""
         found = {}
         for number, photo in enumerate(photos):
             tell("faces are looked for", number, len(photos))
             with breaking(photo):
                 found[photo.file] = self._child.run(FIND_SECONDS, "find", images / photo.file, detector, recognizer)
         tell("faces are looked for", len(photos), len(photos))
-        return found, []
+        return found
 
-    def _judge(self, photos: list[Photo], found: dict[str, list[Found]], name: str) -> dict[str, list[Found]]:
-        """Put the faces into the verdicts; returns those of each photo that are the subject."""
+    def _judge(
+        self, photos: list[Photo], found: dict[str, list[Found]], name: str, same: float | None
+    ) -> dict[str, list[Found]]:
+        """Put the faces into the verdicts; returns those of each photo that are the subject.
+
+        same: the likeness from which two faces are one person; None: nobody knows.
+        """
         seen = [photo for photo in photos if photo.file in found]
-        subjects, same = choose(seen, [found[photo.file] for photo in seen], name, self._same())
-        for photo, faces, is_same in zip(seen, subjects, same, strict=True):
+        subjects, known = choose(seen, [found[photo.file] for photo in seen], name, same)
+        for photo, faces, is_same in zip(seen, subjects, known, strict=True):
             photo.faces = [
                 Face(
                     box=tuple(round(side) for side in face.box),  # type: ignore[arg-type]
@@ -191,11 +251,9 @@ class Looker:
                 for face in found[photo.file]
             ]
             photo.same_person = is_same
-            if is_same is False:
-                photo.notes.append("not the person of the other photos: no closeup is made of this face")
         return {
             photo.file: [] if is_same is False else faces
-            for photo, faces, is_same in zip(seen, subjects, same, strict=True)
+            for photo, faces, is_same in zip(seen, subjects, known, strict=True)
         }
 
     def _same(self) -> float | None:
@@ -323,6 +381,50 @@ def drop_faceless(photos: list[Photo], config: TrainConfig) -> list[str]:
         else:
             photo.notes.append("no face was found: kept as it is (faceless=keep)")
     return []
+
+
+def of_one_person(name: str) -> bool:
+    """Whether a class name is of one person, as a faceid is."""
+    return kind_of(name) == "person" and not set(name.lower().split()) & (PAIRS | CROWDS)
+
+
+def drop_unusable(photos: list[Photo], subjects: dict[str, list[Found]]) -> list[str]:
+    """Drop the photos that do not show who a faceid is of, and say so in a warning each."""
+    warnings = []
+    for photo in photos:
+        if not photo.faces:
+            photo.dropped = "no face was found"
+        elif photo.same_person is False:
+            photo.dropped = STRANGER
+        elif not subjects[photo.file][0].identity:  # it is one of many, and smaller than most
+            photo.dropped = f"{len(photo.faces)} faces were found, and none that stands out"
+        else:
+            continue
+        warnings.append(f"{photo.name} is left out: {photo.dropped}")
+    return warnings
+
+
+def doubts(photos: list[Photo], faces: dict[str, Found], same: float) -> list[str]:
+    """Warnings for a faceid of which nobody knows who is meant. faces: the main ones, by their photo's file."""
+    warnings = []
+    if any(photo.same_person is None for photo in photos):  # there is no majority that tells
+        alike = [likeness(one, other) for one, other in combinations(faces.values(), 2)]
+        if alike and min(alike) < same:
+            names = ", ".join(photo.name for photo in photos)
+            warnings.append(
+                f"{names} seem to show different people (likeness {min(alike):.2f}; one person has {same:g} and"
+                " more). Who is meant is not known, so their faces are mixed: leave out the photos of somebody else"
+            )
+    return warnings + [
+        f"{photo.name} shows {len(photo.faces)} faces: the most prominent one is taken"
+        for photo in photos
+        if photo.same_person is None and photo.faces and len(photo.faces) > 1
+    ]
+
+
+def mean(vectors: Sequence[Sequence[float]]) -> list[float]:
+    """The mean of vectors of length 1."""
+    return [sum(values) / len(vectors) for values in zip(*vectors, strict=True)]
 
 
 def choose(

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer import optimizers
 from trainer.branches import Branch
 from trainer.dataset import Dataset
 from trainer.files import discard, whole_folder
@@ -23,7 +24,6 @@ READ_LOSS_EVERY = 10  # reading a number from the device waits for it
 STATES_KEPT = 2
 MAX_HALVINGS = 2  # of the learning rate, where the loss stops being a number
 SCHEMA = 2
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -67,11 +67,13 @@ def train(
     states: Path,
     look: Callable[[int], None] = lambda step: None,
     look_at: Collection[int] = (),
+    after_step: Callable[[], None] = lambda: None,
 ) -> bool:
     """Run `config.steps` optimizer steps, going on from the newest whole state in `states`.
 
     groups: parameter groups of `Method.attach`. look(n) is called when n steps are done, for each n in `look_at`, where
-    all is finite and the report has said to go on, also right after resuming: previews live there. Returns False when
+    all is finite and the report has said to go on, also right after resuming: previews live there. after_step is called
+    after each step, for what a model type wants of its weights. Returns False when
     the report said to stop: the state is saved then. A loss that is not finite goes back to the last state and halves
     the learning rate, twice at most; then Diverged is raised, which names the pictures of that step. No state with a
     non-finite value is ever written.
@@ -79,11 +81,7 @@ def train(
     params: Parameters = {
         name: param for group in groups for name, param in zip(group["names"], group["params"], strict=True)
     }
-    optimizer = torch.optim.AdamW(
-        [{"params": group["params"], "lr": group["lr"]} for group in groups],
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    optimizer = optimizers.make(groups, config.optimizer, config.weight_decay, config.seed)
     beginning = {name: param.detach().to("cpu", copy=True) for name, param in params.items()}
     done, halvings = resume(states, optimizer, params, config) or (0, 0)
     report.resumed(done)
@@ -94,8 +92,9 @@ def train(
     while done < config.steps and keep_going:
         rate = lr_scale(done, config) * 0.5**halvings
         for group, described in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] = described["lr"] * rate
+            group["lr"] = described["lr"] * rate if done < described.get("until", config.steps) else 0.0
         readings.append(step_once(branch, data, config, done, optimizer, list(params.values())))
+        after_step()
         done += 1
         last, save_now = done == config.steps, done % config.save_every == 0
         mean = None
@@ -136,14 +135,22 @@ def step_once(
 ) -> Tensor:
     """One optimizer step; returns loss and gradient norm, (2,), on the device. Nothing here waits for the device."""
     total = torch.zeros((), device=branch.device)
+    norm = total
     for batch in data.batches(branch, step):
         losses = branch.loss(batch.latents, batch.cond, batch.noise, batch.timesteps, config, batch.mask)
         loss = losses.sum() * batch.share
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        if batch.last and isinstance(optimizer, optimizers.Adafactor):
+            # Each gradient is used and freed as soon as it is whole; the updates are clipped one by one.
+            with optimizers.released(optimizer, params) as squared:
+                loss.backward()  # type: ignore[no-untyped-call]
+            norm = squared.sqrt()
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+        total = total + loss.detach()
+    if not isinstance(optimizer, optimizers.Adafactor):
+        norm = torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return torch.stack([total, norm])
 
 
@@ -245,13 +252,17 @@ def resume(
         if not same_run or not file.exists() or facts.get("sha256") != sha256(file):
             continue
         with safe_open(file, "pt") as tensors, torch.no_grad():
-            held = set(tensors.keys())
+            moments: dict[str, list[str]] = {}
+            for key, _, name in (key.partition("/") for key in tensors.keys()):  # noqa: SIM118
+                if key != "weight":
+                    moments.setdefault(name, []).append(key)
             for name, param in params.items():
                 param.copy_(tensors.get_tensor(f"weight/{name}"))
                 # None where a layer never had a gradient, as the last one of SDXL's first encoder, whose output nobody
-                # reads. Fused AdamW wants all three on the device.
-                kept = [key for key in MOMENTS if f"{key}/{name}" in held]
-                optimizer.state[param] = {key: tensors.get_tensor(f"{key}/{name}").to(param.device) for key in kept}
+                # reads.
+                optimizer.state[param] = {
+                    key: tensors.get_tensor(f"{key}/{name}").to(param.device) for key in moments.get(name, [])
+                }
         return int(facts["step"]), int(facts["halvings"])
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from html import escape
 from typing import Any
@@ -75,16 +76,27 @@ def model_link(url: str | None) -> str:
     return f' <a href="{escape(relative(url))}" download>model</a>' if url else ""
 
 
-def earlier(tunes: Sequence[Tune], called: Mapping[int, Sequence[Callback]]) -> str:
-    """All tunes, newest first, each to be unfolded. called: the callbacks of each, by its id."""
+@dataclass(frozen=True)
+class Beside:
+    """What the page shows of a tune beside the tune itself: see the verbs of these names in `jobs.py`."""
+
+    callbacks: Sequence[Callback] = ()
+    chain: Sequence[str] = ()
+    formats: Mapping[str, tuple[str | None, str]] = field(default_factory=dict)
+
+
+def earlier(tunes: Sequence[Tune], beside: Mapping[int, Beside]) -> str:
+    """All tunes, newest first, each to be unfolded. beside: what is known besides of each, by its id."""
+    known = {tune.id: beside.get(tune.id, Beside()) for tune in tunes}
     return "".join(
         f'<details class="tb-card" data-tune="{tune.id}" data-status="{tune.status}"><summary>'
         f"{thumbnail(tune)}<span><b>{escape(tune.title)}</b>"
         f'<span class="tb-dim">{escape(tune.name)} · {tune.branch} · {when(tune.created_at)}</span></span>'
         f"{pill(tune.status)}</summary>"
         f"{problem(tune)}{actions(tune)}{prompts(tune)}"
-        f"<h4>Photos</h4>{verdict_cards(tune.photos)}{callbacks(tune, called.get(tune.id, ()))}"
-        f"{settings(tune)}</details>"
+        f"{formats(tune, known[tune.id].formats)}"
+        f"<h4>Photos</h4>{verdict_cards(tune.photos)}{callbacks(tune, known[tune.id].callbacks)}"
+        f"{settings(tune, known[tune.id].chain)}</details>"
         for tune in tunes
     )
 
@@ -236,8 +248,23 @@ def problem(tune: Tune) -> str:
     return error + "".join(f'<p class="tb-warning">{escape(warning)}</p>' for warning in tune.warnings)
 
 
-def settings(tune: Tune) -> str:
-    """What the tune was asked for and what was made of it."""
+def formats(tune: Tune, known: Mapping[str, tuple[str | None, str]]) -> str:
+    """The model in each format: to be downloaded, or to be made."""
+    if len(known) < 2:
+        return ""
+    parts = []
+    for name, (link, state) in known.items():
+        if link:
+            parts.append(f'<a class="tb-button" href="{escape(relative(link))}" download>{name}</a>')
+        elif state in ("queued", "exporting"):
+            parts.append(f'<span class="tb-dim">{name} is being made</span>')
+        else:
+            parts.append(button(tune, f"Make {name}", f"/tunes/{tune.id}/model?format={name}", "GET"))
+    return f'<h4>Model as</h4><div class="tb-actions tb-formats">{"".join(parts)}</div>'
+
+
+def settings(tune: Tune, chain: Sequence[str] = ()) -> str:
+    """What the tune was asked for and what was made of it. chain: the earlier tunes that it stands on."""
     rows = {
         "class name": tune.name,
         "token": tune.token,
@@ -245,6 +272,7 @@ def settings(tune: Tune) -> str:
         "model type": tune.model_type,
         "preset": tune.preset,
         "base tune": tune.base_tune_id,
+        "stands on": ", on ".join(chain),
         "characteristics": ", ".join(f"{key}: {value}" for key, value in tune.characteristics.items()),
         "args": tune.args,
         "trained": when(tune.trained_at) if tune.trained_at else None,

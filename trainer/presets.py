@@ -7,6 +7,7 @@ A TOML has a table for each model type, and in it, where a kind of subject wants
     [[lora.memory]]     in a branch's own TOML: what changes on a card with less free memory than `below_gib`
 
 Each layer overrides the one before: [lora] and then [lora.KIND] of the branch, the same two of the preset, the request.
+The other model types say what is different from [lora]: [pti] in branches and presets, [checkpoint] in branches.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from trainer.branches import BRANCHES
-from trainer.methods import METHODS
-from trainer.methods import PLANNED as PLANNED_METHODS
+from trainer.methods import METHODS, WORDS
 from trainer.schema import InvalidRequest, nearest, words
 
 
@@ -50,12 +50,26 @@ class TrainConfig(BaseModel):
     gradient_checkpointing: bool = Field(description="compute activations twice, to keep fewer of them in memory")
     lr: float = Field(gt=0, le=1, description="learning rate of the denoiser")
     text_encoder_lr: float = Field(ge=0, le=1, description="learning rate of the text encoders; 0 leaves them alone")
-    rank: int = Field(ge=1, le=512, description="inner width of the adapters")
-    alpha: float = Field(gt=0, le=1024, description="scale of the adapters, times rank")
-    targets: Literal["cross_attention", "attention", "all"] = Field(
-        description="which linear layers of the denoiser get adapters; cross_attention: the keys and values of text "
-        "alone (Kumari et al. 2022, arXiv 2212.04488), which is the fastest and keeps the rest best"
+    optimizer: Literal["adamw", "adafactor"] = Field(
+        description="adafactor: factored moments, and each gradient is used and freed within the backward pass"
     )
+    trained_dtype: Literal["float32", "bfloat16"] = Field(
+        description="number format of the weights that are trained; bfloat16 needs adafactor, which rounds at random"
+    )
+    rank: int = Field(ge=0, le=512, description="inner width of the adapters")
+    alpha: float = Field(ge=0, le=1024, description="scale of the adapters, times rank")
+    targets: Literal["cross_attention", "attention", "all"] = Field(
+        description="which linear layers of the denoiser get adapters, or are trained themselves (checkpoint; all: "
+        "every weight there); cross_attention: the keys and values of text alone (Kumari et al. 2022, arXiv "
+        "2212.04488), which is the fastest and keeps the rest best"
+    )
+    on_top: Literal["continue", "merge"] = Field(
+        description="of an earlier LoRA: go on from its weights, where rank and layers are the same; or keep it as it "
+        "is and begin a new one on it. What is saved holds both"
+    )
+    tokens: int = Field(ge=0, le=16, description="new words that stand for the token")
+    token_lr: float = Field(ge=0, le=1, description="learning rate of their embeddings")
+    token_share: float = Field(ge=0, le=1, description="share of the steps in which they are trained; then they rest")
     resolution: Resolutions = Field(description="side of the training pictures in pixels; several: each photo at each")
     buckets: bool = Field(description="keep each photo's aspect ratio; else its centre square is trained")
     crops: int = Field(ge=1, le=16, description="different crops of each photo; the first is its centre")
@@ -75,17 +89,29 @@ class TrainConfig(BaseModel):
     power: float = Field(gt=0, le=10, description="of the polynomial schedule")
     warmup_steps: int = Field(ge=0, description="steps in which the learning rate rises from 0")
     weight_decay: float = Field(ge=0, le=1, description="of AdamW")
-    max_grad_norm: float = Field(gt=0, description="gradients are clipped to this norm")
+    max_grad_norm: float = Field(
+        gt=0, description="gradients are clipped to this norm; adafactor clips each update by itself"
+    )
     min_snr: float = Field(ge=0, le=100, description="gamma of min-SNR weighting; 0: none")
     guidance: float = Field(ge=0, le=100, description="what a guidance-distilled model is told while it is trained")
     caption_dropout: float = Field(ge=0, le=1, description="share of samples that see no caption")
     save_every: int = Field(ge=1, description="steps between two states to resume from")
     save_dtype: Literal["float32", "float16", "bfloat16"] = Field(description="number format of the saved model")
 
+    @property
+    def text_steps(self) -> int:
+        """In how many steps, from the first on, what captions are encoded to is trained as well."""
+        return self.steps if self.text_encoder_lr else self.token_steps
+
+    @property
+    def token_steps(self) -> int:
+        """In how many of them the new words are trained."""
+        return max(1, round(self.steps * self.token_share)) if self.tokens else 0
+
 
 STEP_RULE = ("steps_per_photo", "min_steps", "max_steps")  # what a TOML has in place of `steps`
 KEYS = {*TrainConfig.model_fields, *STEP_RULE} - {"steps"}
-PRESET_KEYS = {"branches", *METHODS, *PLANNED_METHODS}  # the top level of a preset
+PRESET_KEYS = {"branches", *METHODS}  # the top level of a preset
 
 # What a class name is about. The people are those of the hosted service (astria-docs, "face crop"), and their plurals.
 KINDS = {
@@ -184,7 +210,9 @@ def resolve(
     Raises InvalidRequest naming the field that is wrong.
     """
     kind, table = kind_of(name), branch_table(folder, branch)
-    values = layer(table[model_type], kind) | ({"face_set": True} if face_crop_default else {})
+    values = layer(table["lora"], kind) | layer(table[model_type], kind)
+    values |= {word: 0 for word, having in WORDS.items() if model_type not in having}
+    values |= {"face_set": True} if face_crop_default else {}
     if preset is not None:
         values |= overlay(folder / f"{preset}.toml", branch, model_type, kind)
     if face_crop is not None:
@@ -207,9 +235,18 @@ def resolve(
             field = "args" if word in asked else "steps" if word == "steps" and steps is not None else "preset"
             problems.setdefault(field, []).append(f"{word}: {problem['msg']}")
         raise InvalidRequest(problems) from None
-    if without := [word for word in table.get("without", []) if getattr(config, word)]:
-        field = "args" if asked.keys() & without else "preset"
-        raise InvalidRequest({field: [f"{word} has no meaning on {branch}; leave it out" for word in without]})
+    meaningless = [(word, f"on {branch}") for word in table.get("without", []) if getattr(config, word)]
+    meaningless += [
+        (word, f"for {model_type}") for word, of in WORDS.items() if getattr(config, word) and model_type not in of
+    ]
+    told = [(word, f"{word} has no meaning {where}; leave it out") for word, where in meaningless]
+    lacking = [word for word, of in WORDS.items() if not getattr(config, word) and model_type in of]
+    told += [(word, f"{word} must not be 0") for word in lacking]
+    if config.trained_dtype == "bfloat16" and config.optimizer != "adafactor":
+        told.append(("trained_dtype", "trained_dtype=bfloat16 needs optimizer=adafactor, which rounds at random"))
+    if told:
+        field = "args" if asked.keys() & {word for word, _ in told} else "preset"
+        raise InvalidRequest({field: [message for _, message in told]})
     # A photo twice in one batch is a smaller batch, paid in full.
     return config if "batch" in asked else config.model_copy(update={"batch": min(config.batch, photos)})
 
@@ -218,6 +255,21 @@ def layer(table: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The values of one table of a model type, with those for a kind of subject over them."""
     plain = {key: value for key, value in table.items() if key in KEYS}
     return {**plain, **table.get(kind, {})}
+
+
+def model_types(folder: Path, branch: str) -> list[str]:
+    """What can be trained on a branch."""
+    return [method for method in METHODS if method in branch_table(folder, branch)]
+
+
+def why_not(folder: Path, branch: str) -> dict[str, str]:
+    """Why a branch does not have a model type, in words."""
+    return dict(branch_table(folder, branch).get("why_not", {}))
+
+
+def method_of(folder: Path, branch: str, model_type: str) -> str:
+    """What a model type means on a branch: sdxl1 takes lora for pti, as the hosted service does."""
+    return str(branch_table(folder, branch).get("instead", {}).get(model_type, model_type))
 
 
 def overlay(file: Path, branch: str, model_type: str, kind: str) -> dict[str, Any]:
@@ -233,7 +285,8 @@ def overlay(file: Path, branch: str, model_type: str, kind: str) -> dict[str, An
         problems += section_problems(file, section, preset[section])
     if problems:
         raise InvalidRequest({"preset": problems})
-    return layer(preset.get(model_type, {}), kind)
+    plain = layer(preset.get("lora", {}), kind) if model_type == "pti" else {}  # it is a LoRA, and new words
+    return plain | layer(preset.get(model_type, {}), kind)
 
 
 def section_problems(file: Path, section: str, table: Any) -> list[str]:

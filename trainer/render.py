@@ -1,9 +1,11 @@
-"""The story of one prompt: its tune's base and model -> pictures."""
+"""The story of one prompt: its tune's base and model, and a face -> pictures."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +17,22 @@ from trainer.branches import Branch, load_branch
 from trainer.files import whole_folder
 from trainer.loading import autocast
 from trainer.loop import Report
-from trainer.methods import get_method
+from trainer.methods import faceid, lora
 from trainer.presets import RenderConfig
 from trainer.schema import references
 from trainer.settings import Settings
 
 DEFAULT_SEED = 42  # the hosted service's, so that a prompt without a seed renders the same twice
 FIELD = re.compile(r"\{\{\s*([\w-]+)\s*\}\}")
+
+
+@dataclass(frozen=True)
+class FaceID:
+    """A person to be drawn: the `model/` of a faceid tune, the weights of the base's adapter, and how strongly."""
+
+    folder: Path
+    adapter: Path
+    strength: float
 
 
 class Stopped(Exception):
@@ -42,18 +53,20 @@ class Renderer:
         memory.release(self._device)
 
     def render_prompt(
-        self, prompt: dict[str, Any], tune: dict[str, Any], base: Base, report: Report
+        self, prompt: dict[str, Any], tune: dict[str, Any], base: Base, face: FaceID | None, report: Report
     ) -> tuple[list[str], list[str]]:
         """Render a prompt with its tune's model into `outputs/tunes/ID/prompts/PID`.
 
-        prompt, tune: their rows in the store. Returns the file names and what to warn of. Raises Stopped.
+        prompt, tune: their rows in the store. base: what the tune stands on, with its LoRA. Returns the file names and
+        what to warn of. Raises Stopped.
         """
         settings = self._settings
         defaults = presets.render_config(settings.presets, base.branch)
         folder = settings.outputs / "tunes" / str(tune["id"])
         text, warnings = fill(prompt["text"], tune["characteristics"])
         text, named = references(text)
-        strength = named[0][2] if named else 1.0  # the verbs let only the prompt's own tune be named
+        strength = next((weight for kind, _, weight in named if kind == "lora"), 1.0)  # only its own tune is named
+        cfg_scale = defaults.cfg_scale if prompt["cfg_scale"] is None else prompt["cfg_scale"]
         width, height = size(prompt["w"], prompt["h"], defaults)
         if defaults.fixed_size and (prompt["w"] or prompt["h"]) and (width, height) != (prompt["w"], prompt["h"]):
             warnings.append(f"{base.branch} renders {width} x {height} pixels, whatever w and h are")
@@ -64,12 +77,20 @@ class Renderer:
             negative = None
 
         report.stage("loading")
-        if self._loaded is None or self._loaded[0] != base:
+        if self._loaded is None or self._loaded[0].weights != base.weights:
             self.release()
             self._loaded = (base, load_branch(base, self._device, settings.outputs / "cache"))
             memory.place_for_rendering(self._loaded[1].pipeline, self._device)
-        pipeline = self._loaded[1].pipeline
-        get_method(tune["method"]).apply(pipeline, folder / "model", strength)
+        branch = self._loaded[1]
+        pipeline = branch.pipeline
+        faceid.remove(pipeline)
+        lora.remove(pipeline)
+        if base.model is not None:
+            lora.apply(branch, base.model, strength)
+        inputs = {}
+        if face is not None:
+            faceid.apply(branch, face.folder, face.strength, face.adapter)
+            inputs = faceid.inputs(branch, face.folder, cfg_scale)
 
         report.stage("rendering")
         steps = prompt["steps"] or defaults.steps
@@ -81,18 +102,19 @@ class Renderer:
             return tensors
 
         # VAEs are kept in float32, and pipelines hand them what the denoiser gives: autocast makes the two meet.
-        with autocast(self._device, self._loaded[1].dtype):
+        with autocast(self._device, branch.dtype):
             images = pipeline(
                 prompt=text,
                 **({"negative_prompt": negative} if defaults.negative_prompt else {}),
                 width=width,
                 height=height,
                 num_inference_steps=steps,
-                guidance_scale=defaults.cfg_scale if prompt["cfg_scale"] is None else prompt["cfg_scale"],
+                guidance_scale=cfg_scale,
                 num_images_per_prompt=prompt["num_images"],
                 # One generator a picture, on the CPU: a picture does not depend on its neighbours or on the card.
                 generator=[torch.Generator().manual_seed((seed + i) % 2**63) for i in range(prompt["num_images"])],
                 callback_on_step_end=watch,
+                **inputs,
             ).images
         target = folder / "prompts" / str(prompt["id"])
         target.parent.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -23,7 +23,6 @@ from pydantic import (
 
 from trainer.branches import BRANCHES
 from trainer.methods import METHODS
-from trainer.methods import PLANNED as PLANNED_METHODS
 
 TuneStatus = Literal["queued", "training", "trained", "failed", "canceled", "expired"]
 PromptStatus = Literal["queued", "rendering", "rendered", "failed", "canceled"]
@@ -296,6 +295,8 @@ class CheckRequest(Request):
     def as_tune(self) -> TuneRequest:
         """The tune that these photos would be for; a LoRA where nothing else is said."""
         given = self.model_dump(exclude={"images"}, exclude_none=True)
+        if self.model_type == "faceid":  # which looks at them as a LoRA does
+            del given["model_type"]
         return TuneRequest(**{"name": "photo", "title": "check", "model_type": "lora", **given})
 
 
@@ -356,17 +357,14 @@ def check_branch(branch: str) -> str:
     return branch
 
 
-def check_model_type(model_type: str, asked: str | None, branch: str) -> str:
-    """The model type, if this version has it. `asked`: the request's own word, None where the default decided."""
-    if model_type in METHODS:
-        return model_type
-    if model_type not in PLANNED_METHODS:
-        close = nearest(model_type, METHODS + PLANNED_METHODS)
-        raise InvalidRequest(
-            {"model_type": [f"unknown model_type {model_type!r}{close}; known: {words(METHODS + PLANNED_METHODS)}"]}
-        )
-    default = "" if asked else f"model_type null means {model_type} on {branch}; "
-    raise InvalidRequest({"model_type": [f"{default}{model_type} is not here yet; this version has {words(METHODS)}"]})
+def check_model_type(model_type: str, branch: str, known: Sequence[str], why_not: Mapping[str, str]) -> None:
+    """Raises InvalidRequest unless a branch has the model type. why_not: the reasons for those that it has not."""
+    if model_type not in METHODS:
+        close = nearest(model_type, METHODS)
+        raise InvalidRequest({"model_type": [f"unknown model_type {model_type!r}{close}; known: {words(METHODS)}"]})
+    if model_type not in known:
+        why = f": {why_not[model_type]}" if model_type in why_not else ""
+        raise InvalidRequest({"model_type": [f"{branch} has no {model_type}{why}; it has {words(known)}"]})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
-Table = Literal["tunes", "prompts"]
+Table = Literal["tunes", "prompts", "exports"]
 Row = dict[str, Any]
 
 # Applied in order, each in one transaction; `user_version` counts them. Never edit one that has landed: add another.
@@ -92,9 +92,25 @@ MIGRATIONS = [
     ALTER TABLE prompts ADD COLUMN request_digest TEXT;
     CREATE UNIQUE INDEX prompts_request ON prompts (request_key) WHERE request_key IS NOT NULL;
     """,
+    """
+    CREATE INDEX tunes_base ON tunes (base_id);
+    ALTER TABLE prompts ADD COLUMN base_id INTEGER;  -- NULL: the base of its tune
+    -- A trained tune in another format, made when it is first asked for.
+    CREATE TABLE exports (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        tune_id INTEGER NOT NULL REFERENCES tunes (id) ON DELETE CASCADE,
+        format TEXT NOT NULL, files TEXT NOT NULL DEFAULT '[]', status TEXT NOT NULL, cancel INTEGER NOT NULL DEFAULT 0,
+        error TEXT, created_at TEXT NOT NULL, updated_at TEXT NOT NULL, started_training_at TEXT,
+        UNIQUE (tune_id, format)
+    ) STRICT;
+    ALTER TABLE jobs ADD COLUMN export_id INTEGER REFERENCES exports (id) ON DELETE CASCADE;
+    -- Words that came with the new model types; a LoRA that waits has them as they were.
+    UPDATE tunes SET args = args || ' optimizer=adamw trained_dtype=float32 on_top=continue tokens=0 token_lr=0'
+        || ' token_share=0' WHERE args IS NOT NULL AND instr(args, 'on_top=') = 0;
+    """,
 ]
 JSON_COLUMNS = ("characteristics", "photos", "files", "progress", "warnings", "kept")
-RUNNING = {"tunes": "training", "prompts": "rendering"}
+RUNNING: dict[Table, str] = {"tunes": "training", "prompts": "rendering", "exports": "exporting"}
 
 
 class InUse(Exception):
@@ -103,12 +119,20 @@ class InUse(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work: a tune to train, or one of its prompts to render."""
+    """One piece of work: a tune to train, one of its prompts to render, or one of its exports to make."""
 
     id: int
     tune_id: int
     prompt_id: int | None
     attempts: int
+    export_id: int | None = None
+
+    @property
+    def target(self) -> tuple[Table, int]:
+        """The row that says what is to be done, and how it ends."""
+        if self.export_id is not None:
+            return "exports", self.export_id
+        return ("tunes", self.tune_id) if self.prompt_id is None else ("prompts", self.prompt_id)
 
 
 def now() -> str:
@@ -198,12 +222,25 @@ class Store:
             db.execute("INSERT INTO jobs (tune_id) VALUES (?)", (tune_id,))
         return tune_id
 
+    def add_ready_tune(self, values: Mapping[str, Any], **ended: Any) -> int:
+        """Insert a tune that needs no training; `ended` is how it ended. Its callback is noted, as of any that ends."""
+        with self.transaction():
+            tune_id = self._insert("tunes", values)
+            self.update("tunes", tune_id, status="trained", **ended)
+        return tune_id
+
     def add_prompt(self, values: Mapping[str, Any]) -> int:
         """Insert a prompt and its job, both or neither."""
         with self.transaction() as db:
             prompt_id = self._insert("prompts", values)
             db.execute("INSERT INTO jobs (tune_id, prompt_id) VALUES (?, ?)", (values["tune_id"], prompt_id))
         return prompt_id
+
+    def add_export(self, tune_id: int, format_: str) -> None:
+        """Insert an export and its job, both or neither."""
+        with self.transaction() as db:
+            export_id = self._insert("exports", {"tune_id": tune_id, "format": format_})
+            db.execute("INSERT INTO jobs (tune_id, export_id) VALUES (?, ?)", (tune_id, export_id))
 
     def _insert(self, table: Table, values: Mapping[str, Any]) -> int:
         moment = now()
@@ -262,7 +299,7 @@ class Store:
                 return None
             job = Job(**row)
             db.execute("UPDATE jobs SET attempts = attempts + 1 WHERE id = ?", (job.id,))
-            table, row_id = _target(job)
+            table, row_id = job.target
             db.execute(
                 f"UPDATE {table} SET status = ?, started_training_at = COALESCE(started_training_at, ?), updated_at = ?"
                 " WHERE id = ?",
@@ -277,7 +314,7 @@ class Store:
 
     def put_back(self, job: Job) -> None:
         """A job that was stopped because the app ends waits again, at its old place; that was no crash."""
-        table, row_id = _target(job)
+        table, row_id = job.target
         with self.transaction() as db:
             self.update(table, row_id, status="queued")
             db.execute("UPDATE jobs SET attempts = 0 WHERE id = ?", (job.id,))
@@ -292,7 +329,7 @@ class Store:
 
         The prompts of a tune that did not get trained end with it.
         """
-        table, row_id = _target(job)
+        table, row_id = job.target
         with self.transaction() as db:
             self.update(table, row_id, status=status, cancel=0, **values)
             db.execute("DELETE FROM jobs WHERE id = ?", (job.id,))
@@ -312,7 +349,7 @@ class Store:
         with self.transaction() as db:
             queued = db.execute("SELECT 1 FROM tunes WHERE id = ? AND status = 'queued'", (tune_id,)).fetchone()
             if queued:
-                db.execute("DELETE FROM jobs WHERE tune_id = ? AND prompt_id IS NULL", (tune_id,))
+                db.execute("DELETE FROM jobs WHERE tune_id = ? AND prompt_id IS NULL AND export_id IS NULL", (tune_id,))
                 self.update("tunes", tune_id, status="canceled")
                 self.end_prompts(tune_id, "canceled")
             return queued is not None
@@ -361,12 +398,13 @@ class Store:
             again = "UPDATE callbacks SET attempts = 0, arrived_at = NULL, due_at = ? WHERE tune_id = ?"
             return db.execute(again, (now(), tune_id)).rowcount
 
+    def standing_on(self, tune_id: int) -> list[Row]:
+        """The tunes that were, or are to be, trained on this one; oldest first."""
+        found = self._db.execute("SELECT * FROM tunes WHERE base_id = ? ORDER BY id", (tune_id,))
+        return [_decode(row) for row in found]
+
     def queue_length(self) -> int:
         return int(self._db.execute("SELECT COUNT(*) FROM jobs").fetchone()[0])
-
-
-def _target(job: Job) -> tuple[Table, int]:
-    return ("tunes", job.tune_id) if job.prompt_id is None else ("prompts", job.prompt_id)
 
 
 def _encode(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from trainer import dataset, loop, presets
 from trainer.bases import Base
 from trainer.branches import Branch, load_branch
 from trainer.dataset import Picture
-from trainer.files import whole_folder
+from trainer.files import discard, whole_folder
 from trainer.loading import autocast
 from trainer.loop import Report
 from trainer.memory import placed
@@ -29,6 +30,7 @@ PREVIEW_STEPS = 20  # of the sampler: enough to see what has been learned
 PREVIEW_SEED = 42
 CHECK_STEPS = 2  # enough to see that a model changes something
 ROUNDING = 4  # units in the last place of the largest value: what summing in another order changes as well
+WHAT = {"lora": "a LoRA", "pti": "a LoRA with new words", "checkpoint": "a DreamBooth checkpoint"}
 MODELS_KEPT_FROM = 0.5  # of the run; earlier ones are not worth a download
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ def train_tune(
     report.stage("loading")
     branch = load_branch(base, device, settings.outputs / "cache")
     method = get_method(tune["method"])
+    for said in method.begin(branch, config, tune["token"], tune["name"], base.model):
+        report.warn(said)
     defaults = presets.render_config(settings.presets, base.branch)
 
     if config.prior_weight:
@@ -76,20 +80,17 @@ def train_tune(
         pictures += drawn
 
     report.stage("encoding")
-    data, said = dataset.build(branch, pictures, [preview, ""], config, folder / "dataset")
-    with torch.random.fork_rng():
-        torch.manual_seed(dataset.derive(config.seed, 0, "adapters"))
-        groups = method.attach(branch, config)
+    kept = method.encoders(branch, config)
+    data, told = dataset.build(branch, pictures, [preview, ""], config, folder / "dataset", kept)
     branch.denoiser.to(device)
-    for encoder in branch.text_encoders.values():  # those that are trained; the others are gone by now
-        encoder.to(device)
-    if config.gradient_checkpointing:
-        branch.pipeline.components[branch.denoiser_name].enable_gradient_checkpointing()
+    if config.text_steps:
+        for encoder in branch.text_encoders.values():
+            encoder.to(device)
 
     def render(steps: int, output_type: str) -> Any:
         """The preview of the model as it is now: a picture, or its latents."""
         with torch.no_grad(), placed(device, branch.vae), autocast(device, branch.dtype):
-            spoken, silent = (branch.encode_prompts([text]) for text in (preview, "")) if branch.text_encoders else said
+            spoken, silent = (branch.encode_prompts([text]) for text in (preview, "")) if config.text_steps else told
             return branch.pipeline(
                 **branch.prompt_inputs(spoken, silent),
                 width=config.resolution[0],
@@ -106,14 +107,23 @@ def train_tune(
             write_picture(render(PREVIEW_STEPS, "pil")[0], folder / "samples" / f"step-{step:06d}.png")
         except torch.OutOfMemoryError:
             report.warn(f"the preview at step {step} was left out: the card has no room for it")
-        if MODELS_KEPT_FROM <= quarters(config.steps)[step] < 1:
+        if MODELS_KEPT_FROM <= quarters(config.steps)[step] < 1 and not method.LARGE:
             with whole_folder(folder / "checkpoints" / f"step-{step:06d}") as kept:
                 facts = describe(tune, base, branch, config, pictures, step)
                 for file in method.save(branch, kept, config, facts):
                     check_file(kept / file)
 
+    before: Tensor = render(CHECK_STEPS, "latent")
+    with torch.random.fork_rng():
+        torch.manual_seed(dataset.derive(config.seed, 0, "adapters"))
+        groups = method.attach(branch, config)
+    branch.denoiser.to(device)  # what was attached, too
+    if config.gradient_checkpointing:
+        branch.pipeline.components[branch.denoiser_name].enable_gradient_checkpointing()
+
     report.stage("training")
-    if not loop.train(branch, groups, data, config, report, folder / "state", look, quarters(config.steps)):
+    moments, states, after_step = quarters(config.steps), folder / "state", partial(method.after_step, branch)
+    if not loop.train(branch, groups, data, config, report, states, look, moments, after_step):
         return None
 
     report.stage("saving")
@@ -121,7 +131,9 @@ def train_tune(
         files = method.save(branch, model, config, describe(tune, base, branch, config, pictures, config.steps))
         for file in files:
             check_file(model / file)
-        check_effect(branch, method, model, render)
+        check_effect(branch, method, model, render, before)
+    if method.LARGE:
+        discard(states)  # nothing goes on from there any more, and it is several times the model
     return files
 
 
@@ -185,7 +197,8 @@ def describe(
         "modelspec.implementation": "diffusers",
         "modelspec.title": tune["title"],
         "modelspec.date": now(),
-        "modelspec.description": f"a LoRA of {tune['token']} {tune['name']} on {base.title}, made with Tunebooth",
+        "modelspec.description": f"{WHAT[tune['method']]} of {tune['token']} {tune['name']} on {base.title}, made with"
+        " Tunebooth",
         "modelspec.trigger_phrase": f"{tune['token']} {tune['name']}",
         "modelspec.resolution": f"{side}x{side}",
         "ss_output_name": tune["title"],
@@ -195,7 +208,7 @@ def describe(
         "ss_learning_rate": config.lr,
         "ss_unet_lr": config.lr,
         "ss_text_encoder_lr": config.text_encoder_lr,
-        "ss_optimizer": "torch.optim.adamw.AdamW",
+        "ss_optimizer": {"adamw": "torch.optim.adamw.AdamW", "adafactor": "Adafactor"}[config.optimizer],
         "ss_lr_scheduler": config.schedule,
         "ss_lr_warmup_steps": config.warmup_steps,
         "ss_steps": step,
@@ -211,12 +224,16 @@ def describe(
         "ss_num_train_images": sum(tags.values()),
         "ss_tag_frequency": json.dumps({"dataset": tags}),
         "tunebooth.base": base.title,
+        "tunebooth.stands_on": json.dumps(base.chain),
         "tunebooth.token": tune["token"],
         "tunebooth.class": tune["name"],
         "tunebooth.args": presets.as_args(config),
     }
     facts |= branch.metadata
-    facts["modelspec.architecture"] = f"{branch.metadata['modelspec.architecture']}/lora"
+    if tune["method"] == "checkpoint":
+        facts = {key: value for key, value in facts.items() if not key.startswith("ss_network_")}
+    else:
+        facts["modelspec.architecture"] += "/lora"
     return {key: str(value) for key, value in facts.items()}
 
 
@@ -230,15 +247,16 @@ def check_file(file: Path) -> None:
         raise BadArtefact(f"{file.name} holds nothing but zeros")
 
 
-def check_effect(branch: Branch, method: Method, model: Path, render: Render) -> None:
-    """Raises BadArtefact unless each file loads into the stock pipeline and changes a picture by more than rounding."""
-    method.remove(branch.pipeline)
-    bare: Tensor = render(CHECK_STEPS, "latent")
-    least = ROUNDING * torch.finfo(branch.dtype).eps * float(bare.abs().max())
+def check_effect(branch: Branch, method: Method, model: Path, render: Render, before: Tensor) -> None:
+    """Raises BadArtefact unless each file loads into the stock pipeline and changes a picture by more than rounding.
+
+    before: the latents of that picture before anything was trained.
+    """
+    least = ROUNDING * torch.finfo(branch.dtype).eps * float(before.abs().max())
     for file in method.readable(branch):
-        method.apply(branch.pipeline, model, 1.0, file)
+        method.apply(branch, model, 1.0, file)
         changed: Tensor = render(CHECK_STEPS, "latent")
-        difference = float((changed - bare).abs().max())
+        difference = float((changed - before).abs().max())
         if not difference > least:  # also where it is not a number
             raise BadArtefact(
                 f"{file} changes nothing: a picture of a fixed seed differs by {difference:.2g} from the base's, which"

@@ -117,10 +117,14 @@ def live_parts(jobs: Jobs, shown: tuple[str, str, str]) -> tuple[Any, Any, Any, 
     parts = (
         page.current(tune, readings, moments, len(running) - 1 if running else 0),
         page.trained_pictures(seen),
-        page.earlier(tunes, {tune.id: jobs.list_callbacks(tune.id) for tune in tunes}),
+        page.earlier(tunes, {tune.id: beside(jobs, tune.id) for tune in tunes}),
     )
     now, pictures, earlier = (part if part != old else gr.skip() for part, old in zip(parts, shown, strict=True))
     return now, pictures, earlier, parts if parts != shown else gr.skip()
+
+
+def beside(jobs: Jobs, tune_id: int) -> page.Beside:
+    return page.Beside(jobs.list_callbacks(tune_id), jobs.chain(tune_id), jobs.formats(tune_id))
 
 
 def _busy(tune: Tune) -> bool:
@@ -233,7 +237,8 @@ class Form:
         found = self._jobs.list_base_tunes()
         bases = [(f"{b['title']} ({'cannot be used' if b['error'] else b['branch']})", b["id"]) for b in found]
         named = [OWN, *((name, name) for name in self._jobs.list_presets())]
-        return gr.update(choices=[("branch's own", 0), *bases]), gr.update(choices=named)
+        earlier = self._jobs.earlier_tunes()
+        return gr.update(choices=[("branch's own", 0), *earlier, *bases]), gr.update(choices=named)
 
     def dropped(self, paths: list[str] | None) -> str:
         """The photos that were dropped, small; and the process that looks at them is started meanwhile."""

@@ -7,6 +7,7 @@ without a network gets them by hand: the same names in that folder.
 from __future__ import annotations
 
 import hashlib
+import logging
 import uuid
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,9 +19,12 @@ from trainer.files import PARTIAL, fsync, write_whole
 from trainer.schema import Tell, untold
 from trainer.settings import Settings
 
+log = logging.getLogger("tunebooth.weights")
+
 FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
 CLIPSEG_FOLDER = "clipseg-rd64-refined"
 CLIPSEG_HUB = f"https://huggingface.co/CIDAS/{CLIPSEG_FOLDER}/resolve/main"
+FACEID_HUB = "https://huggingface.co/h94/IP-Adapter-FaceID/resolve/main"
 
 
 class Unavailable(Exception):
@@ -89,6 +93,34 @@ RECOGNIZERS = (
         "Apache-2.0 (MobileFaceNet; trained on MS-Celeb-1M, which was withdrawn)",
     ),
 )
+# What faceid tunes are made with: whose identities IP-Adapter FaceID was trained on.
+ARCFACE = Weights(
+    "w600k_r50.onnx",
+    "the face recognizer of faceid tunes",
+    "https://huggingface.co/public-data/insightface/resolve/main/models/buffalo_l/w600k_r50.onnx",
+    "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43",
+    174,
+    "non-commercial research only (InsightFace)",
+)
+FACEID_LICENCE = "research only, not for commercial use (IP-Adapter-FaceID; InsightFace)"
+FACEID = {  # by the branch whose pictures they put a face into
+    "sd15": Weights(
+        "ip-adapter-faceid_sd15.bin",
+        "the adapter that puts a face into pictures of Stable Diffusion 1.5",
+        f"{FACEID_HUB}/ip-adapter-faceid_sd15.bin",
+        "201344e22e6f55849cf07ca7a6e53d8c3b001327c66cb9710d69fd5da48a8da7",
+        97,
+        FACEID_LICENCE,
+    ),
+    "sdxl1": Weights(
+        "ip-adapter-faceid_sdxl.bin",
+        "the adapter that puts a face into pictures of SDXL",
+        f"{FACEID_HUB}/ip-adapter-faceid_sdxl.bin",
+        "f455fed24e207c878ec1e0466b34a969d37bab857c5faa4e8d259a0b4ff63d7e",
+        1071,
+        FACEID_LICENCE,
+    ),
+}
 
 
 def find(settings: Settings, *wanted: Weights) -> Path | None:
@@ -112,6 +144,26 @@ def find_recognizer(settings: Settings) -> Path | None:
     return next((file for file in found if file), None)
 
 
+def find_identifier(settings: Settings) -> Path | None:
+    """The face recognizer for faceid tunes, where one lies in the folder: ArcFace's, else that for other tunes.
+
+    Adapters know only identities of the one that they were trained with.
+    """
+    return find(settings, ARCFACE) or find_recognizer(settings)
+
+
+def obtain_identifier(settings: Settings, tell: Tell = untold) -> Path:
+    """ArcFace's, which is fetched; the one for other tunes only where that cannot be had. Raises Unavailable."""
+    if file := find(settings, ARCFACE):
+        return file
+    try:
+        return obtain(settings, ARCFACE, tell=tell)
+    except Unavailable:
+        if file := find_recognizer(settings):
+            return file
+        raise
+
+
 def obtain(settings: Settings, *wanted: Weights, tell: Tell = untold) -> Path:
     """The first of these files; what is missing is fetched. Raises Unavailable."""
     for one in wanted:
@@ -128,6 +180,7 @@ def _fetch(settings: Settings, one: Weights, tell: Tell) -> None:
     by_hand = f"put {one.name} into the weights folder, from {one.url}"
     if constants.is_offline_mode():
         raise Unavailable(f"{one.what} is not here and HF_HUB_OFFLINE is set; {by_hand}")
+    log.info("fetching %s: %s, %g MB from %s, licence: %s", one.name, one.what, one.megabytes, one.url, one.licence)
     target = settings.weights / one.name
     partial = target.with_name(f"{target.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
     digest, size = hashlib.sha256(), 0
@@ -139,7 +192,7 @@ def _fetch(settings: Settings, one: Weights, tell: Tell) -> None:
                 digest.update(chunk)
                 file.write(chunk)
                 size += len(chunk)
-                tell(f"{one.what} is fetched", round(size / 2**20), round(one.megabytes))
+                tell(f"{one.what} is fetched; its licence: {one.licence}", round(size / 1e6), round(one.megabytes))
         if one.sha256 not in (None, digest.hexdigest()):
             raise Unavailable(f"{one.what} arrived damaged: its sha256 is not the published one; {by_hand}")
         fsync(partial)

@@ -10,17 +10,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import bases, presets
+from trainer import bases, presets, weights
 from trainer.child import Closed
 from trainer.expiry import expiry
 from trainer.files import read_json_lines, write_whole
 from trainer.looking import Looker, begin_anew
-from trainer.schema import CannotLook, InvalidRequest, Photo
+from trainer.methods import FORMATS
+from trainer.schema import CannotLook, InvalidRequest, Photo, references
 from trainer.settings import Settings
-from trainer.store import Job, Row, Store, Table, now, stamp
+from trainer.store import Job, Row, Store, now, stamp
 
 if TYPE_CHECKING:
     import torch
+
+    from trainer.render import FaceID
 
 log = logging.getLogger("tunebooth.worker")
 
@@ -111,11 +114,13 @@ class Bench:
         try:
             if job.attempts >= MAX_ATTEMPTS:
                 raise RuntimeError(f"the app ended {job.attempts} times at this point; it is not tried again")
-            if job.prompt_id is None:
+            if job.export_id is not None:
+                self._export(job, job.export_id)
+            elif job.prompt_id is None:
                 self._train(job, reporter)
             else:
                 self._render(job, job.prompt_id, reporter)
-        except (InvalidRequest, CannotLook) as problem:
+        except (InvalidRequest, CannotLook, weights.Unavailable) as problem:
             self._store.finish(job, "failed", error=str(problem))
         except (Aside, Closed):
             self._put_aside(job, reporter)
@@ -217,7 +222,8 @@ class Bench:
             self._must(self._store.get("tunes", job.tune_id)),
         )
         try:
-            files, warnings = self._renderer.render_prompt(prompt, tune, self._base(tune), reporter)
+            base, face = self._to_render(prompt, tune, reporter)
+            files, warnings = self._renderer.render_prompt(prompt, tune, base, face, reporter)
         except Stopped:
             if self._store.cancel_wanted("prompts", prompt_id):
                 self._store.finish(job, "canceled")
@@ -227,9 +233,42 @@ class Bench:
         warnings = [*prompt["warnings"], *(w for w in warnings if w not in prompt["warnings"])]
         self._store.finish(job, "rendered", files=files, warnings=warnings, trained_at=now())
 
+    def _to_render(self, prompt: Row, tune: Row, reporter: Reporter) -> tuple[bases.Base, FaceID | None]:
+        """What a prompt is rendered with: the base with its tune's model, and the face that it names."""
+        from trainer.render import FaceID
+
+        named = [(int(name), weight) for kind, name, weight in references(prompt["text"])[1] if kind == "faceid"]
+        if tune["method"] == "faceid":
+            base = bases.resolve(self._settings, prompt["base_id"] or tune["base_id"], tune["branch"], self._tune_row)
+            named = named or [(tune["id"], 1.0)]
+        else:
+            base = bases.of_tune(self._settings, tune, self._tune_row)
+        if not named:
+            return base, None
+        face_id, strength = named[0]
+        folder = self._settings.outputs / "tunes" / str(face_id) / "model"
+        if not (folder / FORMATS["faceid"]).exists():
+            raise RuntimeError(f"<faceid:{face_id}>: that tune is gone, and its face with it")
+        adapter = weights.obtain(
+            self._settings, weights.FACEID[base.branch], tell=lambda what, *_: reporter.stage(what)
+        )
+        return base, FaceID(folder, adapter, strength)
+
+    def _export(self, job: Job, export_id: int) -> None:
+        from trainer.export import export_tune
+
+        export = self._must(self._store.get("exports", export_id))
+        tune = self._must(self._tune_row(job.tune_id))
+        base = bases.of_tune(self._settings, tune, self._tune_row)
+        file = export_tune(tune, base, export["format"], self._settings)
+        self._store.finish(job, "exported", files=[file])
+
+    def _tune_row(self, tune_id: int) -> Row | None:
+        return self._store.get("tunes", tune_id)
+
     def _base(self, tune: Row) -> bases.Base:
-        branch = tune["branch"]
-        return bases.resolve(self._settings, None if branch == "fast" else tune["base_id"], branch)
+        """What a tune is trained on."""
+        return bases.resolve(self._settings, tune["base_id"], tune["branch"], self._tune_row)
 
     @staticmethod
     def _must(row: Row | None) -> Row:
@@ -247,11 +286,10 @@ class Reporter:
         self._device = device
         self._job = job
         self._stopping = stopping
-        self._table: Table = "tunes" if job.prompt_id is None else "prompts"
-        self._row = job.prompt_id or job.tune_id
+        self._table, self._row = job.target
         folder = settings.outputs / "tunes" / str(job.tune_id)
         self._log = folder / "log.jsonl"
-        self._board = tensorboard(folder / "tensorboard") if settings.tensorboard and job.prompt_id is None else None
+        self._board = tensorboard(folder / "tensorboard") if settings.tensorboard and self._table == "tunes" else None
         self._began = time.monotonic()
         self._told = self._stepped = 0.0
         self.progress: dict[str, Any] = {

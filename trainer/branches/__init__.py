@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -26,8 +26,10 @@ class Branch(Protocol):
 
     denoiser: nn.Module
     text_encoders: dict[str, nn.Module]
+    token_encoders: tuple[str, ...]  # those that new words can be taught: CLIP's
     vae: nn.Module
     pipeline: Any  # the stock diffusers pipeline over the very same modules
+    parts: Any  # the same, without reading a denoiser that has not been asked for yet
     device: torch.device  # where it trains
     dtype: torch.dtype  # of the frozen weights
     latent_scale: int  # pixels along a side for one latent along a side
@@ -35,6 +37,7 @@ class Branch(Protocol):
     lora_targets: Mapping[str, list[str]]  # for each word of `targets`: ends of names of the denoiser's linear layers
     denoiser_name: str  # the denoiser's name in the pipeline, which is also its prefix in diffusers' LoRA keys
     reads_kohya: bool  # whether stock diffusers reads kohya's keys of this family
+    whole_file: bool  # whether a single file of the family holds the text encoders and the VAE, too
     metadata: Mapping[str, str]  # what a model file says of its family (modelspec.*, ss_*)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +75,14 @@ class Branch(Protocol):
         """Encoded prompts, and as many empty ones, as keyword arguments of the pipeline."""
         ...
 
+    def original_weights(self) -> dict[str, Tensor]:
+        """What a single file of the family holds, under the original release's keys (see trainer/original.py).
+
+        Detached, with the dtypes and devices of the modules, and for the most part their very memory; adapters are left
+        out. Raises ValueError where text encoders belong into the file and have been dropped.
+        """
+        ...
+
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
         """The denoiser's adapters under kohya's names.
 
@@ -80,8 +91,13 @@ class Branch(Protocol):
         """
         ...
 
-    def drop_text_encoders(self) -> None:
-        """Give their memory back, once every caption is encoded."""
+    def load_weights(self, file: Path, cache: Path) -> None:
+        """Put what a single file of the family holds in place of the weights here. Raises ValueError for gaps."""
+        ...
+
+    def keep_text_encoders(self, names: Collection[str]) -> None:
+        """Give back the memory of all others, once every caption is encoded. What they said is remembered, where the
+        rest is still asked."""
         ...
 
 
@@ -90,9 +106,16 @@ def load_branch(base: Base, device: torch.device, cache: Path) -> Branch:
 
     Raises what the loader raises: OSError for missing files, ValueError for wrong ones.
     """
-    if base.repository and base.path is None:
-        from trainer import hub
-
-        base = replace(base, path=hub.fetch_pipeline(base.repository, base.revision, base.variant))
-    branch: Branch = import_module(f"trainer.branches.{base.branch}").load(base, device, cache)
+    branch: Branch = import_module(f"trainer.branches.{base.branch}").load(at_hand(base), device, cache)
     return branch
+
+
+def at_hand(base: Base) -> Base:
+    """The base with a path on this machine, from the hub where it has none."""
+    if base.rest is not None:
+        base = replace(base, rest=at_hand(base.rest))
+    if base.path is not None or base.repository is None:
+        return base
+    from trainer import hub
+
+    return replace(base, path=hub.fetch_pipeline(base.repository, base.revision, base.variant))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from trainer import loading
 from trainer.bases import Base, sidecar
 from trainer.loading import CLIP_L
 from trainer.objectives import logit_normal, masked_mean
+from trainer.original import module_weights, stacked
 from trainer.presets import TrainConfig
 
 HOME = "black-forest-labs/FLUX.1-dev"  # where the parts come from that a single file does not hold
@@ -80,8 +81,13 @@ def load(base: Base, device: torch.device, cache: Path) -> Flux1:
     assert base.path is not None, "load_branch fetches what is not here"
     dtype = loading.compute_dtype(device)
     with loading.told_in_words(base):
-        read = read_file if base.path.is_file() else read_folder
-        pipeline, read_transformer = read(base.path, base.variant, dtype, cache)
+        whole = base.rest or base  # a checkpoint tune has the transformer alone
+        assert whole.path is not None, "load_branch fetches what is not here"
+        read = read_file if whole.path.is_file() else read_folder
+        pipeline, read_transformer = read(whole.path, whole.variant, dtype, cache)
+        if base.rest is not None:
+            config = loading.single_file_config(base.path, cache, CONFIG)
+            read_transformer = partial(transformer_from_file, base.path, config, dtype)
     loading.finish(base, pipeline)
 
     def transformer() -> Any:
@@ -206,7 +212,8 @@ def transformer_from_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
                 rows = [shapes[name][0] for name in names]
                 if sum(rows) != len(tensor):
                     raise ValueError(f"{key} has {len(tensor)} rows, not {sum(rows)}")
-                weights |= zip(names, tensor.split(rows), strict=True)
+                # Cloned: parts of one tensor would count each other's changes as their own (autograd's versions).
+                weights |= zip(names, (part.clone() for part in tensor.split(rows)), strict=True)
         for original, name in original_scales(transformer):
             if (key := f"{prefix}{original}") in left:
                 left.remove(key)
@@ -253,8 +260,10 @@ class Flux1:
         "attention": ATTENTION,
         "all": [*ATTENTION, *FEED_FORWARD],
     }
+    token_encoders = ("text_encoder",)
     denoiser_name = "transformer"
     reads_kohya = False  # diffusers 0.42 leaves out the final projection, and has the width of FLUX.1 built in
+    whole_file = False
     metadata = {  # noqa: RUF012
         "modelspec.architecture": "flux-1-dev",
         "ss_base_model_version": "flux1",
@@ -268,7 +277,8 @@ class Flux1:
         self, pipeline: Any, read_transformer: Callable[[], Any], device: torch.device, dtype: torch.dtype
     ) -> None:
         self._read_transformer = read_transformer
-        self._pipeline = pipeline
+        self.parts = pipeline
+        self._heard: dict[str, Tensor] = {}  # what T5 made of each caption, while only CLIP is still asked
         self.device = device
         self.dtype = dtype
         names = ("text_encoder", "text_encoder_2")
@@ -284,9 +294,9 @@ class Flux1:
 
     @property
     def pipeline(self) -> Any:
-        if self._pipeline.transformer is None:
-            self._pipeline.register_modules(transformer=self._read_transformer())
-        return self._pipeline
+        if self.parts.transformer is None:
+            self.parts.register_modules(transformer=self._read_transformer())
+        return self.parts
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels (B, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (B, C, H/f, W/f), scaled."""
@@ -295,7 +305,12 @@ class Flux1:
     def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
         """B captions -> {"encoder_hidden_states": (B, 512, D), "pooled_projections": (B, P)}; longer ones are cut."""
         with loading.autocast(self.device, self.dtype):
-            hidden, pooled, _ = self._pipeline.encode_prompt(captions, None, device=self.device)
+            if "text_encoder_2" in self.text_encoders:
+                hidden, pooled, _ = self.parts.encode_prompt(captions, None, device=self.device)
+                self._heard |= zip(captions, hidden.detach().split(1), strict=True)
+            else:
+                hidden = torch.cat([self._heard[caption] for caption in captions])
+                pooled = self.parts._get_clip_prompt_embeds(captions, device=self.device)
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
     def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
@@ -337,6 +352,18 @@ class Flux1:
     def prompt_inputs(self, cond: dict[str, Tensor], empty: dict[str, Tensor]) -> dict[str, Any]:
         return {"prompt_embeds": cond["encoder_hidden_states"], "pooled_prompt_embeds": cond["pooled_projections"]}
 
+    def original_weights(self) -> dict[str, Tensor]:
+        """Of the transformer alone, as in the published file."""
+        ours = module_weights(self.denoiser)
+        weights = {theirs: ours[name] for theirs, name in original_scales(self.denoiser)}
+        for theirs, layers in original_layers(self.denoiser):
+            for kind in ("weight", "bias"):
+                tensor = stacked([ours[f"{layer}.{kind}"] for layer in layers])
+                if theirs == "final_layer.adaLN_modulation.1":  # shift and scale there, scale and shift here
+                    tensor = torch.cat(tensor.chunk(2)[::-1])
+                weights[f"{theirs}.{kind}"] = tensor
+        return weights
+
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
         """Layers have the original release's names there, where several of ours are one: their adapters lie beside
         each other, each with a block of the output of its own, and zeros where a layer has none."""
@@ -356,9 +383,12 @@ class Flux1:
             stacked[name] = (torch.cat(downs), torch.block_diag(*ups), len(layers))  # type: ignore[no-untyped-call]
         return stacked
 
-    def drop_text_encoders(self) -> None:
-        self.text_encoders = {}
-        self._pipeline.register_modules(text_encoder=None, text_encoder_2=None)
+    def load_weights(self, file: Path, cache: Path) -> None:
+        config = loading.single_file_config(file, cache, CONFIG)
+        self.denoiser.load_state_dict(transformer_from_file(file, config, self.dtype).state_dict())
+
+    def keep_text_encoders(self, names: Collection[str]) -> None:
+        self.text_encoders = loading.keep_parts(self.parts, self.text_encoders, names)
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from trainer import loading
 from trainer.bases import Base, sidecar
 from trainer.loading import CLIP_L
 from trainer.objectives import noise_and_timesteps, noise_loss
+from trainer.original import clip_weights, joined, unet_weights, vae_weights
 from trainer.presets import TrainConfig
 
 # Linear layers of diffusers' UNets; every family that has such a UNet trains these.
@@ -78,11 +80,13 @@ class SD15:
     """The modules of one base, ready to train and to render."""
 
     lora_targets = UNET_TARGETS
+    token_encoders = ("text_encoder",)
     denoiser_name = "unet"
     reads_kohya = True
+    whole_file = True
 
     def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
-        self.pipeline = pipeline
+        self.pipeline = self.parts = pipeline
         self.device = device
         self.dtype = dtype
         self.denoiser: nn.Module = pipeline.unet
@@ -108,7 +112,11 @@ class SD15:
         """B captions -> {"encoder_hidden_states": (B, 77, D)}. Longer captions are cut off, as the renderer does."""
         tokenizer = self.pipeline.tokenizer
         tokens = tokenizer(
-            captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+            self.pipeline.maybe_convert_prompt(captions, tokenizer),
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
         )
         with loading.autocast(self.device, self.dtype):
             hidden = self.text_encoders["text_encoder"](tokens.input_ids.to(self.device))[0]
@@ -140,13 +148,24 @@ class SD15:
         key = "encoder_hidden_states"
         return {"prompt_embeds": cond[key], "negative_prompt_embeds": empty[key]}
 
+    def original_weights(self) -> dict[str, Tensor]:
+        return joined(
+            {
+                "model.diffusion_model.": unet_weights(self.denoiser),
+                "first_stage_model.": vae_weights(self.vae),
+                "cond_stage_model.transformer.": clip_weights(self.pipeline.text_encoder),
+            }
+        )
+
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
         """Layers keep diffusers' names, as in kohya's trainer for SD 1.5."""
         return {f"lora_unet_{name.replace('.', '_')}": (down, up, 1) for name, (down, up) in adapters.items()}
 
-    def drop_text_encoders(self) -> None:
-        self.text_encoders = {}
-        self.pipeline.register_modules(text_encoder=None)
+    def load_weights(self, file: Path, cache: Path) -> None:
+        loading.copy_weights(read_file(file, None, self.dtype, cache), self.pipeline)
+
+    def keep_text_encoders(self, names: Collection[str]) -> None:
+        self.text_encoders = loading.keep_parts(self.parts, self.text_encoders, names)
 
 
 # Published numbers of Stable Diffusion 1.5 (CompVis v1-inference.yaml).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainer.bases import Base, sidecar
 from trainer.branches.sd15 import UNET_TARGETS
 from trainer.loading import CLIP_L
 from trainer.objectives import noise_and_timesteps, noise_loss
+from trainer.original import clip_weights, joined, open_clip_weights, unet_weights, vae_weights
 from trainer.presets import TrainConfig
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -90,11 +92,13 @@ class SDXL1:
     """The modules of one base, ready to train and to render."""
 
     lora_targets = UNET_TARGETS
+    token_encoders = ("text_encoder", "text_encoder_2")
     denoiser_name = "unet"
     reads_kohya = True
+    whole_file = True
 
     def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
-        self.pipeline = pipeline
+        self.pipeline = self.parts = pipeline
         self.device = device
         self.dtype = dtype
         self.denoiser: nn.Module = pipeline.unet
@@ -167,15 +171,27 @@ class SDXL1:
             "negative_pooled_prompt_embeds": empty["text_embeds"],
         }
 
+    def original_weights(self) -> dict[str, Tensor]:
+        return joined(
+            {
+                "model.diffusion_model.": unet_weights(self.denoiser),
+                "first_stage_model.": vae_weights(self.vae),
+                "conditioner.embedders.0.transformer.": clip_weights(self.pipeline.text_encoder),
+                "conditioner.embedders.1.model.": open_clip_weights(self.pipeline.text_encoder_2),
+            }
+        )
+
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
         """Layers have the original release's names there, as in kohya's trainer for SDXL."""
         return {
             f"lora_unet_{original_name(name).replace('.', '_')}": (down, up, 1) for name, (down, up) in adapters.items()
         }
 
-    def drop_text_encoders(self) -> None:
-        self.text_encoders = {}
-        self.pipeline.register_modules(text_encoder=None, text_encoder_2=None)
+    def load_weights(self, file: Path, cache: Path) -> None:
+        loading.copy_weights(read_file(file, None, self.dtype, cache), self.pipeline)
+
+    def keep_text_encoders(self, names: Collection[str]) -> None:
+        self.text_encoders = loading.keep_parts(self.parts, self.text_encoders, names)
 
 
 def original_name(name: str) -> str:

@@ -1,4 +1,7 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank adapters beside frozen weights, through peft."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank adapters beside frozen weights, through peft.
+
+New words (trainer/words.py), which `pti` trains, belong to the saved model here: an earlier model may bring them along.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,41 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trainer import words
 from trainer.branches import Branch
+from trainer.methods import FORMATS
 from trainer.presets import TrainConfig
 
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of transformers' CLIP
-ADAPTER = "default"
-KOHYA_FILE, DIFFUSERS_FILE = "lora.safetensors", "lora_diffusers.safetensors"
+ADAPTER, EARLIER = "default", "earlier"
+KOHYA_FILE, DIFFUSERS_FILE, WORDS_FILE, BUNDLED_FILE = (
+    FORMATS[name] for name in ("kohya", "diffusers", "embeddings", "bundled")
+)
 KOHYA_ENCODERS = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+LARGE = False
+
+
+def begin(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
+    """Load the earlier LoRA, frozen, and the new words that it was trained with, under this tune's token."""
+    if earlier is None:
+        return []
+    file, warnings = load(branch.pipeline, earlier, EARLIER, token)
+    if not config.text_encoder_lr and any(hasattr(one, "peft_config") for one in branch.text_encoders.values()):
+        warnings.append(f"{file.name} has adapters in the text encoder: they stay as they are (text_encoder_lr=0)")
+    return warnings
 
 
 def attach(branch: Branch, config: TrainConfig) -> list[dict[str, Any]]:
-    """Inject the adapters: into the denoiser, and into the text encoders where they have a learning rate."""
+    """Inject the adapters: into the denoiser, and into the text encoders where they have a learning rate.
+
+    Where an earlier LoRA has the same layer at the same rank, it goes on from there (`on_top = "continue"`); its other
+    layers stay beside the new ones.
+    """
     modules = {"denoiser": (branch.denoiser, branch.lora_targets[config.targets], config.lr)}
     if config.text_encoder_lr:
         for name, encoder in branch.text_encoders.items():
@@ -32,49 +56,120 @@ def attach(branch: Branch, config: TrainConfig) -> list[dict[str, Any]]:
             LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights="gaussian"),
             adapter_name=ADAPTER,
         )
+        if EARLIER in adapter.peft_config:
+            if config.on_top == "continue":
+                go_on(module)
+            adapter.set_adapter([EARLIER, ADAPTER])
+            for key, parameter in module.named_parameters():
+                parameter.requires_grad_(f".{ADAPTER}." in key)
         trained = {f"{name}.{key}": p for key, p in module.named_parameters() if p.requires_grad}
         for parameter in trained.values():
-            parameter.data = parameter.data.float()  # bf16 has too few digits for an optimizer's small steps
+            # bf16 has too few digits for an optimizer's small steps, unless it rounds at random.
+            parameter.data = parameter.data.to(getattr(torch, config.trained_dtype))
         groups.append({"params": list(trained.values()), "names": list(trained), "lr": lr})
     return groups
 
 
-def adapters_of(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name of each linear layer that has an adapter -> its down (r, in) and up (out, r), in ordinary memory."""
+def encoders(branch: Branch, config: TrainConfig) -> list[str]:
+    """See `Method.encoders`."""
+    if config.text_encoder_lr:
+        return list(branch.text_encoders)
+    # Adapters and words that came along are saved again.
+    found = branch.text_encoders.items()
+    return [name for name, part in found if hasattr(part, "peft_config") or words.of(branch.parts, name)]
+
+
+def after_step(branch: Branch) -> None:
+    """New words that came along are not trained."""
+
+
+@torch.no_grad()
+def go_on(module: nn.Module) -> None:
+    """Begin the new adapter of each layer where the earlier one ended, and take that away, where they are alike."""
+    for layer in module.modules():
+        if not isinstance(layer, LoraLayer) or not {ADAPTER, EARLIER} <= layer.lora_A.keys():
+            continue
+        pairs = [(matrix[ADAPTER].weight, matrix[EARLIER].weight) for matrix in (layer.lora_A, layer.lora_B)]
+        if any(ours.shape != theirs.shape for ours, theirs in pairs):
+            continue
+        factor = layer.scaling[EARLIER] / layer.scaling[ADAPTER]
+        for (ours, theirs), scale in zip(pairs, (1.0, factor), strict=True):
+            ours.copy_(theirs * scale)
+        layer.delete_adapter(EARLIER)
+
+
+def adapters_of(module: nn.Module, adapter: str = ADAPTER) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name of each layer that has the adapter -> its down (r, in) and up (out, r), in ordinary memory."""
+    if adapter not in getattr(module, "peft_config", {}):
+        return {}
     # Left to itself, peft would look for the base on the hub, to see whether words were added to it.
-    state = get_peft_model_state_dict(module, adapter_name=ADAPTER, save_embedding_layers=False)
+    state = get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
     values = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     layers = [key.removesuffix(".lora_A.weight") for key in values if key.endswith(".lora_A.weight")]
     return {layer: (values[f"{layer}.lora_A.weight"], values[f"{layer}.lora_B.weight"]) for layer in layers}
 
 
+def together(module: nn.Module, config: TrainConfig) -> tuple[dict[str, tuple[Tensor, Tensor]], float | None]:
+    """The adapters of a module, with what an earlier LoRA left beside them, and their alpha.
+
+    Side by side, two adapters of a layer are one of the sum of their ranks: then, their scales being in the weights,
+    alpha is None, which stands for the inner width of each.
+    """
+    ours, theirs = adapters_of(module), adapters_of(module, EARLIER)
+    if not theirs:
+        return ours, config.alpha
+    scales = {name: layer.scaling for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+    joined: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in dict.fromkeys([*ours, *theirs]):
+        pairs = [(down, up * scales[name][adapter]) for adapter, found in ((ADAPTER, ours), (EARLIER, theirs))
+                 if name in found for down, up in [found[name]]]  # fmt: skip
+        downs, ups = zip(*pairs, strict=True)
+        joined[name] = torch.cat([down.float() for down in downs]), torch.cat([up.float() for up in ups], dim=1)
+    return joined, None
+
+
 def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, str]) -> list[str]:
-    """Write `lora.safetensors` (kohya keys: ComfyUI, A1111, kohya's tools) and `lora_diffusers.safetensors`."""
-    denoiser = adapters_of(branch.denoiser)
-    layers = {f"{branch.denoiser_name}.{name}": pair for name, pair in denoiser.items()}
-    stacked = branch.kohya_layers(denoiser)
-    for part, encoder in branch.text_encoders.items():
-        if not hasattr(encoder, "peft_config"):
-            continue
-        prefix = KOHYA_ENCODERS[part] if len(branch.text_encoders) > 1 else "lora_te"
-        for layer, (down, up) in adapters_of(encoder).items():
-            # transformers 5 dropped the `text_model.` that the files of all others have.
-            name = f"text_model.{layer.removeprefix('text_model.')}"
-            layers[f"{part}.{name}"] = (down, up)
-            stacked[f"{prefix}_{name.replace('.', '_')}"] = (down, up, 1)
+    """Write `lora.safetensors` (kohya keys: ComfyUI, A1111, kohya's tools) and `lora_diffusers.safetensors`.
+
+    With new words also `lora_emb.safetensors`, and `lora_bundled.safetensors`: kohya keys and words in one file.
+    """
     dtype = getattr(torch, config.save_dtype)
     kohya: dict[str, Tensor] = {}
-    for name, (down, up, parts) in stacked.items():
-        kohya[f"{name}.lora_down.weight"] = down.to(dtype)
-        kohya[f"{name}.lora_up.weight"] = up.to(dtype)
-        kohya[f"{name}.alpha"] = torch.tensor(config.alpha * parts, dtype=dtype)  # readers divide by the inner width
-    # diffusers' keys have no alpha, and readers take the rank for it: the scale goes into the weights.
-    scale = config.alpha / config.rank
-    diffusers = {f"{name}.lora_A.weight": down.to(dtype) for name, (down, _) in layers.items()}
-    diffusers |= {f"{name}.lora_B.weight": (up * scale).to(dtype) for name, (_, up) in layers.items()}
+    diffusers: dict[str, Tensor] = {}
+
+    def keep(name: str, kohya_name: str, down: Tensor, up: Tensor, alpha: float | None) -> None:
+        # diffusers' keys have no alpha, and readers take the rank for it: the scale goes into the weights.
+        scale = 1.0 if alpha is None else alpha / len(down)
+        diffusers[f"{name}.lora_A.weight"], diffusers[f"{name}.lora_B.weight"] = down.to(dtype), (up * scale).to(dtype)
+        if kohya_name:
+            keep_kohya(kohya_name, down, up, alpha, 1)
+
+    def keep_kohya(name: str, down: Tensor, up: Tensor, alpha: float | None, parts: int) -> None:
+        kohya[f"{name}.lora_down.weight"], kohya[f"{name}.lora_up.weight"] = down.to(dtype), up.to(dtype)
+        # Readers divide by the inner width.
+        kohya[f"{name}.alpha"] = torch.tensor(len(down) if alpha is None else alpha * parts, dtype=dtype)
+
+    adapters, alpha = together(branch.denoiser, config)
+    for name, (down, up) in adapters.items():
+        keep(f"{branch.denoiser_name}.{name}", "", down, up, alpha)
+    for name, (down, up, parts) in branch.kohya_layers(adapters).items():
+        keep_kohya(name, down, up, alpha, parts)
+    for part, encoder in branch.text_encoders.items():
+        prefix = KOHYA_ENCODERS[part] if "text_encoder_2" in branch.parts.components else "lora_te"
+        adapters, alpha = together(encoder, config)
+        for layer, (down, up) in adapters.items():
+            # transformers 5 dropped the `text_model.` that the files of all others have.
+            name = f"text_model.{layer.removeprefix('text_model.')}"
+            keep(f"{part}.{name}", f"{prefix}_{name.replace('.', '_')}", down, up, alpha)
     save_file(kohya, folder / KOHYA_FILE, metadata)
     save_file(diffusers, folder / DIFFUSERS_FILE, metadata)
-    return [KOHYA_FILE, DIFFUSERS_FILE]
+    if not (rows := words.rows_of(branch.parts)):
+        return [KOHYA_FILE, DIFFUSERS_FILE]
+    token = words.token_of(branch.parts)
+    words.save(branch.parts, folder / WORDS_FILE, metadata)
+    bundle = {f"bundle_emb.{token}.{words.KEYS[part]}": tensor for part, tensor in rows.items()}
+    save_file(kohya | bundle, folder / BUNDLED_FILE, metadata)
+    return [KOHYA_FILE, WORDS_FILE, DIFFUSERS_FILE, BUNDLED_FILE]
 
 
 def readable(branch: Branch) -> list[str]:
@@ -82,13 +177,39 @@ def readable(branch: Branch) -> list[str]:
     return [KOHYA_FILE, DIFFUSERS_FILE] if branch.reads_kohya else [DIFFUSERS_FILE]
 
 
-def apply(pipeline: Any, folder: Path, scale: float, file: str = DIFFUSERS_FILE) -> None:
-    """Load the saved adapters into a stock pipeline, in place of those it had."""
-    remove(pipeline)
-    pipeline.load_lora_weights(folder, weight_name=file, adapter_name="tune", local_files_only=True)
-    pipeline.set_adapters("tune", scale)
+def apply(branch: Branch, folder: Path, scale: float, file: str = DIFFUSERS_FILE) -> None:
+    """Load the saved adapters and words into the branch's pipeline, in place of those it had."""
+    remove(branch.pipeline)
+    load(branch.pipeline, folder / file if folder.is_dir() else folder, "tune")
+    branch.pipeline.set_adapters("tune", scale)
 
 
 def remove(pipeline: Any) -> None:
     """Leave the bare base."""
     pipeline.unload_lora_weights()
+    words.remove(pipeline)
+
+
+def load(pipeline: Any, model: Path, adapter: str, token: str | None = None) -> tuple[Path, list[str]]:
+    """Load a LoRA with its words into a stock pipeline. Returns its file, and what to warn of.
+
+    model: a file, with the words in it or in NAME_emb.safetensors beside it; or the `model/` of a tune. token: what the
+    words are to be called; None: as they were called when they were trained. Raises ValueError for what does not fit.
+    """
+    file = model / DIFFUSERS_FILE if model.is_dir() else model
+    with safe_open(file, "pt") as tensors:
+        facts = tensors.metadata() or {}
+    state = load_file(file)
+    weights = {key: value for key, value in state.items() if not words.is_rows(key)}
+    try:
+        pipeline.load_lora_weights(weights, adapter_name=adapter)
+    except (RuntimeError, ValueError, KeyError) as problem:
+        raise ValueError(f"{file.name} does not fit its base: {problem}") from problem
+    beside = [file.with_name(f"{file.stem}_emb.safetensors"), file.with_name(WORDS_FILE)]
+    of_words = next((one for one in beside if one.exists()), None) if len(weights) == len(state) else file
+    if of_words is not None:
+        words.add(pipeline, token or facts.get("tunebooth.token", "ohwx"), words.load(of_words))
+    elif "tunebooth.tokens" in facts:
+        told = f"{file.name} was trained with new words, which are not here: {file.stem}_emb.safetensors is missing"
+        return file, [f"{told} beside it. The token {facts['tunebooth.token']!r} does not mean the subject"]
+    return file, []

@@ -1,0 +1,101 @@
+"""DreamBooth (Ruiz et al. 2022, arXiv 2208.12242): the weights of the base themselves are trained.
+
+What is saved is a whole model, in one file under the original release's keys, which stands on nothing else: the folder
+of the same name beside it has its configuration and its tokenizers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from trainer import words
+from trainer.bases import sidecar
+from trainer.branches import Branch
+from trainer.methods import FORMATS, lora
+from trainer.presets import TrainConfig
+
+LARGE = True
+CHECKPOINT_FILE = FORMATS["checkpoint"]
+
+
+def begin(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
+    """Merge the earlier LoRA into the weights. Raises ValueError for one with new words: a checkpoint has none."""
+    if earlier is None:
+        return []
+    file, warnings = lora.load(branch.pipeline, earlier, lora.EARLIER, token)
+    if words.rows_of(branch.pipeline):
+        raise ValueError(f"{file.name} has new words, and a checkpoint has no place for them: train a LoRA on it")
+    branch.pipeline.fuse_lora(adapter_names=[lora.EARLIER])
+    branch.pipeline.unload_lora_weights()
+    return warnings
+
+
+def encoders(branch: Branch, config: TrainConfig) -> list[str]:
+    """See `Method.encoders`: they are part of the file, where the family has them there."""
+    return list(branch.text_encoders) if config.text_encoder_lr or branch.whole_file else []
+
+
+def attach(branch: Branch, config: TrainConfig) -> list[dict[str, Any]]:
+    """All weights of the denoiser, or those that `targets` names; and of the text encoders, at their learning rate."""
+    if config.trained_dtype == "bfloat16":
+        branch.dtype = torch.bfloat16  # what it computes in from now on: the CPU mixes no formats by itself
+    chosen = None if config.targets == "all" else tuple(branch.lora_targets[config.targets])
+    modules: dict[str, tuple[nn.Module, float]] = {"denoiser": (branch.denoiser, config.lr)}
+    if config.text_encoder_lr:
+        modules |= {name: (encoder, config.text_encoder_lr) for name, encoder in branch.text_encoders.items()}
+    groups = []
+    for name, (module, lr) in modules.items():
+        if config.trained_dtype == "bfloat16":
+            module.to(torch.bfloat16)  # what rests, too: the CPU's norms take no weights narrower than their input
+        trained = {}
+        for key, parameter in module.named_parameters():
+            if name == "denoiser" and chosen and not key.rpartition(".")[0].endswith(chosen):
+                continue
+            if "token_embedding" in key:  # the few words of the captions would drift away from all the others
+                continue
+            parameter.data = parameter.data.to(getattr(torch, config.trained_dtype))
+            trained[f"{name}.{key}"] = parameter.requires_grad_(True)
+        groups.append({"params": list(trained.values()), "names": list(trained), "lr": lr})
+    return groups
+
+
+def after_step(branch: Branch) -> None:
+    """Nothing holds but what the optimizer does."""
+
+
+def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, str]) -> list[str]:
+    """Write `checkpoint.safetensors`, and beside it the folder that it is read with."""
+    write(branch, folder / CHECKPOINT_FILE, getattr(torch, config.save_dtype), metadata)
+    return [CHECKPOINT_FILE]
+
+
+def write(branch: Branch, file: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+    """All weights of a branch as one file with the original keys; its sidecar has the configurations and tokenizers."""
+    tensors = {key: value.to("cpu", dtype, copy=True).contiguous() for key, value in branch.original_weights().items()}
+    save_file(tensors, file, metadata)
+    beside = sidecar(file)
+    for name, part in branch.pipeline.components.items():
+        if isinstance(part, nn.Module):
+            module: Any = part
+            settings = module.save_config if hasattr(module, "save_config") else module.config.save_pretrained
+            settings(beside / name)
+        elif part is not None:
+            part.save_pretrained(beside / name)
+    branch.pipeline.save_config(beside)
+
+
+def readable(branch: Branch) -> list[str]:
+    """The saved files that a stock pipeline reads."""
+    return [CHECKPOINT_FILE]
+
+
+def apply(branch: Branch, folder: Path, scale: float, file: str = CHECKPOINT_FILE) -> None:
+    """Put the weights of a saved checkpoint in place of the branch's own. Raises ValueError for a scale but 1."""
+    if scale != 1.0:
+        raise ValueError("a checkpoint has one strength")
+    branch.load_weights(folder / file, folder.parent / "cache")

@@ -1,0 +1,59 @@
+"""Pivotal tuning (Roich et al. 2021, arXiv 2106.05744; for diffusion: cloneofsimo/lora): new words, and a LoRA.
+
+The embeddings of a few new words are trained first and come to rest; the adapters beside them are trained throughout.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trainer import words
+from trainer.branches import Branch
+from trainer.methods import lora
+from trainer.presets import TrainConfig
+
+LARGE = False
+readable, apply = lora.readable, lora.apply
+
+
+def encoders(branch: Branch, config: TrainConfig) -> list[str]:
+    """See `Method.encoders`."""
+    return list(branch.text_encoders if config.text_encoder_lr else branch.token_encoders)
+
+
+def begin(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
+    """Load the earlier LoRA; its words go on. Where it has none, new ones begin as the mean of the class name's."""
+    warnings = lora.begin(branch, config, token, name, earlier)
+    brought = words.rows_of(branch.parts)
+    if brought and len(next(iter(brought.values()))) == config.tokens:
+        return warnings
+    if brought:
+        count = len(next(iter(brought.values())))
+        warnings.append(f"the earlier model has {count} new words for its token, not {config.tokens}: they begin anew")
+        words.remove(branch.parts)
+    parts = [part for part in words.TOKENIZERS if part in branch.token_encoders]
+    starts = {part: words.meaning(branch.parts, part, name) for part in parts}
+    words.add(branch.parts, token, {part: start.repeat(config.tokens, 1) for part, start in starts.items()})
+    return warnings
+
+
+def attach(branch: Branch, config: TrainConfig) -> list[dict[str, Any]]:
+    """The groups of the adapters, and one of the new words, which rests after `token_share` of the steps."""
+    groups = lora.attach(branch, config)
+    rows = {f"{part}.new_words": found.rows for part in words.TOKENIZERS if (found := words.of(branch.parts, part))}
+    for tensor in rows.values():
+        tensor.requires_grad_(True)
+    # No decay: it would draw the words towards silence.
+    group = {"params": list(rows.values()), "names": list(rows), "lr": config.token_lr, "weight_decay": 0.0}
+    return [*groups, group | {"until": config.token_steps}]
+
+
+def after_step(branch: Branch) -> None:
+    """The new words stay in the range of the old ones."""
+    words.keep_norms(branch.parts)
+
+
+def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, str]) -> list[str]:
+    """See `lora.save`; the files say that they belong together."""
+    return lora.save(branch, folder, config, metadata | {"tunebooth.tokens": str(config.tokens)})

@@ -1,0 +1,156 @@
+"""New words of a text encoder: embeddings beside its table that a token stands for (textual inversion).
+
+A token of several embeddings follows diffusers' own rule: `ohwx` is written, `ohwx ohwx_1 ...` is read. The user writes
+the plain token; a text encoder that is not CLIP reads it as plain text.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+# A pipeline's CLIP text encoders: their tokenizers, and their keys in the files that ComfyUI and A1111 read.
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+NEAR = 1e-5
+LEGACY_EOS = 2  # what the published configs of CLIP wrongly call the end of a text
+
+
+class NewWords(nn.Module):
+    """A token embedding with rows (n, D) of its own for the ids from `first` on; the table under it never moves."""
+
+    def __init__(self, table: Any, rows: Tensor, first: int, token: str, tokenizer: Any) -> None:
+        super().__init__()
+        # The table comes first: an encoder's number format is that of its first weight.
+        self.table = table
+        # bf16 has too few digits for small steps. Frozen, until somebody trains it.
+        self.new = nn.Embedding.from_pretrained(rows.float().clone())  # type: ignore[no-untyped-call]
+        self.first, self.token = first, token
+        self.tokenizer = tokenizer  # the one that does not know these words
+        self.norms: tuple[float, float] | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """The new embeddings (n, D)."""
+        rows: Tensor = self.new.weight
+        return rows
+
+    @property
+    def weight(self) -> Tensor:
+        """The table (V, D), as of a plain embedding."""
+        weight: Tensor = self.table.weight
+        return weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> (B, T, D)."""
+        place = ids - self.first
+        new = (place >= 0) & (place < len(self.rows))
+        known: Tensor = self.table(ids.where(~new, 0))
+        rows = self.rows.to(known.dtype)[place.clamp(0, len(self.rows) - 1)]
+        return torch.where(new[..., None], rows, known)
+
+
+def of(pipeline: Any, part: str) -> NewWords | None:
+    """The newest words of a text encoder; None where it has none, or is no CLIP, or gone."""
+    encoder = getattr(pipeline, part, None)
+    table = None if encoder is None else encoder.get_input_embeddings()
+    return table if isinstance(table, NewWords) else None
+
+
+def rows_of(pipeline: Any) -> dict[str, Tensor]:
+    """Part of the pipeline -> its new rows (n, D), in ordinary memory."""
+    found = {part: of(pipeline, part) for part in TOKENIZERS}
+    return {part: words.rows.detach().cpu().clone() for part, words in found.items() if words}
+
+
+def token_of(pipeline: Any) -> str | None:
+    words = of(pipeline, "text_encoder")
+    return words.token if words else None
+
+
+def spelled(token: str, count: int) -> list[str]:
+    """The words that stand for a token of so many embeddings."""
+    return [token, *(f"{token}_{number}" for number in range(1, count))]
+
+
+def add(pipeline: Any, token: str, rows: Mapping[str, Tensor]) -> None:
+    """Teach a pipeline a token. rows: part -> (n, D). Raises ValueError where the vocabulary has the token already."""
+    for part, tensor in rows.items():
+        tokenizer, encoder = getattr(pipeline, TOKENIZERS[part]), getattr(pipeline, part)
+        known, names = tokenizer.get_vocab(), spelled(token, len(tensor))
+        if taken := [name for name in names if name in known]:
+            raise ValueError(f"the base's vocabulary has the word {taken[0]!r}; choose another token, as ohwx")
+        wider = copy.deepcopy(tokenizer)
+        wider.add_tokens(names)
+        table = encoder.get_input_embeddings()
+        first = wider.convert_tokens_to_ids(names[0])
+        encoder.set_input_embeddings(NewWords(table, tensor, first, token, tokenizer).to(table.weight.device))
+        pipeline.register_modules(**{TOKENIZERS[part]: wider})
+        # With it, transformers takes the highest id of a text for its end: that would be a new word.
+        for module in encoder.modules():
+            if getattr(module, "eos_token_id", None) == LEGACY_EOS:
+                module.eos_token_id = tokenizer.eos_token_id
+
+
+def remove(pipeline: Any) -> None:
+    """Forget all new words."""
+    for part in TOKENIZERS:
+        while words := of(pipeline, part):
+            getattr(pipeline, part).set_input_embeddings(words.table)
+            pipeline.register_modules(**{TOKENIZERS[part]: words.tokenizer})
+
+
+def meaning(pipeline: Any, part: str, text: str) -> Tensor:
+    """The mean (D,) of a text's embeddings: what a new word starts from."""
+    ids = getattr(pipeline, TOKENIZERS[part])(text, add_special_tokens=False).input_ids
+    table = getattr(pipeline, part).get_input_embeddings().weight
+    mean: Tensor = table[ids].float().mean(0).detach().cpu()
+    return mean
+
+
+@torch.no_grad()
+def keep_norms(pipeline: Any) -> None:
+    """Scale each new row back into the range of the norms that the table has.
+
+    A row that runs away drowns the rest of the text (diffusers' advanced DreamBooth script draws back the deviation of
+    all new rows for the same reason).
+    """
+    for part in TOKENIZERS:
+        if words := of(pipeline, part):
+            norms = words.rows.norm(dim=1, keepdim=True)
+            wanted = norms.clamp(*norm_range(words))
+            # Rows that are in the range but for rounding are left alone: a resumed run must not move them again.
+            outside = (norms - wanted).abs() > NEAR * wanted
+            words.rows.mul_(torch.where(outside, wanted / norms, 1.0))
+
+
+def norm_range(words: NewWords) -> tuple[float, float]:
+    """The smallest norm of the table's rows that is not 0, and the largest; found once."""
+    if words.norms is None:
+        norms = words.weight.float().norm(dim=1)
+        norms = norms[norms > 0]
+        words.norms = float(norms.min()), float(norms.max())
+    return words.norms
+
+
+def save(pipeline: Any, file: Path, metadata: dict[str, str]) -> None:
+    """Write the new rows as `clip_l` (n, 768) and, with a second encoder, `clip_g` (n, 1280), float32."""
+    save_file({KEYS[part]: rows for part, rows in rows_of(pipeline).items()}, file, metadata)
+
+
+def load(file: Path) -> dict[str, Tensor]:
+    """Part of a pipeline -> rows, of a file that has them alone or bundled with a LoRA (`bundle_emb.TOKEN.clip_l`)."""
+    parts = {key: part for part, key in KEYS.items()}
+    found = {key.rpartition(".")[2]: value for key, value in load_file(file).items() if is_rows(key)}
+    return {parts[key]: value for key, value in found.items()}
+
+
+def is_rows(key: str) -> bool:
+    """Whether a key of a file is one of new words, and not of a LoRA."""
+    return key in KEYS.values() or key.startswith("bundle_emb.")
