@@ -170,7 +170,7 @@ def make_branch(name: str, tiny: bool, place: torch.device, device: torch.device
         parts |= {"text_encoder_2": None, "tokenizer_2": None}
         built = flux1.Flux1(diffusers.FluxPipeline(**parts, transformer=None), lambda: denoiser, device, dtype)
     branch: Branch = built
-    branch.drop_text_encoders()
+    branch.keep_text_encoders(())
     return branch
 
 

@@ -6,7 +6,8 @@
 Likeness: each of eight pictures of `TOKEN CLASS` votes for the subject of its nearest photo, by root colour histograms
 of the whole and of its centre (an L2 distance of roots is Hellinger's). The photos themselves, left out one at a time,
 tell what that measure can see. Rest: 20 captions that no training has seen, without the token, drawn with and without
-the tune; the score is the share of right colours and right places (benchmarks/fast_base/measure.py).
+the tune; the score is the share of right colours and right places (benchmarks/fast_base/measure.py). Class: of 20
+pictures of the class name alone, the share that is not taken for the subject.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,18 @@ import torch
 from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
 
 from benchmarks import photos
 from benchmarks.fast_base import measure
 from trainer import presets
-from trainer.bases import FAST_FOLDER
+from trainer.bases import FAST_FOLDER, fast_base
+from trainer.branches import load_branch
 from trainer.files import read_json_lines
 from trainer.images import Decoder
 from trainer.jobs import Jobs
 from trainer.looking import Looker
+from trainer.methods import FORMATS
 from trainer.schema import Upload
 from trainer.settings import read_settings
 from trainer.store import Store
@@ -95,10 +100,17 @@ class Studio:
         self.decoder.close()
         self.store.close()
 
-    def tune(self, subject: str, args: str = "") -> tuple[Path, float]:
+    def tune(self, subject: str, args: str = "", model_type: str = "lora") -> tuple[Path, float]:
         """Train a subject. Returns the folder of its model, and the seconds from the first step to the last."""
         uploads = [Upload(file.name, file) for file in photos.files(subject)]
-        request = {"title": subject, "name": photos.CLASSES[subject], "branch": "fast", "token": TOKEN, "args": args}
+        request = {
+            "title": f"{subject} {model_type} {args}",
+            "name": photos.CLASSES[subject],
+            "branch": "fast",
+            "token": TOKEN,
+            "args": args,
+        }
+        request["model_type"] = model_type
         tune = self.jobs.create_tune(request, uploads)[0]
         job = self.store.claim()
         assert job is not None and job.tune_id == tune.id
@@ -114,6 +126,18 @@ def load_base() -> Any:
     """The base in a stock pipeline, as whoever downloads a tune would load it."""
     pipeline = StableDiffusionPipeline.from_pretrained(FAST_FOLDER, torch_dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_tune(model: Path) -> Any:
+    """The base with a tune on it: stock calls, but for checkpoints of this base, which only the branch itself reads."""
+    if (model / FORMATS["checkpoint"]).exists():
+        base = replace(fast_base(), path=model / FORMATS["checkpoint"])
+        return load_branch(base, torch.device("cpu"), model.parent / "cache").pipeline
+    pipeline = load_base()
+    pipeline.load_lora_weights(model, weight_name=FORMATS["kohya"])
+    if (model / FORMATS["embeddings"]).exists():
+        pipeline.load_textual_inversion(load_file(model / FORMATS["embeddings"])["clip_l"], token=TOKEN)
     return pipeline
 
 
@@ -133,6 +157,12 @@ def kept(pipeline: Any, told: Sequence[tuple[str, Any]]) -> float:
     return (marks["colour"] + marks["place"]) / 2
 
 
+def class_kept(pipeline: Any, subject: str, of_photos: Sequence[tuple[str, NDArray[np.float64]]]) -> float:
+    """The share of pictures of the class alone, without the token, that are not taken for the subject."""
+    drawn = render(pipeline, [f"a photo of {photos.CLASSES[subject]}"] * REST, SEED)
+    return sum(vote(picture, of_photos) != subject for picture in drawn) / len(drawn)
+
+
 def is_right(votes: Counter[str], subject: str) -> bool:
     """Whether the subject has more votes than any other."""
     others = [count for other, count in votes.items() if other != subject]
@@ -143,22 +173,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subjects", nargs="*", default=list(photos.CLASSES), help="names of folders; all ten at first")
     parser.add_argument("--args", default="", help="of every tune, as the API's `args`")
+    parser.add_argument("--model-type", default="lora", choices=["lora", "pti", "checkpoint"])
     parser.add_argument("--sheets", type=Path, help="folder for a picture of the eight renders of each subject")
     options = parser.parse_args()
     shown = photos.read_photos()
     of_photos, ceiling, told = described(shown), left_one_out(shown), measure.held_back(REST, SEED)
     base = kept(load_base(), told)
     print(f"votes for the subject; rest: the base's score is {base:.0%}\n")
-    print(f"{'':20}{'photos':>8}{'base':>8}{'tune':>8}{'rest':>8}{'seconds':>9}")
+    print(f"{'':20}{'photos':>8}{'base':>8}{'tune':>8}{'rest':>8}{'class':>8}{'seconds':>9}")
     right, rests = Counter[str](), []
     with tempfile.TemporaryDirectory() as folder, closing(Studio(Path(folder))) as studio:
         for subject in options.subjects:
-            model, seconds = studio.tune(subject, options.args)
-            pipeline, row = load_base(), f"{subject:20}"
-            untuned = pictures_of(pipeline, subject)
-            pipeline.load_lora_weights(model, weight_name="lora.safetensors")
+            model, seconds = studio.tune(subject, options.args, options.model_type)
+            row, untuned = f"{subject:20}", pictures_of(load_base(), subject)
+            pipeline = load_tune(model)
             tuned = pictures_of(pipeline, subject)
             rests.append(kept(pipeline, told))
+            of_class = class_kept(pipeline, subject, of_photos)
             votes = {
                 "photos": ceiling[subject],
                 "base": Counter(vote(picture, of_photos) for picture in untuned),
@@ -167,7 +198,7 @@ def main() -> None:
             for name, counted in votes.items():
                 right[name] += is_right(counted, subject)
                 row += f"{counted[subject]:>5}/{counted.total()}{'+' if is_right(counted, subject) else ' '}"
-            print(f"{row}{rests[-1]:>8.0%}{seconds:>9.1f}", flush=True)
+            print(f"{row}{rests[-1]:>8.0%}{of_class:>8.0%}{seconds:>9.1f}", flush=True)
             if options.sheets:
                 write_sheet([shown[subject], untuned, tuned], options.sheets / f"{subject}.png")
     count = len(options.subjects)
