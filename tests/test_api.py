@@ -399,6 +399,10 @@ BAD_PARAMETERS: dict[str, tuple[Fields, str, str]] = {
     "rank of a checkpoint": (
         [("tune[branch]", "sd15"), ("tune[args]", "rank=4")], "args", "rank has no meaning for checkpoint",
     ),
+    "a token that is the class": (
+        [("tune[branch]", "sd15"), ("tune[model_type]", "pti"), ("tune[token]", "Dog")],
+        "token", "is a word of the class",
+    ),
     "tokens of a lora": ([*SD15, ("tune[args]", "tokens=2")], "args", "tokens has no meaning for lora"),
     "flux preset on sdxl1": (
         [("tune[branch]", "sdxl1"), ("tune[preset]", "flux-lora-portrait")], "preset", "for flux1, not for sdxl1",

@@ -24,7 +24,9 @@ from tests.test_methods import SOME, distance, picture
 from tests.web import client_of
 from trainer import bases
 from trainer.branches import load_branch
+from trainer.expiry import expire
 from trainer.images import Decoder
+from trainer.jobs import Jobs
 from trainer.methods import FORMATS, lora
 from trainer.schema import Conflict, InvalidRequest, NotFound, Upload
 from trainer.settings import read_settings
@@ -200,6 +202,58 @@ def test_the_branch_of_a_lora_file_is_told_by_its_keys(tmp_path: Path, key: str,
     assert found.repository == next(base for base in under if base.branch == branch).repository  # the branch's default
 
 
+@pytest.mark.parametrize(("root", "expected"), [("Realistic Vision 5.1", 690204), ("Tunebooth fast", bases.FAST_ID)])
+def test_a_lora_file_of_ours_lies_on_the_base_that_it_names(tmp_path: Path, root: str, expected: int) -> None:
+    settings = read_settings(outputs=tmp_path / "outputs", models=tmp_path / "models")
+    file, key = settings.models / "ours.safetensors", "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"
+    # Trained on an earlier tune, whose title is nobody's here.
+    save_file({key: torch.zeros(4, 320)}, file, {"tunebooth.base": "an earlier tune", "tunebooth.root": root})
+    known = bases.list_bases(settings)
+    found = next(base for base in known if base.title == "ours.safetensors")
+    under = next(base for base in known if base.id == expected)
+    assert (found.weights, found.chain, found.error) == (under.weights, (root,), None)
+    save_file({key: torch.zeros(4, 320)}, file, {"tunebooth.root": "my checkpoint"})
+    lost = next(base for base in bases.list_bases(settings) if base.title == "ours.safetensors")
+    assert lost.error == "it was trained on 'my checkpoint', which is not among the bases"
+    with pytest.raises(InvalidRequest, match="my checkpoint"):
+        bases.resolve(settings, lost.id, None)
+
+
+def test_a_base_that_is_deleted_while_photos_come_refuses_the_tune(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = trained(studio, "soon gone", bases.FAST_ID, branch="fast", args="", prompts_attributes=[])
+    insert = Jobs._insert
+
+    def late(jobs: Jobs, *arguments: Any) -> Any:
+        jobs.delete_tune(base)
+        return insert(jobs, *arguments)
+
+    monkeypatch.setattr(Jobs, "_insert", late)
+    before = len(studio.store.find("tunes"))
+    with pytest.raises(InvalidRequest, match=f"{base} is no base any more"):
+        studio.create("on nothing", base_tune_id=base, branch="fast")
+    assert len(studio.store.find("tunes")) == before - 1
+
+
+def test_what_is_in_use_does_not_expire_and_an_expired_child_does_not_count(studio: Studio) -> None:
+    first = trained(studio, "parent", bases.FAST_ID, branch="fast", args="", prompts_attributes=[])
+    second = trained(studio, "child", first, branch="fast", args="", prompts_attributes=[])
+
+    def expired(tune_id: int) -> bool:
+        row = studio.store.get("tunes", tune_id)
+        assert row is not None
+        expire(studio.settings, studio.store, row)
+        return studio.jobs.get_tune(tune_id).status == "expired"
+
+    assert not expired(first)
+    made = studio.store._insert("exports", {"tune_id": second, "format": "checkpoint"})  # no job: nobody makes it
+    studio.store.update("exports", made, status="exporting")
+    assert not expired(second)
+    studio.store.delete("exports", made)
+    assert expired(second) and expired(first)
+
+
 # In another format
 
 
@@ -371,6 +425,9 @@ def test_faces_are_put_into_prompts_by_their_number(studio: Studio, people: dict
     assert unlike(alone, with_ann)  # without the tune
     assert not unlike(rendered(studio, root, f"a person <faceid:{ann}:1>"), alone)  # on the base, by its number
     assert not unlike(rendered(studio, tune, f"<lora:{tune}:0> a person <faceid:{ann}:1>"), alone)
+    on_base = studio.jobs.create_prompt(root, {**PROMPT, "text": f"a person <faceid:{ann}:1>"})
+    again = studio.store.get("prompts", studio.jobs.duplicate_prompt(on_base.id, {"seed": 4}).id)
+    assert again is not None and (again["base_id"], again["seed"], again["tune_id"]) == (root, 4, ann)
 
 
 BAD_NAMES = {

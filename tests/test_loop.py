@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -190,6 +191,17 @@ def test_a_folder_that_a_crash_left_half_written_is_no_state(bench: Bench, state
     told = Told()
     bench.start().train(states, told)
     assert told.resumed_at == [2]
+
+
+def test_a_state_from_before_words_came_to_the_configuration_is_gone_on_from(bench: Bench, states: Path) -> None:
+    bench.start().train(states, Told(stop_at=3))
+    for state in states.iterdir():
+        facts = json.loads((state / "manifest.json").read_text())
+        facts["config"] = {word: value for word, value in facts["config"].items() if word not in loop.SINCE}
+        (state / "manifest.json").write_text(json.dumps(facts))
+    told = Told()
+    assert bench.start().train(states, told)
+    assert told.resumed_at == [3]
 
 
 def test_a_state_of_another_configuration_is_not_used(bench: Bench, states: Path) -> None:

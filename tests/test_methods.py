@@ -218,10 +218,63 @@ def test_new_words_begin_as_the_class_name_and_stay_in_the_range_of_the_table(sh
     assert float(norms.max()) > 0.99 * most  # at this rate they ran against it
 
 
-def test_a_token_that_the_vocabulary_has_is_refused_in_words(shop: Callable[..., Shop]) -> None:
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("A photo of SKS man", "A photo of <sks-0> <sks-1> man"),
+        ("sks", "<sks-0> <sks-1>"),
+        ("two desks, masks and sks_1", "two desks, masks and sks_1"),  # other words that have the token in them
+        ("sks's hat (sks)", "<sks-0> <sks-1>'s hat (<sks-0> <sks-1>)"),
+    ],
+)
+def test_a_token_is_read_as_a_word_of_its_own_in_any_case(shop: Callable[..., Shop], text: str, read: str) -> None:
     branch = ours(shop(), "sd15")
-    with pytest.raises(ValueError, match="has the word 'o'; choose another token"):
-        words.add(branch.parts, "o", {"text_encoder": torch.zeros(2, 16)})
+    plain, before = branch.parts.tokenizer, branch.encode_prompts([text, read])["encoder_hidden_states"]
+    words.add(branch.parts, "Sks", {"text_encoder": torch.zeros(2, 16)})
+    assert branch.parts.maybe_convert_prompt(text, branch.parts.tokenizer) == read
+    assert branch.parts.maybe_convert_prompt([text], plain) == [text]  # for a tokenizer that does not know them
+    ids = branch.parts.tokenizer(read, add_special_tokens=False).input_ids
+    first = branch.parts.tokenizer.convert_tokens_to_ids("<sks-0>")
+    assert [one - first for one in ids if one >= first] == [0, 1] * read.count("<sks-0>")
+    after = branch.encode_prompts([text])["encoder_hidden_states"]
+    assert (distance(after, before[:1]) > 1e-3) == (text != read)
+    words.remove(branch.parts)
+    assert torch.equal(branch.encode_prompts([text, read])["encoder_hidden_states"], before)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ({"text_encoder": torch.zeros(2, 17)}, r"new words \(2, 17\) do not fit text_encoder, whose words have 16"),
+        ({"text_encoder_2": torch.zeros(2, 16)}, "do not fit text_encoder_2, whose words have None"),
+    ],
+)
+def test_words_of_another_family_are_refused(shop: Callable[..., Shop], rows: dict[str, Tensor], told: str) -> None:
+    branch = ours(shop(), "sd15")
+    with pytest.raises(ValueError, match=told):
+        words.add(branch.parts, "ohwx", rows)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (["bundle_emb.rex.emb_params"], "has new words under 'bundle_emb.rex.emb_params'; known are clip_l, clip_g"),
+        (["bundle_emb.rex.clip_l", "bundle_emb.tom.clip_l"], "has the words of several tokens; one is possible"),
+    ],
+)
+def test_words_in_other_forms_are_refused(tmp_path: Path, keys: list[str], told: str) -> None:
+    save_file({key: torch.zeros(2, 16) for key in keys}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=told):
+        words.load(tmp_path / "x.safetensors")
+
+
+def test_words_beside_another_lora_are_not_its_own(shop: Callable[..., Shop], tmp_path: Path) -> None:
+    _, model, _ = shop().trained("sd15", "pti")
+    _, style, _ = shop().trained("sd15", "lora")
+    for name, file in (("lora_emb", model / FORMATS["embeddings"]), ("style", style / FORMATS["kohya"])):
+        (tmp_path / f"{name}.safetensors").write_bytes(file.read_bytes())
+    branch = ours(shop(), "sd15")
+    assert lora.load(branch.pipeline, tmp_path / "style.safetensors", "one")[1] == []
     assert words.rows_of(branch.parts) == {}
 
 
@@ -233,7 +286,7 @@ def test_an_encoder_with_new_words_keeps_its_number_format(shop: Callable[..., S
     assert encoder.dtype == torch.bfloat16  # pipelines compute in what it says
     found = words.of(branch.parts, "text_encoder")
     assert found is not None and found.rows.dtype == torch.float32
-    ids = branch.parts.tokenizer("ohwx ohwx_1", return_tensors="pt").input_ids
+    ids = branch.parts.tokenizer("<ohwx-0> <ohwx-1>", return_tensors="pt").input_ids
     assert found(ids).dtype == torch.bfloat16 and not found(ids)[0, 1:3].any() and found(ids)[0, 0].any()
 
 

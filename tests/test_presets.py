@@ -505,3 +505,10 @@ def test_a_small_card_never_gets_larger_pictures_than_its_preset_says(
 def test_each_branch_says_how_much_memory_it_needs_at_least(folder: Path) -> None:
     least = {branch: presets.least_gib(folder, branch, "lora") for branch in BRANCHES}
     assert least == {"flux1": 26, "sdxl1": 7, "sd15": 3, "fast": 0}
+
+
+def test_a_card_does_not_get_bfloat16_weights_with_an_optimizer_that_loses_their_steps(folder: Path) -> None:
+    for asked, expected in ((None, ("adafactor", "bfloat16")), ("optimizer=adamw", ("adamw", "float32"))):
+        config = resolve(folder, model_type="checkpoint", args=asked)
+        fitted = presets.fit(folder, config, branch="sd15", model_type="checkpoint", asked=asked, free_gib=8)
+        assert (fitted.optimizer, fitted.trained_dtype) == expected

@@ -52,6 +52,7 @@ class Base:
     error: str | None = None  # why it cannot be used
     model: Path | None = None  # a LoRA that is put on it: a file, or the `model/` of an earlier tune
     rest: Base | None = None  # what has the parts that its file lacks
+    root: str = ""  # the title of what the weights are of, where that is another one
     chain: tuple[str, ...] = ()  # of an earlier tune: the titles of what it stands on, the nearest first
 
     @property
@@ -81,11 +82,15 @@ def _put_on(lora: Base, known: list[Base]) -> Base:
     """A LoRA file on the base that it names as its own, else on the default one of its branch."""
     assert lora.model is not None
     facts = _safetensors_header(lora.model).get("__metadata__", {})
-    named = {facts.get("tunebooth.base"), facts.get("ss_sd_model_name")} - {None}
+    ours = facts.get("tunebooth.root")
+    named = {ours or facts.get("ss_sd_model_name")} - {None}
     under = next((base for base in known if named & {base.title, base.repository, Path(base.title).name}), None)
     if under is None or under.branch not in (lora.branch, "fast"):
+        if ours:
+            return replace(lora, error=f"it was trained on {ours!r}, which is not among the bases")
         under = next(base for base in known if base.branch == lora.branch)
-    return replace(under, id=lora.id, title=lora.title, model=lora.model, chain=(under.title,))
+    root = under.root or under.title
+    return replace(under, id=lora.id, title=lora.title, model=lora.model, chain=(under.title,), root=root)
 
 
 def _of_hub(row: presets.BaseRow, branch: str) -> Base:
@@ -137,7 +142,8 @@ def of_tune(settings: Settings, tune: dict[str, Any], tunes: Tunes) -> Base:
     model = settings.outputs / "tunes" / str(tune_id) / "model"
     chain = (under.title, *under.chain)
     if method != "checkpoint":
-        return replace(under, id=tune_id, title=title, model=model, chain=chain)
+        root = under.root or under.title
+        return replace(under, id=tune_id, title=title, model=model, chain=chain, root=root)
     rest = under.rest or replace(under, model=None) if tune["branch"] == "flux1" else None  # its file: the transformer
     return Base(tune_id, title, tune["branch"], path=model / FORMATS["checkpoint"], rest=rest, chain=chain)
 

@@ -69,9 +69,10 @@ def expire_tunes(settings: Settings, store: Store) -> None:
 
 
 def expire(settings: Settings, store: Store, tune: Row) -> None:
-    """Move a tune's files to the trash; one that renders, or that others stand on, stays for now."""
+    """Move a tune's files to the trash; one that is in use, or that others stand on, stays for now."""
     with store.transaction():
-        if store.find("prompts", tune_id=tune["id"], status="rendering") or store.standing_on(tune["id"]):
+        rendering = store.find("prompts", tune_id=tune["id"], status="rendering")
+        if rendering or store.find("exports", tune_id=tune["id"], status="exporting") or store.standing_on(tune["id"]):
             return
         store.end_prompts(tune["id"], "canceled")
         for prompt in store.find("prompts", tune_id=tune["id"]):

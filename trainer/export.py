@@ -27,12 +27,11 @@ def export_tune(tune: dict[str, Any], base: Base, format_: str, settings: Settin
     """
     folder = settings.outputs / "tunes" / str(tune["id"])
     dtype = getattr(torch, presets.parse_args(tune["args"])["save_dtype"])
-    branch = load_branch(base, torch.device("cpu"), settings.outputs / "cache")
+    branch = load_branch(base, torch.device("cpu"), settings.outputs / "cache", dtype)
     if base.model is not None:
         lora.apply(branch, base.model, 1.0)
         words.remove(branch.pipeline)  # a whole model has no place for them; their own file stays beside it
-        branch.pipeline.fuse_lora()
-        branch.pipeline.unload_lora_weights()
+        lora.merge(branch.pipeline)
     with whole_folder(folder / "exports" / format_) as partial:
         if format_ == "checkpoint":
             file = FORMATS["checkpoint"]

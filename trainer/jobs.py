@@ -241,16 +241,19 @@ class Jobs:
         One that others stand on stays.
         """
         self._row("tunes", tune_id)
-        if others := self.store.standing_on(tune_id):
-            named = ", ".join(f"{other['id']} ({other['title']})" for other in others)
-            raise Conflict(f"tune {tune_id} is what others stand on: {named}; delete those first")
         deadline = time.monotonic() + STOP_SECONDS
-        self.store.take_off_queue(tune_id)
-        while self._busy(tune_id):
+        while True:
+            with self.store.transaction():
+                if others := self.store.standing_on(tune_id):
+                    named = ", ".join(f"{other['id']} ({other['title']})" for other in others)
+                    raise Conflict(f"tune {tune_id} is what others stand on: {named}; delete those first")
+                self.store.take_off_queue(tune_id)
+                if not self._busy(tune_id):
+                    self.store.delete("tunes", tune_id)
+                    break
             if time.monotonic() > deadline:
                 raise Conflict(f"tune {tune_id} does not stop; try again later")
             time.sleep(0.1)
-        self.store.delete("tunes", tune_id)
         discard(self.folder(tune_id))
 
     def _busy(self, tune_id: int) -> bool:
@@ -352,7 +355,7 @@ class Jobs:
         """Queue a prompt again, with other values where `data` has some. Raises NotFound, InvalidRequest."""
         row = self._row("prompts", prompt_id)
         same = {name: row[name] for name in PromptRequest.parameters() if row[name] is not None}
-        return self.create_prompt(row["tune_id"], row["kept"] | same | dict(data), mark)
+        return self.create_prompt(row["base_id"] or row["tune_id"], row["kept"] | same | dict(data), mark)
 
     def delete_prompt(self, prompt_id: int, tune_id: int | None = None) -> None:
         """Remove a prompt and its pictures; one that renders is stopped first. Raises NotFound, Conflict.
@@ -545,6 +548,10 @@ class Jobs:
             if method == "checkpoint" and FORMATS["embeddings"] in (self._tune_row(base.id) or {}).get("files", []):
                 told = f"tune {base.id} has new words, and a checkpoint has no place for them; train lora or pti on it"
                 problems["base_tune_id"] = [told]
+            if method == "pti" and (request.token or "").lower() in request.name.lower().split():
+                problems["token"] = [
+                    f"{request.token} is a word of the class name: every {request.name} would be meant"
+                ]
             if method == "faceid":
                 problems |= faceid_problems(request)
             else:
@@ -622,6 +629,9 @@ class Jobs:
                 return self._tune(known), False
             if existing := self._same_title(request.title):
                 return existing, False
+            base = bases.resolve(self.settings, request.base_tune_id, request.branch, self._tune_row)
+            if base.id != values["base_id"]:  # it was deleted while the photos came
+                raise InvalidRequest({"base_tune_id": [f"{request.base_tune_id} is no base any more"]})
             photos_told = [photo.model_dump() for photo in photos]
             values = {**values, **marks(mark), "photos": photos_told}
             if values["method"] == "faceid":

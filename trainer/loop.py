@@ -24,6 +24,11 @@ READ_LOSS_EVERY = 10  # reading a number from the device waits for it
 STATES_KEPT = 2
 MAX_HALVINGS = 2  # of the learning rate, where the loss stops being a number
 SCHEMA = 2
+# Words that came after it: a state without them is of a run that had them so.
+SINCE = {
+    "optimizer": "adamw", "trained_dtype": "float32", "on_top": "continue", "tokens": 0, "token_lr": 0.0,
+    "token_share": 0.0,
+}  # fmt: skip
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -247,8 +252,8 @@ def resume(
     wanted = config.model_dump(mode="json")
     for folder in sorted(states.glob("step-??????"), reverse=True):
         file, facts = folder / "state.safetensors", manifest(folder)
-        expected = {"schema": SCHEMA, "step": int(folder.name.removeprefix("step-")), "config": wanted}
-        same_run = expected.items() <= facts.items()
+        expected = {"schema": SCHEMA, "step": int(folder.name.removeprefix("step-"))}
+        same_run = expected.items() <= facts.items() and SINCE | facts.get("config", {}) == wanted
         if not same_run or not file.exists() or facts.get("sha256") != sha256(file):
             continue
         with safe_open(file, "pt") as tensors, torch.no_grad():

@@ -330,6 +330,8 @@ def fit(
         sides = (min(side, changes["resolution"]) for side in config.resolution)
         changes["resolution"] = tuple(dict.fromkeys(sides))
     wanted = parse_args(asked)
+    if wanted.get("optimizer", "adafactor") != "adafactor":  # nothing else rounds at random
+        changes.pop("trained_dtype", None)
     fitted = config.model_dump() | {key: value for key, value in changes.items() if key not in wanted}
     return TrainConfig(**fitted | {"micro_batch": min(fitted["micro_batch"] or config.batch, config.batch)})
 

@@ -67,6 +67,8 @@ class Renderer:
         text, named = references(text)
         strength = next((weight for kind, _, weight in named if kind == "lora"), 1.0)  # only its own tune is named
         cfg_scale = defaults.cfg_scale if prompt["cfg_scale"] is None else prompt["cfg_scale"]
+        if strength != 1.0 and base.model is None:
+            warnings.append(f"{tune['title']} is a whole model, which has one strength: {strength:g} is not used")
         width, height = size(prompt["w"], prompt["h"], defaults)
         if defaults.fixed_size and (prompt["w"] or prompt["h"]) and (width, height) != (prompt["w"], prompt["h"]):
             warnings.append(f"{base.branch} renders {width} x {height} pixels, whatever w and h are")

@@ -399,8 +399,10 @@ class Store:
             return db.execute(again, (now(), tune_id)).rowcount
 
     def standing_on(self, tune_id: int) -> list[Row]:
-        """The tunes that were, or are to be, trained on this one; oldest first."""
-        found = self._db.execute("SELECT * FROM tunes WHERE base_id = ? ORDER BY id", (tune_id,))
+        """The tunes that were, or are to be, trained on this one, and have not expired; oldest first."""
+        found = self._db.execute(
+            "SELECT * FROM tunes WHERE base_id = ? AND status != 'expired' ORDER BY id", (tune_id,)
+        )
         return [_decode(row) for row in found]
 
     def queue_length(self) -> int:

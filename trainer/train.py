@@ -17,7 +17,7 @@ from trainer import dataset, loop, presets
 from trainer.bases import Base
 from trainer.branches import Branch, load_branch
 from trainer.dataset import Picture
-from trainer.files import discard, whole_folder
+from trainer.files import whole_folder
 from trainer.loading import autocast
 from trainer.loop import Report
 from trainer.memory import placed
@@ -132,8 +132,6 @@ def train_tune(
         for file in files:
             check_file(model / file)
         check_effect(branch, method, model, render, before)
-    if method.LARGE:
-        discard(states)  # nothing goes on from there any more, and it is several times the model
     return files
 
 
@@ -224,6 +222,7 @@ def describe(
         "ss_num_train_images": sum(tags.values()),
         "ss_tag_frequency": json.dumps({"dataset": tags}),
         "tunebooth.base": base.title,
+        "tunebooth.root": base.root or base.title,
         "tunebooth.stands_on": json.dumps(base.chain),
         "tunebooth.token": tune["token"],
         "tunebooth.class": tune["name"],
@@ -240,10 +239,15 @@ def describe(
 def check_file(file: Path) -> None:
     """Raises BadArtefact unless every tensor of a saved file is finite and some are not zero."""
     with safe_open(file, "pt") as tensors:
-        values = [tensors.get_tensor(name) for name in tensors.keys()]  # noqa: SIM118
-    if not values or not all(torch.isfinite(value).all() for value in values):
-        raise BadArtefact(f"{file.name} holds values that are not finite numbers")
-    if not any(value.any() for value in values if value.dim() > 1):
+        names, some = list(tensors.keys()), False
+        for name in names:  # one at a time: a whole model is large
+            value = tensors.get_tensor(name)
+            if not torch.isfinite(value).all():
+                raise BadArtefact(f"{file.name} holds values that are not finite numbers")
+            some = some or (value.dim() > 1 and bool(value.any()))
+    if not names:
+        raise BadArtefact(f"{file.name} holds no values, and so none that are not finite")
+    if not some:
         raise BadArtefact(f"{file.name} holds nothing but zeros")
 
 

@@ -124,7 +124,10 @@ def live_parts(jobs: Jobs, shown: tuple[str, str, str]) -> tuple[Any, Any, Any, 
 
 
 def beside(jobs: Jobs, tune_id: int) -> page.Beside:
-    return page.Beside(jobs.list_callbacks(tune_id), jobs.chain(tune_id), jobs.formats(tune_id))
+    try:
+        return page.Beside(jobs.list_callbacks(tune_id), jobs.chain(tune_id), jobs.formats(tune_id))
+    except NotFound:  # deleted since it was listed
+        return page.Beside()
 
 
 def _busy(tune: Tune) -> bool:

@@ -1,13 +1,15 @@
 """New words of a text encoder: embeddings beside its table that a token stands for (textual inversion).
 
-A token of several embeddings follows diffusers' own rule: `ohwx` is written, `ohwx ohwx_1 ...` is read. The user writes
-the plain token; a text encoder that is not CLIP reads it as plain text.
+The user writes the plain token, `ohwx`, as a word of its own and in any case; CLIP reads `<ohwx-0> <ohwx-1>`, which no
+vocabulary has. A text encoder that is not CLIP reads the token as it is written.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +77,40 @@ def token_of(pipeline: Any) -> str | None:
 
 
 def spelled(token: str, count: int) -> list[str]:
-    """The words that stand for a token of so many embeddings."""
-    return [token, *(f"{token}_{number}" for number in range(1, count))]
+    """What stands for a token of so many embeddings; in small letters, as CLIP's tokenizers read all texts."""
+    return [f"<{token.lower()}-{number}>" for number in range(count)]
+
+
+def expand(pipeline: Any, prompt: str | list[str], tokenizer: Any) -> str | list[str]:
+    """Texts with each token that this tokenizer knows spelled out. It takes the place of diffusers'
+    `maybe_convert_prompt`, which would also find the token within other words (`sks` in "masks")."""
+    if isinstance(prompt, list):
+        return [str(expand(pipeline, one, tokenizer)) for one in prompt]
+    for part, name in TOKENIZERS.items():
+        for words in all_of(pipeline, part) if getattr(pipeline, name, None) is tokenizer else ():
+            pattern = rf"(?<!\w){re.escape(words.token)}(?!\w)"
+            prompt = re.sub(pattern, " ".join(spelled(words.token, len(words.rows))), prompt, flags=re.IGNORECASE)
+    return prompt
+
+
+def all_of(pipeline: Any, part: str) -> Iterator[NewWords]:
+    """All words of a text encoder, the newest first."""
+    words: Any = of(pipeline, part)
+    while isinstance(words, NewWords):
+        yield words
+        words = words.table
 
 
 def add(pipeline: Any, token: str, rows: Mapping[str, Tensor]) -> None:
-    """Teach a pipeline a token. rows: part -> (n, D). Raises ValueError where the vocabulary has the token already."""
+    """Teach a pipeline a token. rows: part -> (n, D). Raises ValueError for a part, or a D, that it does not have."""
+    pipeline.maybe_convert_prompt = partial(expand, pipeline)
     for part, tensor in rows.items():
-        tokenizer, encoder = getattr(pipeline, TOKENIZERS[part]), getattr(pipeline, part)
-        known, names = tokenizer.get_vocab(), spelled(token, len(tensor))
-        if taken := [name for name in names if name in known]:
-            raise ValueError(f"the base's vocabulary has the word {taken[0]!r}; choose another token, as ohwx")
-        wider = copy.deepcopy(tokenizer)
+        tokenizer: Any = getattr(pipeline, TOKENIZERS[part], None)
+        encoder: Any = getattr(pipeline, part, None)
+        width = None if encoder is None else encoder.get_input_embeddings().weight.shape[1]
+        if width != tensor.shape[1]:
+            raise ValueError(f"new words {tuple(tensor.shape)} do not fit {part}, whose words have {width} numbers")
+        names, wider = spelled(token, len(tensor)), copy.deepcopy(tokenizer)
         wider.add_tokens(names)
         table = encoder.get_input_embeddings()
         first = wider.convert_tokens_to_ids(names[0])
@@ -100,6 +124,7 @@ def add(pipeline: Any, token: str, rows: Mapping[str, Tensor]) -> None:
 
 def remove(pipeline: Any) -> None:
     """Forget all new words."""
+    vars(pipeline).pop("maybe_convert_prompt", None)
     for part in TOKENIZERS:
         while words := of(pipeline, part):
             getattr(pipeline, part).set_input_embeddings(words.table)
@@ -145,10 +170,18 @@ def save(pipeline: Any, file: Path, metadata: dict[str, str]) -> None:
 
 
 def load(file: Path) -> dict[str, Tensor]:
-    """Part of a pipeline -> rows, of a file that has them alone or bundled with a LoRA (`bundle_emb.TOKEN.clip_l`)."""
+    """Part of a pipeline -> rows, of a file that has them alone or bundled with a LoRA (`bundle_emb.TOKEN.clip_l`).
+
+    Raises ValueError for words of other forms, or of several tokens.
+    """
     parts = {key: part for part, key in KEYS.items()}
-    found = {key.rpartition(".")[2]: value for key, value in load_file(file).items() if is_rows(key)}
-    return {parts[key]: value for key, value in found.items()}
+    found = {key: value for key, value in load_file(file).items() if is_rows(key)}
+    names = [key.rpartition(".")[2] for key in found]
+    if strange := [key for key in found if key.rpartition(".")[2] not in parts]:
+        raise ValueError(f"{file.name} has new words under {strange[0]!r}; known are {', '.join(parts)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{file.name} has the words of several tokens; one is possible")
+    return {parts[name]: value for name, value in zip(names, found.values(), strict=True)}
 
 
 def is_rows(key: str) -> bool:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from trainer import bases, presets, weights
 from trainer.child import Closed
 from trainer.expiry import expiry
-from trainer.files import read_json_lines, write_whole
+from trainer.files import discard, read_json_lines, write_whole
 from trainer.looking import Looker, begin_anew
-from trainer.methods import FORMATS
+from trainer.methods import FORMATS, get_method
 from trainer.schema import CannotLook, InvalidRequest, Photo, references
 from trainer.settings import Settings
 from trainer.store import Job, Row, Store, now, stamp
@@ -143,6 +143,8 @@ class Bench:
             moment = datetime.now(UTC)
             ends = {"trained_at": stamp(moment), "eta": stamp(moment), "expires_at": expiry(self._settings, moment)}
             self._store.finish(job, "trained", files=files, progress=reporter.progress, **ends)
+            if get_method(tune["method"]).LARGE:  # nothing goes on from its states, which are several times the model
+                discard(self._settings.outputs / "tunes" / str(tune["id"]) / "state")
         else:
             self._put_aside(job, reporter)
 
@@ -260,6 +262,7 @@ class Bench:
         export = self._must(self._store.get("exports", export_id))
         tune = self._must(self._tune_row(job.tune_id))
         base = bases.of_tune(self._settings, tune, self._tune_row)
+        self._renderer.release()
         file = export_tune(tune, base, export["format"], self._settings)
         self._store.finish(job, "exported", files=[file])
 

@@ -101,12 +101,16 @@ class Branch(Protocol):
         ...
 
 
-def load_branch(base: Base, device: torch.device, cache: Path) -> Branch:
+def load_branch(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | None = None) -> Branch:
     """Load a base with its family's module, from the hub where it is not here. `cache` is for what a family makes.
+
+    dtype: of the weights; None: what the device computes in.
 
     Raises what the loader raises: OSError for missing files, ValueError for wrong ones.
     """
-    branch: Branch = import_module(f"trainer.branches.{base.branch}").load(at_hand(base), device, cache)
+    branch: Branch = import_module(f"trainer.branches.{base.branch}").load(
+        at_hand(base), device, cache, *([dtype] if dtype else [])
+    )
     return branch
 
 

@@ -16,10 +16,10 @@ from trainer.bases import FAST_FOLDER, Base
 from trainer.branches import sd15
 
 
-def load(base: Base, device: torch.device, cache: Path) -> Fast:
+def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | None = None) -> Fast:
     """Load the base, or a checkpoint tune of it. Raises what `sd15.load` raises."""
     assert base.path is not None, "it is part of the package"
-    loaded = sd15.load(replace(base, path=FAST_FOLDER), device, cache)
+    loaded = sd15.load(replace(base, path=FAST_FOLDER), device, cache, dtype)
     branch = Fast(loaded.pipeline, device, loaded.dtype)
     if base.path.is_file():
         with loading.told_in_words(base):

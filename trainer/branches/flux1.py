@@ -73,13 +73,13 @@ SCALES = {  # of the norms of queries and keys
 }
 
 
-def load(base: Base, device: torch.device, cache: Path) -> Flux1:
+def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | None = None) -> Flux1:
     """Load all but the transformer from a diffusers folder or a single file; that comes when it is asked for.
 
     Raises OSError where files are missing, ValueError where their content does not fit the family.
     """
     assert base.path is not None, "load_branch fetches what is not here"
-    dtype = loading.compute_dtype(device)
+    dtype = dtype or loading.compute_dtype(device)
     with loading.told_in_words(base):
         whole = base.rest or base  # a checkpoint tune has the transformer alone
         assert whole.path is not None, "load_branch fetches what is not here"
@@ -358,7 +358,9 @@ class Flux1:
         weights = {theirs: ours[name] for theirs, name in original_scales(self.denoiser)}
         for theirs, layers in original_layers(self.denoiser):
             for kind in ("weight", "bias"):
-                tensor = stacked([ours[f"{layer}.{kind}"] for layer in layers])
+                parts = [ours[f"{layer}.{kind}"] for layer in layers]
+                # What is stacked is a copy, of 7 GiB in all: the card may have no room for it.
+                tensor = stacked([part.cpu() for part in parts] if len(parts) > 1 else parts)
                 if theirs == "final_layer.adaLN_modulation.1":  # shift and scale there, scale and shift here
                     tensor = torch.cat(tensor.chunk(2)[::-1])
                 weights[f"{theirs}.{kind}"] = tensor

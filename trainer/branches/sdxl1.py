@@ -32,13 +32,13 @@ SGM_BLOCKS = (
 )
 
 
-def load(base: Base, device: torch.device, cache: Path) -> SDXL1:
+def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | None = None) -> SDXL1:
     """Load from a diffusers folder or a single file.
 
     Raises OSError where files are missing, ValueError where their content does not fit the family.
     """
     assert base.path is not None, "load_branch fetches what is not here"
-    dtype = loading.compute_dtype(device)
+    dtype = dtype or loading.compute_dtype(device)
     with loading.told_in_words(base):
         read = read_file if base.path.is_file() else read_folder
         pipeline = read(base.path, base.variant, dtype, cache)

@@ -30,8 +30,7 @@ def begin(branch: Branch, config: TrainConfig, token: str, name: str, earlier: P
     file, warnings = lora.load(branch.pipeline, earlier, lora.EARLIER, token)
     if words.rows_of(branch.pipeline):
         raise ValueError(f"{file.name} has new words, and a checkpoint has no place for them: train a LoRA on it")
-    branch.pipeline.fuse_lora(adapter_names=[lora.EARLIER])
-    branch.pipeline.unload_lora_weights()
+    lora.merge(branch.pipeline)
     return warnings
 
 
@@ -76,7 +75,7 @@ def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, 
 
 def write(branch: Branch, file: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
     """All weights of a branch as one file with the original keys; its sidecar has the configurations and tokenizers."""
-    tensors = {key: value.to("cpu", dtype, copy=True).contiguous() for key, value in branch.original_weights().items()}
+    tensors = {key: value.to("cpu", dtype).contiguous() for key, value in branch.original_weights().items()}
     save_file(tensors, file, metadata)
     beside = sidecar(file)
     for name, part in branch.pipeline.components.items():

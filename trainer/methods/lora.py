@@ -190,6 +190,12 @@ def remove(pipeline: Any) -> None:
     words.remove(pipeline)
 
 
+def merge(pipeline: Any) -> None:
+    """Add the loaded adapters to the weights for good: those of all parts, where FLUX.1's pipeline takes one alone."""
+    pipeline.fuse_lora(components=[part for part in pipeline._lora_loadable_modules if getattr(pipeline, part, None)])
+    pipeline.unload_lora_weights()
+
+
 def load(pipeline: Any, model: Path, adapter: str, token: str | None = None) -> tuple[Path, list[str]]:
     """Load a LoRA with its words into a stock pipeline. Returns its file, and what to warn of.
 
@@ -205,7 +211,8 @@ def load(pipeline: Any, model: Path, adapter: str, token: str | None = None) -> 
         pipeline.load_lora_weights(weights, adapter_name=adapter)
     except (RuntimeError, ValueError, KeyError) as problem:
         raise ValueError(f"{file.name} does not fit its base: {problem}") from problem
-    beside = [file.with_name(f"{file.stem}_emb.safetensors"), file.with_name(WORDS_FILE)]
+    beside = [file.with_name(f"{file.stem}_emb.safetensors")]
+    beside += [file.with_name(WORDS_FILE)] if file.name in (KOHYA_FILE, DIFFUSERS_FILE) else []
     of_words = next((one for one in beside if one.exists()), None) if len(weights) == len(state) else file
     if of_words is not None:
         words.add(pipeline, token or facts.get("tunebooth.token", "ohwx"), words.load(of_words))
