@@ -298,6 +298,26 @@ def test_a_lora_is_merged_into_a_whole_model_that_renders_alike(studio: Studio, 
         assert not file.metadata()["modelspec.architecture"].endswith("/lora")
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "dtype"), [("sd15", "float16"), ("flux1", "bfloat16")])
+def test_a_merge_in_half_precision_is_the_picture_but_for_its_digits(
+    studio: Studio, family: str, dtype: str, tmp_path: Path
+) -> None:
+    args = ARGS.replace("float32", dtype)
+    tune = trained(studio, f"half {family}", base_id(studio, family), args=args, prompts_attributes=[])
+    asked(studio, tune, "checkpoint")
+    merged = studio.jobs.folder(tune) / "exports" / "checkpoint" / FORMATS["checkpoint"]
+    assert {value.dtype for value in load_file(merged).values()} == {getattr(torch, dtype)}
+    root = bases.Base(1, family, family, path=studio.settings.models / family)
+    plain = load_branch(root, torch.device("cpu"), tmp_path)
+    rest = root if family == "flux1" else None
+    whole = load_branch(bases.Base(2, "m", family, path=merged, rest=rest), torch.device("cpu"), tmp_path)
+    bare = picture(plain.pipeline, "a dog")
+    lora.apply(plain, model(studio, tune), 1.0)
+    expected = picture(plain.pipeline, "a dog")
+    assert distance(picture(whole.pipeline, "a dog"), expected) < 0.25 * distance(expected, bare)
+
+
 def test_a_checkpoint_comes_as_a_diffusers_folder_that_renders_alike(studio: Studio, tmp_path: Path) -> None:
     tune = trained(studio, "unpacked", base_id(studio, "sd15"), "checkpoint", prompts_attributes=[])
     (tmp_path / "d.zip").write_bytes(downloaded(studio, asked(studio, tune, "diffusers")))
