@@ -301,6 +301,41 @@ def test_gradio_client_cancels_a_tune(app: App, dog_photos: Callable[[int], list
         client.predict(tune_id=tune["id"], api_name="/cancel_tune")
 
 
+@pytest.mark.long
+def test_the_page_draws_more_pictures_and_saves_a_pack(
+    app: App, browser_page: Page, dog_photos: Callable[[int], list[Path]]
+) -> None:
+    tune = app.finished(post(app, "more of the dog", dog_photos(4), steps=60).raise_for_status().json()["id"])
+    page = browser_page
+    with page.expect_response("**/gradio_api/run/predict"):
+        page.goto(app.url)
+    page.get_by_role("tab", name="More pictures").click()
+    page.click("#prompt-tune input")
+    page.get_by_role("option", name=re.compile("more of the dog")).click()
+    page.fill("#prompt-text textarea", "ohwx dog on grass")
+    page.get_by_text("Start from a picture", exact=True).click()
+    page.set_input_files("#prompt-input_image input[type=file]", str(dog_photos(1)[0]))
+    page.get_by_label("Denoising strength: 0 keeps the picture, 1 draws anew").fill("0.3")
+    page.click("#render")
+    shown = f"#now [data-tune='{tune['id']}'] [data-prompt]:last-of-type[data-status=rendered]"
+    page.wait_for_selector(f"{shown} img")
+    prompt = app.http.get(f"/tunes/{tune['id']}/prompts").json()[0]
+    assert (prompt["text"], prompt["denoising_strength"], prompt["input_image"] is not None) == (
+        "ohwx dog on grass", 0.3, True,
+    )  # fmt: skip
+    page.click("#render")  # and what is wrong is said there
+    page.fill("#prompt-text textarea", "<lora:nobody:1> dog")
+    page.click("#render")
+    page.wait_for_function("document.querySelector('#prompt-note').innerText.includes('<lora:nobody>')")
+    page.locator("#now button", has_text="Save as pack").click()
+    page.get_by_role("tab", name="Packs").click()
+    page.wait_for_selector("#shelf [data-pack=headshots]")
+    page.wait_for_selector("#shelf [data-pack=more-of-the-dog]", timeout=30_000)
+    pack = app.http.get("/p/more-of-the-dog").json()
+    assert pack["branch"] == "fast" and "{subject}" not in str(pack["prompts"]["dog"])
+
+
+@pytest.mark.long
 def test_the_page_trains_the_dog(
     app: App, browser_page: Page, dog_photos: Callable[[int], list[Path]], tmp_path: Path
 ) -> None:

@@ -21,11 +21,13 @@ WEB = {
     "trainer.urls", "trainer.links", "trainer.store", "trainer.schema", "trainer.settings", "trainer.guard",
     "trainer.page", "trainer.files", "trainer.decode", "trainer.child", "trainer.looking", "trainer.weights",
     "trainer.demo", "trainer.webhooks", "trainer.tools", "trainer.expiry", "trainer.branches", "trainer.methods",
+    "trainer.flags", "trainer.references", "trainer.inputs", "trainer.packs",
 }  # fmt: skip
 WORK = {
     "trainer.worker", "trainer.train", "trainer.render", "trainer.dataset", "trainer.loop", "trainer.objectives",
     "trainer.loading", "trainer.memory", "trainer.hub", "trainer.faces", "trainer.words", "trainer.export",
-    "trainer.original", "trainer.optimizers",
+    "trainer.original", "trainer.optimizers", "trainer.plan", "trainer.pipelines", "trainer.weighted",
+    "trainer.control", "trainer.finish", "trainer.pictures",
 }  # fmt: skip
 DOORS = {"app", "trainer.ui", "trainer.api", "trainer.guard", "trainer.page", "trainer.jobs", "trainer.images"}
 
@@ -44,15 +46,16 @@ HOMES = {
     "psutil": {"hub"},
     "ssrfguard": {"urls"},
     "pydantic_settings": {"settings"},
-    "PIL": {"decode", "dataset", "demo", "faces", "render"},
+    "PIL": {"control", "dataset", "decode", "demo", "faces", "finish", "pictures", "plan", "render"},
     "pillow_heif": {"decode"},
     "torchvision": {"faces"},
     "facexlib": {"faces"},
     "gfpgan": {"faces"},
-    "cv2": {"faces"},
+    "cv2": {"control", "faces"},
+    "spandrel": {"finish"},
     "peft": {"methods."},
-    "diffusers": {"branches.", "loading", "worker"},
-    "transformers": {"branches.", "faces", "worker"},
+    "diffusers": {"branches.", "control", "loading", "pipelines", "worker"},
+    "transformers": {"branches.", "control", "faces", "worker"},
 }
 
 

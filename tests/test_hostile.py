@@ -231,7 +231,7 @@ MULTIPART: dict[str, tuple[bytes, int]] = {
     "header-1MB": (part(b"Content-Disposition: form-data; name=" + b"x" * 2**20), 400),
     "headers-10k": (part(b"\r\n".join(b"X-%d: y" % n for n in range(10_000))), 400),
     "fields-5001": (form(*[("tune[a]", "b")] * 5001), 400),  # 5,000 are allowed, for 100 prompts
-    "files-over-limit": (form(*[FILE] * 211), 400),
+    "files-over-limit": (form(*[FILE] * 611), 400),
     "text-field-2MB": (form(("tune[title]", "x" * 2**21)), 400),
     "preamble-over-the-limit": (posting(BIG + WHOLE, BOUND), 413),
     "name-bad-utf8": (part(b'Content-Disposition: form-data; name="tune[\xff\xfe]"'), 422),  # nobody's name

@@ -74,12 +74,12 @@ def send_to(operation: Any, mode: GenerationMode, requests: int, client: TestCli
     return sent
 
 
-def existing(client: TestClient) -> dict[str, int]:
-    """A tune and a prompt that are there; what was sent before may have deleted the last ones."""
+def existing(client: TestClient) -> dict[str, Any]:
+    """A tune, a prompt and a pack that are there; what was sent before may have deleted the last ones."""
     if not client.get("/prompts", params={"limit": 1}).json():
         create(client, str(uuid.uuid4()), ("tune[prompts_attributes][][text]", "ohwx dog"))
     (prompt,) = client.get("/prompts", params={"limit": 1}).json()
-    return {"tune_id": prompt["tune_id"], "prompt_id": prompt["id"]}
+    return {"tune_id": prompt["tune_id"], "prompt_id": prompt["id"], "slug": "pet-portraits"}
 
 
 def test_two_hundred_requests_have_declared_answers(jobs: Jobs, no_network: None) -> None:
@@ -105,7 +105,7 @@ def test_its_examples_work(jobs: Jobs, photo_server: ThreadingHTTPServer) -> Non
                 answer = client.request(method, path.format(**existing(client)), json=body)
                 assert answer.status_code in (200, 201), answer.text
                 tried += 1
-    assert tried == 5
+    assert tried == 6
 
 
 def test_the_document_names_every_route_and_no_file(jobs: Jobs) -> None:

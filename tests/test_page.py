@@ -13,7 +13,7 @@ import pytest
 
 from tests.web import photo, upload
 from trainer import page, ui
-from trainer.jobs import Jobs
+from trainer.jobs import FLAGS, Jobs
 from trainer.schema import Photo, Progress, Prompt, Tune, Upload
 
 pytest_plugins = ("tests.web",)
@@ -28,8 +28,9 @@ def prompt(**values: Any) -> Prompt:
     given |= {
         "id": 3, "tune_id": 1, "text": "ohwx dog", "num_images": 2, "created_at": MOMENT, "updated_at": MOMENT,
         "super_resolution": False, "ar": "1:1", "controlnet_txt2img": False, "url": "", "images": [],
-        "status": "queued", "warnings": [], "tunes": [1],
+        "status": "queued", "warnings": [], "tunes": [1], "progress": Progress(),
     }  # fmt: skip
+    given |= dict.fromkeys(FLAGS, False) | {"thumbnails": values.get("images", [])}
     return Prompt(**given | values)
 
 

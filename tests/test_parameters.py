@@ -84,8 +84,11 @@ def test_the_page_s_form_has_the_same_parameters(jobs: Jobs) -> None:
     with gr.Blocks():
         form = ui.Form(jobs)
     assert sorted(form.fields) == sorted(TuneRequest.parameters())  # in an order of its own
-    assert ["text", *ui.PROMPT_FIELDS, "callback"] == PromptRequest.parameters()  # the page shows what was rendered
-    assert len(form.inputs) == len(form.fields) + len(ui.PROMPT_FIELDS) + 2  # captions, which are files to the API
+    shown = ["text", *ui.PROMPT_FIELDS, *ui.START_FIELDS]
+    elsewhere = ["callback", "ar", "lora_scale", "face_swap", "input_image_url", "mask_image_url"]  # for programs
+    assert sorted([*shown, *elsewhere]) == sorted(PromptRequest.parameters())
+    # Captions, which are files to the API, and the pack, which is part of the address.
+    assert len(form.inputs) == len(form.fields) + len(ui.PROMPT_FIELDS) + 3
 
 
 def test_the_openapi_document_names_the_same_parameters(jobs: Jobs) -> None:

@@ -12,7 +12,7 @@ from trainer import presets
 from trainer.branches import BRANCHES
 from trainer.methods import METHODS, WORDS
 from trainer.presets import TrainConfig
-from trainer.schema import InvalidRequest
+from trainer.schema import CONTROLS, InvalidRequest
 from trainer.settings import Settings
 
 NOTHING_ASKED: dict[str, Any] = {
@@ -223,7 +223,7 @@ def test_args_read_back_as_the_very_same_configuration(
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_a_branch_s_own_toml_has_no_key_that_nobody_reads(folder: Path, branch: str) -> None:
     table = presets.branch_table(folder, branch)
-    plain = {"token", "model_type", "instead", "without", "warnings", "why_not", "render", "base"}
+    plain = {"token", "model_type", "instead", "without", "warnings", "why_not", "render", "base", "control"}
     assert table.keys() <= plain | set(METHODS)
     kinds = {*presets.KINDS, presets.STYLE_KIND, presets.OTHER_KIND}
     for method in METHODS:
@@ -235,6 +235,22 @@ def test_a_branch_s_own_toml_has_no_key_that_nobody_reads(folder: Path, branch: 
     assert table["pti"].keys() >= words
     assert set(table.get("why_not", {})) == set(METHODS) - table.keys()
     assert table.get("faceid", {}) == {}
+
+
+@pytest.mark.parametrize("branch", ["sd15", "sdxl1", "flux1"])
+def test_a_branch_has_a_control_model_of_each_kind(folder: Path, branch: str) -> None:
+    assert presets.branch_table(folder, branch)["control"].keys() == set(CONTROLS)
+    for kind in CONTROLS:
+        row = presets.control_row(folder, branch, kind)
+        assert row is not None and row.repository.count("/") == 1
+    assert presets.control_row(folder, "fast", "canny") is None
+    assert all(presets.annotator_row(folder, name).repository for name in ("depth", "people", "pose"))
+
+
+def test_a_folder_without_looks_says_what_lacks(tmp_path: Path) -> None:
+    assert presets.styles(tmp_path) == presets.film_looks(tmp_path) == {}
+    with pytest.raises(ValueError, match=r"no \[depth\]; copy the one of the program"):
+        presets.annotator_row(tmp_path, "depth")
 
 
 @pytest.mark.parametrize("branch", BRANCHES)

@@ -20,7 +20,7 @@ SAID: dict[str, str] = {  # every setting, with a value that is not its default
     "webhook_secret": "whsec_" + "aGVsbG8g" * 5, "private_urls": "allow", "device": "cuda:1", "max_images": "7",
     "max_prompts": "8", "max_image_mb": "9",
     "max_body_mb": "10", "max_megapixels": "11", "decode_seconds": "1.5",
-    "tensorboard": "true",
+    "tensorboard": "true", "picture_format": "jpeg",
 }  # fmt: skip
 
 

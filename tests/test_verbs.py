@@ -118,7 +118,9 @@ def test_a_prompt_is_copied_with_what_is_to_be_different(client: TestClient) -> 
     asked = {"seed": 7, "num_images": 2, "w": 64, "callback": "http://127.0.0.1/x?a=1", "super_resolution": "true"}
     first = prompt_on(client, tune["id"], **asked, denoising_strength=0.5, style="Cinematic").json()
     assert (first["super_resolution"], first["denoising_strength"], first["controlnet_txt2img"]) == (True, 0.5, False)
-    assert sum("has no effect yet" in warning for warning in first["warnings"]) == 3
+    assert first["style"] == "Cinematic" and first["warnings"] == [
+        "denoising_strength has no effect without input_image"
+    ]
     same = client.post(f"/prompts/{first['id']}/duplicate")
     other = client.post(f"/prompts/{first['id']}/duplicate", json={"prompt": {"seed": "8", "text": "ohwx cat"}})
     assert same.status_code == other.status_code == 201
@@ -132,25 +134,102 @@ def test_a_prompt_is_copied_with_what_is_to_be_different(client: TestClient) -> 
     assert client.post("/prompts/99/duplicate").status_code == 404
 
 
-def test_a_file_that_is_of_no_use_is_named_and_not_kept(
-    client: TestClient, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tune, before = create(client), sorted(jobs.settings.outputs.rglob("*"))
-    sent = {"prompt[input_image]": ("a.png", photo())}
+def pictures_of(jobs: Jobs, prompt: dict[str, Any]) -> list[str]:
+    folder = jobs.pictures_of(prompt["tune_id"], prompt["id"])
+    return sorted(path.name for path in folder.glob("*"))
+
+
+def test_a_prompt_may_start_from_a_picture(client: TestClient, jobs: Jobs) -> None:
+    tune = create(client)
+    sent = {"prompt[input_image]": ("a.png", photo()), "prompt[mask_image]": ("m.png", photo())}
     answer = client.post(f"/tunes/{tune['id']}/prompts", data={"prompt[text]": "ohwx dog"}, files=sent)
-    assert answer.status_code == 201 and "input_image" in answer.json()["warnings"][0]
-    assert sorted(jobs.settings.outputs.rglob("*")) == before and not list(tmp_path.glob("0*"))
+    assert answer.status_code == 201, answer.text
+    prompt = answer.json()
+    assert pictures_of(jobs, prompt) == ["input_image.png", "mask_image.png"]
+    assert client.get(prompt["input_image"]).headers["content-type"] == "image/png"
+    copied = client.post(f"/prompts/{prompt['id']}/duplicate").json()
+    assert copied["id"] != prompt["id"] and pictures_of(jobs, copied) == ["input_image.png", "mask_image.png"]
+    other = {"prompt[mask_image]": ("m.jpg", photo(form="JPEG"))}
+    changed = client.post(f"/prompts/{prompt['id']}/duplicate", files=other).json()
+    assert pictures_of(jobs, changed) == ["input_image.png", "mask_image.jpg"]
+    client.delete(f"/prompts/{prompt['id']}")
+    assert pictures_of(jobs, prompt) == [] and pictures_of(jobs, copied)
     data = {"tune[title]": "b", "tune[name]": "dog", "tune[branch]": "fast", "tune[prompts_attributes][0][text]": "a"}
     files = {"tune[images][]": ("a.png", photo()), "tune[prompts_attributes][0][input_image]": ("b.png", photo())}
     with_tune = client.post("/tunes", data=data, files=files)
-    assert with_tune.status_code == 201 and "input_image" in with_tune.json()["prompts"][0]["warnings"][0]
+    assert with_tune.status_code == 201, with_tune.text
+    assert pictures_of(jobs, with_tune.json()["prompts"][0]) == ["input_image.png"]
+    assert not list((jobs.settings.outputs / "incoming").glob("*"))
 
 
-@pytest.mark.parametrize("odd", [{"super_resolution": "maybe"}, {"denoising_strength": 2}, {"ar": ["1:1"]}])
-def test_what_is_only_kept_must_make_sense_as_well(client: TestClient, odd: dict[str, Any]) -> None:
-    answer = prompt_on(client, create(client)["id"], **odd)
-    assert answer.status_code == 422 and answer.json()["base"][0].startswith(next(iter(odd)))
+@pytest.mark.parametrize(
+    ("sent", "field", "told"),
+    [
+        ({"super_resolution": "maybe"}, "super_resolution", "true or false"),
+        ({"denoising_strength": 2}, "denoising_strength", "at most 1"),
+        ({"ar": ["1:1"]}, "ar", "must be a text"),
+        ({"aspect_ratio": "16:10"}, "aspect_ratio", "must be one of 1:1, 16:9"),
+        ({"scheduler": "dpm++2m_karas"}, "scheduler", "did you mean 'dpm++2m_karras'?"),
+        ({"style": "Cinematik"}, "style", "did you mean 'Cinematic'?"),
+        ({"color_grading": "Velvia"}, "color_grading", "known: Film Velvia, Film Portra, Ektar"),
+        ({"controlnet": "cany", "input_image_url": "http://x.example/a.png"}, "controlnet", "did you mean 'canny'?"),
+        ({"controlnet": "canny"}, "controlnet", "needs input_image"),
+        ({"mask_image_url": "http://x.example/a.png"}, "mask_image", "needs input_image"),
+        ({"input_image": "http://x.example/a.png"}, "input_image", "goes into input_image_url"),
+        ({"input_image_url": "http://127.0.0.1:1/a.png"}, "input_image_url", "cannot be fetched"),
+        ({"text": "<lora:5:much> dog"}, "text", "must be a number"),
+        ({"text": "<lora:5:99999> dog"}, "text", "must be from -10 to 10"),
+        ({"text": "<lora:nobody:1> dog"}, "text", "<lora:nobody>: there is no LoRA"),
+        ({"text": "<faceid:99:1> dog"}, "text", "there is no faceid tune 99"),
+    ],
+)
+def test_what_a_prompt_cannot_have_is_told_and_nothing_is_kept(
+    client: TestClient, jobs: Jobs, sent: dict[str, Any], field: str, told: str
+) -> None:
+    tune_id = create(client)["id"]
+    answer = client.post(f"/tunes/{tune_id}/prompts", json={"prompt": {"text": "a dog"} | sent})
+    assert answer.status_code == 422 and list(answer.json()) == [field], answer.text
+    assert told in answer.json()[field][0]
+    assert jobs.store.find("prompts") == [] and not list((jobs.settings.outputs / "incoming").glob("*"))
+
+
+def test_what_is_accepted_and_not_done_is_told(client: TestClient) -> None:
+    tune_id = create(client)["id"]
+    asked = {"face_swap": True, "hires_fix": True, "backend_version": 1, "super_resolution": "X4"}
+    prompt = prompt_on(client, tune_id, "ohwx dog --fix_bindi", **asked).json()
+    assert prompt["super_resolution"] is True and prompt["text"] == "ohwx dog --fix_bindi"
+    told = " ".join(prompt["warnings"])
+    assert all(word in told for word in ("face_swap", "licence", "backend_version", "--fix_bindi"))
+    assert "hires_fix" not in told
+    alone = prompt_on(client, tune_id, "ohwx dog", hires_fix=True).json()
+    assert alone["warnings"] == ["hires_fix has no effect without super_resolution"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"aspect_ratio": "16:9", "w": 64, "h": 64}, "aspect_ratio has no effect beside w and h"),
+        ({"controlnet_txt2img": True}, "controlnet_txt2img has no effect without controlnet"),
+        ({"controlnet_conditioning_scale": 0.5}, "controlnet_conditioning_scale has no effect without controlnet"),
+        ({"text": "<lora:ohwx:0.5> a", "lora_scale": 2}, "lora_scale has no effect where the text says a weight"),
+        ({"text": "a --mask_blur 4"}, "--mask_blur has no effect without a mask"),
+        ({"text": "a --control_guidance_end 0.5"}, "--control_guidance_end has no effect without controlnet"),
+        ({"text": "a --hires_cfg_scale 2"}, "--hires_cfg_scale has no effect without hires_fix"),
+        ({"text": "a --upscale_factor 2", "hires_fix": True}, ""),
+        ({"aspect_ratio": "16:9", "w": 64}, ""),
+    ],
+)
+def test_what_has_no_effect_is_told(client: TestClient, asked: dict[str, Any], told: str) -> None:
+    prompt = prompt_on(client, create(client)["id"], **{"text": "a dog"} | asked).json()
+    assert prompt["warnings"] == ([told] if told else [])
+
+
+def test_another_size_takes_the_place_of_the_one_that_was_there(client: TestClient) -> None:
+    first = prompt_on(client, create(client)["id"], w=64, h=64).json()
+    other = client.post(f"/prompts/{first['id']}/duplicate", json={"prompt": {"aspect_ratio": "9:16"}}).json()
+    assert (other["w"], other["h"], other["aspect_ratio"], other["warnings"]) == (None, None, "9:16", [])
+    last = client.post(f"/prompts/{other['id']}/duplicate", json={"prompt": {"ar": "portrait"}}).json()
+    assert (last["aspect_ratio"], last["ar"]) == (None, "portrait")
 
 
 def test_a_prompt_on_the_base_names_its_tune(client: TestClient, jobs: Jobs) -> None:

@@ -22,7 +22,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -231,6 +231,36 @@ def make_tiny_faceid(file: Path, unet: UNet2DConditionModel, vector: int = 128, 
                 for part in "kv":
                     layers[f"{number}.to_{part}_ip.weight"] = torch.randn(shapes["q"][0], width) / width**0.5
     torch.save({"image_proj": dict(projection.state_dict()), "ip_adapter": layers}, file)
+    return file
+
+
+def make_tiny_lora(file: Path, base: Path, seed: int = 0, rank: int = 2, words: str | None = None) -> Path:
+    """Write a LoRA for a tiny base, in diffusers' keys: random, and so strong that pictures change by it.
+
+    It lies on queries, keys and values of the denoiser and of CLIP. words: the token of two new words, which go into
+    NAME_emb.safetensors beside it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = {part: base / part for part in ("unet", "transformer", "text_encoder", "text_encoder_2")}
+    state: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
+    for part, folder in found.items():
+        for weights in sorted(folder.glob("*.safetensors")):
+            for key, value in load_file(weights).items():
+                if key.endswith("token_embedding.weight"):
+                    row = torch.randn(2, value.shape[1], generator=generator)
+                    rows["clip_l" if part == "text_encoder" else "clip_g"] = row * float(value.std())
+                if not re.search(r"\.(to_[qkv]|[qkv]_proj)\.weight$", key):
+                    continue
+                name = key.removesuffix(".weight")
+                if part.startswith("text_encoder"):  # published files have the prefix
+                    name = f"text_model.{name.removeprefix('text_model.')}"
+                out, into = value.shape
+                state[f"{part}.{name}.lora_A.weight"] = torch.randn(rank, into, generator=generator) / 2
+                state[f"{part}.{name}.lora_B.weight"] = torch.randn(out, rank, generator=generator) / 2
+    save_file(state, file, {"tunebooth.token": words, "tunebooth.tokens": "2"} if words else {})
+    if words:
+        save_file(rows, file.with_name(f"{file.stem}_emb.safetensors"))
     return file
 
 

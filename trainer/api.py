@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
+from fastapi import Path as UrlPath
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
@@ -25,7 +26,9 @@ from trainer import __version__
 from trainer.files import PARTIAL
 from trainer.jobs import Jobs, Mark
 from trainer.links import open_link
+from trainer.packs import SLUG, PackRequest
 from trainer.schema import (
+    PICTURES,
     Callback,
     CannotLook,
     Check,
@@ -46,7 +49,11 @@ MAX_FIELDS = 5000
 MAX_JSON_BYTES = 2**20
 KEY = re.compile(r"(\w+)((?:\[[\w-]{0,64}\])*)")
 NUMBER = re.compile("[0-9]+")  # `isdigit` and `\d` know more digits than `int` does
+Slug = Annotated[str, UrlPath(pattern=f"^{SLUG.pattern}$")]
 SqlInteger = Annotated[int, Query(ge=0, lt=2**63)]
+
+
+CALLS = ("/tunes", "/prompts", "/photos/", "/gallery/", "/presets", "/packs", "/p/")  # begin their paths
 
 
 class Malformed(Exception):
@@ -77,6 +84,7 @@ EXAMPLES: dict[type[BaseModel], dict[str, Any]] = {  # of bodies, for whoever re
     TuneChange: {"title": "Rex, retired", "characteristics": {"colour": "grey"}},
     CheckRequest: {"name": "dog", "image_urls": PHOTO_URLS},
     PromptRequest: {"text": "ohwx dog in the snow", "num_images": 2, "seed": 7},
+    PackRequest: {"title": "Rex for the shop", "name": "dog", "branch": "fast", "image_urls": PHOTO_URLS},
 }  # fmt: skip
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Error, "description": "The body cannot be read"},
@@ -107,7 +115,7 @@ def create_app(jobs: Jobs) -> FastAPI:
     @app.post("/tunes", status_code=201, response_model=Tune, responses={200: {"model": Tune}}, openapi_extra=tune_body)
     async def create_tune(request: Request) -> JSONResponse:
         """Create a tune and queue it. 200 where the title has one already."""
-        async with sent(request, jobs) as (data, uploads):
+        async with sent_tune(request, jobs) as (data, uploads):
             mark = await run_in_threadpool(read_mark, request, data, uploads)
             tune, created = await run_in_threadpool(jobs.create_tune, data, uploads, untold, mark)
         return JSONResponse(tune.model_dump(), 201 if created else 200)
@@ -115,7 +123,7 @@ def create_app(jobs: Jobs) -> FastAPI:
     @app.post("/photos/check", openapi_extra={"requestBody": {"content": _body_schema("tune", CheckRequest)}})
     async def check_photos(request: Request) -> Check:
         """A verdict for each photo, as a tune with these parameters would give it; nothing is kept."""
-        async with sent(request, jobs) as (data, uploads):
+        async with sent_tune(request, jobs) as (data, uploads):
             return await run_in_threadpool(jobs.check_photos, data, uploads)
 
     @app.get("/tunes")
@@ -172,8 +180,9 @@ def create_app(jobs: Jobs) -> FastAPI:
     @app.post("/tunes/{tune_id}/prompts", status_code=201, openapi_extra=prompt_body)
     async def create_prompt(tune_id: int, request: Request) -> Prompt:
         """Render a prompt with a tune; with its base's id where the text has `<lora:ID:WEIGHT>`."""
-        data = await read_body(request, "prompt", 0, None)
-        return await run_in_threadpool(jobs.create_prompt, tune_id, data, read_mark(request, data, []))
+        async with sent(request, jobs, "prompt", len(PICTURES)) as data:
+            mark = await run_in_threadpool(read_mark, request, data, [])
+            return await run_in_threadpool(jobs.create_prompt, tune_id, data, untold, mark)
 
     @app.get("/tunes/{tune_id}/prompts")
     def list_tune_prompts(
@@ -211,8 +220,11 @@ def create_app(jobs: Jobs) -> FastAPI:
     async def duplicate_prompt(prompt_id: int, request: Request) -> Prompt:
         """Render a prompt again; the body, which may be empty, says what is to be different."""
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-        data = await read_body(request, "prompt", 0, None) if has_body else {}
-        return await run_in_threadpool(jobs.duplicate_prompt, prompt_id, data, read_mark(request, data, []))
+        if not has_body:
+            return await run_in_threadpool(jobs.duplicate_prompt, prompt_id, {}, untold, read_mark(request, {}, []))
+        async with sent(request, jobs, "prompt", len(PICTURES)) as data:
+            mark = await run_in_threadpool(read_mark, request, data, [])
+            return await run_in_threadpool(jobs.duplicate_prompt, prompt_id, data, untold, mark)
 
     @app.get("/tunes/{tune_id}/callbacks")
     def list_callbacks(tune_id: int) -> list[Callback]:
@@ -229,6 +241,31 @@ def create_app(jobs: Jobs) -> FastAPI:
     def list_base_tunes(branch: str | None = None) -> list[dict[str, Any]]:
         """Base models that a tune can start from."""
         return jobs.list_base_tunes(branch)
+
+    @app.get("/packs")
+    def list_packs() -> list[dict[str, Any]]:
+        """Packs: settings and prompts for a purpose."""
+        return jobs.list_packs()
+
+    @app.get("/p/{slug}")
+    def get_pack(slug: Slug) -> dict[str, Any]:
+        return jobs.get_pack(slug)
+
+    pack_body = {"requestBody": {"content": _body_schema("tune", PackRequest)}}
+
+    @app.post("/p/{slug}/tunes", status_code=201, responses={200: {"model": Tune}}, openapi_extra=pack_body)
+    async def create_pack_tune(slug: Slug, request: Request, response: Response) -> Tune:
+        """Create a tune with a pack's settings and prompts; with `tune_ids` render its prompts with a tune."""
+        async with sent_tune(request, jobs) as (data, uploads):
+            mark = await run_in_threadpool(read_mark, request, data, uploads)
+            tune, created = await run_in_threadpool(jobs.create_pack_tune, slug, data, uploads, untold, mark)
+        response.status_code = 201 if created else 200
+        return tune
+
+    @app.post("/tunes/{tune_id}/pack", status_code=201)
+    def save_pack(tune_id: int, title: str | None = None) -> dict[str, Any]:
+        """Make a pack of a tune's settings and prompts, under its own title or another."""
+        return jobs.save_pack(tune_id, title)
 
     @app.get("/presets")
     def list_presets() -> list[str]:
@@ -251,18 +288,25 @@ def create_app(jobs: Jobs) -> FastAPI:
 
 
 @asynccontextmanager
-async def sent(request: Request, jobs: Jobs) -> AsyncIterator[tuple[dict[str, Any], list[Upload]]]:
-    """The object `tune` of a request and the files of its `images`, which are gone afterwards."""
+async def sent(request: Request, jobs: Jobs, root: str, max_files: int) -> AsyncIterator[dict[str, Any]]:
+    """The object under `root` of a request; its files, which are Uploads in it, are gone afterwards."""
     work = jobs.settings.outputs / "incoming" / f"{PARTIAL}upload-{uuid.uuid4().hex[:12]}"
     try:
-        data = await read_body(request, "tune", jobs.settings.max_images, work)
+        yield await read_body(request, root, max_files, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@asynccontextmanager
+async def sent_tune(request: Request, jobs: Jobs) -> AsyncIterator[tuple[dict[str, Any], list[Upload]]]:
+    """The object `tune` of a request, and the files of its `images`."""
+    max_files = jobs.settings.max_images + len(PICTURES) * jobs.settings.max_prompts
+    async with sent(request, jobs, "tune", max_files) as data:
         uploads = data.pop("images", None) or []
         if not isinstance(uploads, list) or not all(isinstance(upload, Upload) for upload in uploads):
             message = "must be files in multipart/form-data; addresses go into image_urls"
             raise InvalidRequest({"images": [message]})
         yield data, uploads
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def read_mark(request: Request, data: dict[str, Any], uploads: list[Upload]) -> Mark | None:
@@ -272,12 +316,16 @@ def read_mark(request: Request, data: dict[str, Any], uploads: list[Upload]) -> 
         return None
     if not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
         raise InvalidRequest({"Idempotency-Key": ["must be 1 to 255 visible ASCII characters, as a UUID is"]})
-    digest = hashlib.sha256(request.url.path.encode() + json.dumps(data, sort_keys=True, default=str).encode())
+    asked = json.dumps(data, sort_keys=True, default=lambda upload: [upload.name, _sha256(upload.path).hex()])
+    digest = hashlib.sha256(request.url.path.encode() + asked.encode())
     for upload in uploads:
-        digest.update(upload.name.encode())
-        with upload.path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(upload.name.encode() + _sha256(upload.path))
     return Mark(key, digest.hexdigest())
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 class JsonSuffix:
@@ -288,7 +336,7 @@ class JsonSuffix:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
-        if path.endswith(".json") and path.startswith(("/tunes", "/prompts", "/photos/", "/gallery/", "/presets")):
+        if path.endswith(".json") and path.startswith(CALLS):
             scope = {**scope, "path": path.removesuffix(".json")}
         await self._app(scope, receive, send)
 

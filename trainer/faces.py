@@ -317,6 +317,17 @@ def mask_words(image: Image.Image, words: str, weights: Path) -> Image.Image | N
     return grey(((likely / likely.max() - 0.2) / 0.4).clamp(0, 1), image.size)
 
 
+def mask_png(picture: Path, words: str, weights: Path) -> bytes | None:
+    """`mask_words` of a file, as a PNG."""
+    with Image.open(picture) as opened:
+        mask = mask_words(opened.convert("RGB"), words, weights)
+    if mask is None:
+        return None
+    stream = io.BytesIO()
+    mask.save(stream, "PNG")
+    return stream.getvalue()
+
+
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation that CLIPSeg's preprocessing has
 
 
@@ -363,6 +374,16 @@ def restore(image: Image.Image, faces: list[Found], weights: Path, strength: flo
     for face in chosen:
         restore_face(pixels, np.array(face.landmarks) * scale, model, strength)
     return Image.fromarray(pixels), scale, len(chosen)
+
+
+def restore_all(picture: Path, faces: list[Found], weights: Path, strength: float) -> None:
+    """Restore faces of a picture in its file (a PNG), whether they gain by it or not: somebody asked for it."""
+    with Image.open(picture) as opened:
+        pixels = np.array(opened.convert("RGB"))
+    model = load_restorer(weights)
+    for face in faces:
+        restore_face(pixels, np.array(face.landmarks), model, strength)
+    Image.fromarray(pixels).save(picture, compress_level=1)
 
 
 def restore_face(pixels: Array, landmarks: Array, model: nn.Module, strength: float) -> None:

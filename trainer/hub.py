@@ -90,6 +90,17 @@ def fetch_parts(
     return _fetch(repository, revision, pick, ram_check=ram_check)
 
 
+def fetch_model(repository: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The snapshot folder of a repository that is one model: its configuration, its vocabulary where it has one, and
+    one copy of its weights. The rest is as in `fetch_files`."""
+
+    def pick(names: Collection[str], _place: Callable[[str], Path]) -> list[str]:
+        inside = {f"./{name}": name for name in names if "/" not in name}
+        return [inside[name] for name in _part_files(inside, ["./*"], variant)]
+
+    return _fetch(repository, revision, pick, ram_check=False)
+
+
 def fetch_files(repository: str, names: Sequence[str], revision: str | None = None) -> Path:
     """The snapshot folder, in the hub's own cache, with all these files of a repository in it.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +10,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trainer import bases, presets
+from trainer import bases, flags, inputs, packs, presets
 from trainer.expiry import expiry
-from trainer.files import discard, fsync, read_json_lines
+from trainer.files import discard, fsync, read_json_lines, write_whole
 from trainer.images import SAME_PICTURE, Decoder, intake
 from trainer.links import MODEL_LINK_SECONDS, make_link
 from trainer.looking import Looker, not_people, of_one_person
 from trainer.methods import FORMATS, MADE
+from trainer.references import GONE, Named, as_row, resolve
 from trainer.schema import (
+    COLUMNS,
+    CONTROLS,
     ENDED,
+    HOSTED_CONTROLS,
+    PICTURES,
     Callback,
     Check,
     CheckRequest,
@@ -37,9 +41,11 @@ from trainer.schema import (
     TuneChange,
     TuneRequest,
     Upload,
+    attributes_of,
     check_model_type,
     nearest,
     parse_request,
+    prompt_of,
     references,
     untold,
     words,
@@ -52,7 +58,10 @@ EARLIER_LISTED = 100  # tunes, in the page's list of bases
 API_NUM_IMAGES = 8  # the hosted service's default; the page asks for 4
 HOSTED_PRESETS = ("flux-lora-focus", "flux-lora-portrait", "flux-lora-fast")
 MOMENT_FILES = FORMATS["bundled"], FORMATS["kohya"]  # of a model in mid-run: with its new words, where it has some
-NUMBER = re.compile("[0-9]{1,18}")
+CONTACT_SHEET = "sheet.jpg"
+BESIDE = tuple(name for name in Prompt.model_fields if name in PromptRequest.model_fields and name not in (
+    *COLUMNS, *PICTURES, *Echo.model_fields))  # fmt: skip
+FLAGS = ("use_lpw", "film_grain", "hires_fix", "inpaint_faces", "face_correct", "face_swap")  # false where not asked
 STOP_SECONDS = 120.0  # a step of the largest model on the slowest card, and saving it
 
 
@@ -103,26 +112,33 @@ class Jobs:
             values = self._settle(request, max(1, count))
         except InvalidRequest as invalid:
             problems |= invalid.problems
+        own = {"id": 0, "title": request.title, "token": request.token or "ohwx", "method": ""} | values  # no id yet
         for number, prompt in enumerate(request.prompts_attributes):
-            try:  # the tune has no id yet
-                self._check_references(prompt.text, (request.token or "ohwx", request.token or "sks"), values["branch"])
+            try:
+                self._check_prompt(prompt)
+                resolve(self.settings, self.store, prompt.text, values["branch"], own)
             except InvalidRequest as invalid:
-                told = [f"{number}.{field}: {message}" for field, all_ in invalid.problems.items() for message in all_]
-                problems.setdefault("prompts_attributes", []).extend(told)
-        if problems and (request.image_urls or "images" in problems):
+                problems.setdefault("prompts_attributes", []).extend(numbered(invalid, number))
+        fetches = request.image_urls or any(prompt.has_input for prompt in request.prompts_attributes)
+        if problems and (fetches or "images" in problems):
             raise InvalidRequest(problems)  # nothing is fetched for a request that is refused anyway
         try:
-            with intake(self.settings, self.decoder, uploads, request.image_urls, tell) as (work, photos):
+            with (
+                intake(self.settings, self.decoder, uploads, request.image_urls, tell) as (work, photos),
+                inputs.taken_in(
+                    self.settings, self.decoder, request.prompts_attributes, "prompts_attributes", tell
+                ) as pictures,
+            ):
                 if problems:
                     raise InvalidRequest({})
                 if values["method"] == "faceid":
                     photos, said = self.looker.identify(work, photos, request.name, tell)
                     values["warnings"] = [*values["warnings"], *said]
-                    return self._insert(request, values, work, photos, mark)
+                    return self._insert(request, values, work, photos, pictures, mark)
                 different = sum(not photo.dropped for photo in photos)
                 if different != count:  # a photo that came twice is trained once
                     values = self._settle(request, different)
-                return self._insert(request, values, work, photos, mark)
+                return self._insert(request, values, work, photos, pictures, mark)
         except InvalidRequest as invalid:
             raise InvalidRequest(problems | invalid.problems) from None
 
@@ -269,47 +285,58 @@ class Jobs:
 
     # Prompts
 
-    def create_prompt(self, tune_id: int, data: Mapping[str, Any], mark: Mark | None = None) -> Prompt:
+    def create_prompt(
+        self, tune_id: int, data: Mapping[str, Any], tell: Tell = untold, mark: Mark | None = None
+    ) -> Prompt:
         """Queue a prompt on a tune that has, or is getting, a model. Raises NotFound, InvalidRequest.
 
-        tune_id: the tune's, or that of its base with `<lora:ID:WEIGHT>` in the text.
+        tune_id: the tune's, or that of a base with `<lora:NAME:WEIGHT>` or `<faceid:NAME:WEIGHT>` in the text.
         """
-        base = None
-        if self._tune_row(tune_id) is None:
+        base, tune = None, self._tune_row(tune_id)
+        if tune is None:
             base = next((base for base in bases.list_bases(self.settings) if base.id == tune_id), None)
-        if base:
-            request = parse_request(PromptRequest, data)
-            tune = self._tune_of_base(base, request.text)
+            if base is None:
+                raise NotFound(f"there is no tune {tune_id}")
+        request = parse_request(PromptRequest, data)
+        self._check_prompt(request)
+        if tune is not None:
+            named = resolve(self.settings, self.store, request.text, tune["branch"], tune)
         else:
-            tune = self._row("tunes", tune_id)
-            request = parse_request(PromptRequest, data)
-            self._check_references(request.text, (str(tune_id), tune["token"]), tune["branch"], tune_id)
-        with self.store.transaction():
+            assert base is not None
+            tune, named = self._tune_on_base(base, request.text)
+        if known := self._marked("prompts", mark):
+            return self._prompt(known)
+        with (
+            inputs.taken_in(self.settings, self.decoder, [request], None, tell) as pictures,
+            self.store.transaction(),
+        ):
             if known := self._marked("prompts", mark):
                 return self._prompt(known)
             tune = self._row("tunes", tune["id"])  # it may be gone by now
-            if tune["status"] in ("failed", "canceled", "expired"):
+            if tune["status"] in GONE:
                 raise InvalidRequest({"tune_id": [f"tune {tune['id']} is {tune['status']}; it has no model"]})
-            asked = base.id if base and tune["method"] == "faceid" else None
-            prompt_id = self.store.add_prompt(
-                self._prompt_values(tune["id"], request) | {"base_id": asked} | marks(mark)
-            )
+            asked = base.id if base and (tune["method"] == "faceid" or self._root_id(tune) != base.id) else None
+            values = self._prompt_values(tune["id"], request, named) | {"base_id": asked}
+            prompt_id = self.store.add_prompt(values | marks(mark))
+            if 0 in pictures:
+                self._keep_pictures(prompt_id, pictures[0], self.pictures_of(tune["id"], prompt_id))
         self.store.changed.set()
         return self.get_prompt(prompt_id)
 
-    def _tune_of_base(self, base: bases.Base, text: str) -> Row:
-        """The tune that a prompt on a base names: a LoRA of that base, else a face. Raises InvalidRequest."""
-        named = references(text)[1]
-        loras = [name for kind, name, _ in named if kind == "lora"]
-        if len(loras) > 1 or not named:
-            told = f"a prompt on base {base.id} names the tune, once: <lora:ID:WEIGHT>, or <faceid:ID:WEIGHT>"
+    def _tune_on_base(self, base: bases.Base, text: str) -> tuple[Row, list[Named]]:
+        """The tune that a prompt on a base belongs to, the first LoRA that it names, else its face; and all of them.
+
+        Raises InvalidRequest.
+        """
+        if base.error:
+            raise InvalidRequest({"tune_id": [f"{base.title}: {base.error}"]})
+        named = resolve(self.settings, self.store, text, base.branch, None)
+        in_order = sorted(named, key=lambda one: one.kind != "lora")
+        tune = next((row for one in in_order if (row := self._tune_row(one.id))), None)
+        if tune is None:
+            told = f"a prompt on base {base.id} names a tune: <lora:ID:WEIGHT>, or <faceid:ID:WEIGHT>"
             raise InvalidRequest({"text": [told]})
-        wanted = (loras or [named[0][1]])[0]
-        tune = self._tune_row(int(wanted)) if NUMBER.fullmatch(wanted) else None
-        if tune is None or (loras and self._root_id(tune) != base.id):
-            raise InvalidRequest({"text": [f"there is no tune {wanted} on base {base.id}"]})
-        self._check_references(text, (str(tune["id"]), tune["token"]), base.branch, tune["id"])
-        return tune
+        return tune, named
 
     def _root_id(self, tune: Row) -> int:
         """The base at the end of the chain of tunes that a tune stands on."""
@@ -317,45 +344,57 @@ class Jobs:
             tune = earlier
         return int(tune["base_id"])
 
-    def _check_references(
-        self, text: str, own: tuple[str, ...], branch: str | None, tune_id: int | None = None
-    ) -> None:
-        """Raises InvalidRequest for what a prompt cannot name: any LoRA but its own tune, and faces of other branches.
-
-        own: the tune's id and token. branch None: not known, for the request is refused for it anyway.
-        """
-        found = references(text)[1]
-        problems = [
-            f"<lora:{name}> is not the tune of this prompt, and others beside it are not here yet"
-            for kind, name, _ in found
-            if kind == "lora" and name not in own
-        ]
-        loras, faces = ([name for one, name, _ in found if one == kind] for kind in ("lora", "faceid"))
-        if len(loras) > 1:
-            problems.append(f"names its tune {len(loras)} times; once is enough")
-        if len(faces) > 1:
-            problems.append(f"names {len(faces)} faces; one is possible")
-        own_method = (self._tune_row(tune_id) or {}).get("method") if tune_id else None
-        if own_method == "faceid" and (loras or any(name != str(tune_id) for name in faces)):
-            problems.append(
-                f"tune {tune_id} is a face: its prompts name no other tune; prompts of the other can name it"
-            )
-        for name in faces:
-            face = self._tune_row(int(name)) if NUMBER.fullmatch(name) else None
-            if face is None or face["method"] != "faceid":
-                problems.append(f"<faceid:{name}>: there is no faceid tune {name}")
-            elif face["status"] != "trained":
-                problems.append(f"<faceid:{name}>: it is {face['status']}")
-            elif branch not in (None, face["branch"]):
-                problems.append(f"<faceid:{name}> is of branch {face['branch']}, not {branch}")
+    def _check_prompt(self, request: PromptRequest) -> None:
+        """Settle the names of looks, and refuse what does not go together. Raises InvalidRequest."""
+        problems: dict[str, list[str]] = {}
+        folder = self.settings.presets
+        for field, known in (("style", presets.styles(folder)), ("color_grading", presets.film_looks(folder))):
+            given = getattr(request, field)
+            name = next((name for name in known if given and name.lower() == given.strip().lower()), None)
+            if given and name is None:
+                told = f"there is no {given!r}{nearest(given, known)}; known: {', '.join(known)}"
+                problems[field] = [told]
+            setattr(request, field, name)
+        for field in PICTURES:
+            if not isinstance(getattr(request, field), Upload | None):
+                told = f"must be a file in multipart/form-data; an address goes into {field}_url"
+                problems[field] = [told]
+        if not request.has_input:
+            for field, given in (("mask_image", request.has_mask), ("controlnet", request.controlnet)):
+                if given:
+                    problems[field] = ["needs input_image or input_image_url"]
         if problems:
-            raise InvalidRequest({"text": problems})
+            raise InvalidRequest(problems)
 
-    def duplicate_prompt(self, prompt_id: int, data: Mapping[str, Any], mark: Mark | None = None) -> Prompt:
+    def _keep_pictures(self, prompt_id: int, folder: Path, target: Path) -> None:
+        """Move the pictures that a prompt starts from to where they stay, and note their names."""
+        names = {path.stem: path.name for path in folder.iterdir()}
+        inputs.keep(folder, target)
+        attributes = self._row("prompts", prompt_id)["attributes"]
+        self.store.update("prompts", prompt_id, attributes=attributes | names)
+
+    def pictures_of(self, tune_id: int, prompt_id: int) -> Path:
+        """Where the pictures lie that a prompt starts from."""
+        return self.folder(tune_id) / "inputs" / str(prompt_id)
+
+    def duplicate_prompt(
+        self, prompt_id: int, data: Mapping[str, Any], tell: Tell = untold, mark: Mark | None = None
+    ) -> Prompt:
         """Queue a prompt again, with other values where `data` has some. Raises NotFound, InvalidRequest."""
         row = self._row("prompts", prompt_id)
-        same = {name: row[name] for name in PromptRequest.parameters() if row[name] is not None}
-        return self.create_prompt(row["base_id"] or row["tune_id"], row["kept"] | same | dict(data), mark)
+        same = prompt_of(row).model_dump(exclude_none=True) | self._own_pictures(row)
+        for name in PICTURES:  # another picture comes in place of the one that was there
+            if name in data or f"{name}_url" in data:
+                same = {key: value for key, value in same.items() if key not in (name, f"{name}_url")}
+        same = {**still_good(row["kept"]), **same}
+        return self.create_prompt(row["base_id"] or row["tune_id"], packs.over(same, data), tell, mark)
+
+    def _own_pictures(self, row: Row) -> dict[str, Any]:
+        """The pictures that a prompt starts from, as uploads in place of their addresses."""
+        folder = self.pictures_of(row["tune_id"], row["id"])
+        found = {name: inputs.find(folder, name) for name in PICTURES}
+        kept: dict[str, Any] = {name: Upload(path.name, path) for name, path in found.items() if path}
+        return kept | {f"{name}_url": None for name in kept}
 
     def delete_prompt(self, prompt_id: int, tune_id: int | None = None) -> None:
         """Remove a prompt and its pictures; one that renders is stopped first. Raises NotFound, Conflict.
@@ -376,6 +415,7 @@ class Jobs:
                 raise Conflict(f"prompt {prompt_id} does not stop; try again later")
             time.sleep(0.1)
         discard(self.folder(row["tune_id"]) / "prompts" / str(prompt_id))
+        discard(self.pictures_of(row["tune_id"], prompt_id))
 
     def get_prompt(self, prompt_id: int) -> Prompt:
         """Raises NotFound."""
@@ -386,6 +426,89 @@ class Jobs:
         if tune_id is not None:
             self._row("tunes", tune_id)
         return [self._prompt(row) for row in self.store.find("prompts", tune_id=tune_id, limit=limit, offset=offset)]
+
+    # Packs
+
+    def list_packs(self) -> list[dict[str, Any]]:
+        """All packs, with their prompts for each class; `error` of one that cannot be read."""
+        told = []
+        for slug, table in self._pack_tables().items():
+            try:
+                pack = self._read_pack(slug, table)
+                told.append(packs.describe(pack, presets.default_token(self.settings.presets, pack.branch)))
+            except Conflict as problem:
+                told.append({"slug": slug, "error": str(problem)})
+        return told
+
+    def get_pack(self, slug: str) -> dict[str, Any]:
+        """Raises NotFound, Conflict."""
+        pack = self._pack(slug)
+        return packs.describe(pack, presets.default_token(self.settings.presets, pack.branch))
+
+    def create_pack_tune(
+        self,
+        slug: str,
+        data: Mapping[str, Any],
+        uploads: Sequence[Upload],
+        tell: Tell = untold,
+        mark: Mark | None = None,
+    ) -> tuple[Tune, bool]:
+        """Queue a tune with the settings and prompts of a pack, or with `tune_ids` its prompts on a tune that is there.
+
+        data: the tune parameters, which go over the pack's, and `prompt_attributes`, `prompt_ids`, `tune_ids`. Raises
+        NotFound, Conflict, InvalidRequest.
+        """
+        pack = self._pack(slug)
+        if tune_id := packs.asked_tune(data):
+            if uploads:
+                raise InvalidRequest({"images": ["has no effect with tune_ids, for nothing is trained; leave it out"]})
+            tune = self._row("tunes", tune_id)
+            requests = packs.prompt_requests(pack, data, tune["name"], tune["token"])
+            for request in (parse_request(PromptRequest, one) for one in requests):  # before the first one is made
+                self._check_prompt(request)
+                resolve(self.settings, self.store, request.text, tune["branch"], tune)
+            for number, one in enumerate(requests):
+                self.create_prompt(tune_id, one, tell, mark and Mark(f"{mark.key} {number}", mark.digest))
+            return self.get_tune(tune_id), True
+        base_tune_id, branch = packs.asked_base(pack, data)
+        base = bases.resolve(self.settings, base_tune_id, branch, self._tune_row)
+        return self.create_tune(
+            packs.tune_request(pack, data, base.branch, self._default_token(base)), uploads, tell, mark
+        )
+
+    def save_pack(self, tune_id: int, title: str | None = None) -> dict[str, Any]:
+        """Make a pack of a tune's settings and prompts. Raises NotFound, InvalidRequest."""
+        tune = self._row("tunes", tune_id)
+        prompts = [prompt_of(row) for row in self.store.find("prompts", tune_id=tune_id, oldest_first=True)]
+        request = self.folder(tune_id) / "request.json"
+        asked = json.loads(request.read_text("utf-8"))["args"] if request.exists() else None
+        title = title or tune["title"]
+        toml = packs.to_toml(title, tune, [prompt.model_dump(exclude_none=True) for prompt in prompts], asked)
+        folder = self.settings.outputs / "packs"
+        folder.mkdir(exist_ok=True)
+        with self.store.transaction():  # nobody else takes the name
+            slug = packs.free_slug(title, list(self._pack_tables()))
+            write_whole(folder / f"{slug}.toml", toml)
+        return self.get_pack(slug)
+
+    def _pack_tables(self) -> dict[str, dict[str, Any] | str]:
+        """The program's packs, and those that were saved here."""
+        return presets.pack_tables(self.settings.presets / "packs", self.settings.outputs / "packs")
+
+    def _pack(self, slug: str) -> packs.Pack:
+        tables = self._pack_tables()
+        if slug not in tables:
+            raise NotFound(f"there is no pack {slug!r}{nearest(slug, tables)}; known: {words(tables)}")
+        return self._read_pack(slug, tables[slug])
+
+    @staticmethod
+    def _read_pack(slug: str, table: dict[str, Any] | str) -> packs.Pack:
+        if isinstance(table, str):
+            raise Conflict(table)
+        try:
+            return packs.load(table, slug)
+        except ValueError as problem:
+            raise Conflict(f"{slug}.toml: {problem}") from None
 
     # Callbacks
 
@@ -481,6 +604,13 @@ class Jobs:
         rows = self.store.find("tunes", status="trained", limit=EARLIER_LISTED)
         usable = [row for row in rows if row["method"] != "faceid"]
         return [(f"{row['title']} (tune {row['id']}, {row['branch']})", row["id"]) for row in usable]
+
+    def rendering_tunes(self) -> list[tuple[str, int]]:
+        """The tunes that prompts can be posted to: what to call them, and their ids; newest first."""
+        rows = self.store.find("tunes", status="trained", limit=EARLIER_LISTED)
+        return [
+            (f"{row['title']} ({row['token'] or 'face'} {row['name']}, tune {row['id']})", row["id"]) for row in rows
+        ]
 
     # What the page shows of a run beside the tune itself
 
@@ -622,7 +752,13 @@ class Jobs:
         return told
 
     def _insert(
-        self, request: TuneRequest, values: Row, work: Path, photos: list[Photo], mark: Mark | None
+        self,
+        request: TuneRequest,
+        values: Row,
+        work: Path,
+        photos: list[Photo],
+        pictures: Mapping[int, Path],
+        mark: Mark | None,
     ) -> tuple[Tune, bool]:
         with self.store.transaction():
             if known := self._marked("tunes", mark):  # made by somebody else meanwhile
@@ -646,8 +782,12 @@ class Jobs:
                 )
             else:
                 tune_id = self.store.add_tune(values)
-            for prompt in request.prompts_attributes:
-                self.store.add_prompt(self._prompt_values(tune_id, prompt))
+            own = self._row("tunes", tune_id)
+            for number, prompt in enumerate(request.prompts_attributes):
+                named = resolve(self.settings, self.store, prompt.text, own["branch"], own)
+                prompt_id = self.store.add_prompt(self._prompt_values(tune_id, prompt, named))
+                if number in pictures:
+                    self._keep_pictures(prompt_id, pictures[number], work / "inputs" / str(prompt_id))
             (work / "request.json").write_text(request.model_dump_json(exclude={"images"}, indent=1))
             target = self.folder(tune_id)
             target.parent.mkdir(exist_ok=True)
@@ -659,20 +799,15 @@ class Jobs:
         self.store.changed.set()
         return self.get_tune(tune_id), True
 
-    def _prompt_values(self, tune_id: int, request: PromptRequest) -> Row:
+    def _prompt_values(self, tune_id: int, request: PromptRequest, named: Sequence[Named]) -> Row:
         return {
             "tune_id": tune_id,
-            "text": request.text,
-            "negative_prompt": request.negative_prompt,
+            **{name: getattr(request, name) for name in COLUMNS},
             "num_images": request.num_images or API_NUM_IMAGES,
-            "seed": request.seed,
-            "steps": request.steps,
-            "cfg_scale": request.cfg_scale,
-            "w": request.w,
-            "h": request.h,
-            "callback": request.callback,
+            "attributes": attributes_of(request),
+            "named": as_row(named),
             "kept": json.loads(json.dumps(request.ignored, default=lambda upload: upload.name)),
-            "warnings": [f"{name} is accepted and has no effect yet" for name in request.ignored],
+            "warnings": prompt_warnings(request),
         }
 
     def _marked(self, table: Table, mark: Mark | None) -> Row | None:
@@ -730,20 +865,35 @@ class Jobs:
 
     def _prompt(self, row: Row) -> Prompt:
         tune_id, prompt_id = row["tune_id"], row["id"]
+        wanted = row["attributes"]
+        folder = f"{tune_id}/prompts/{prompt_id}"
+        told = {name: wanted.get(name) or (False if name in FLAGS else None) for name in BESIDE}
+        thumbs = [f"{Path(file).stem}.thumb.jpg" for file in row["files"]]
+        small = bool(thumbs) and (self.settings.outputs / "tunes" / folder / thumbs[0]).exists()  # older ones have none
+        preview = row["status"] == "rendering" and self.folder(tune_id) / "previews" / f"{prompt_id}.jpg"
         return Prompt(
-            **{key: row[key] for key in Prompt.model_fields if key in row},
-            **Echo.model_validate(row["kept"]).model_dump(),
+            **{key: row[key] for key in Prompt.model_fields if key in row and key != "progress"},
+            **Echo.model_validate(row["kept"] | wanted).model_dump(),
+            **told,
+            **{
+                name: make_link(self.settings, f"{tune_id}/inputs/{prompt_id}/{wanted[name]}")
+                if name in wanted
+                else None
+                for name in PICTURES
+            },
             url=f"{self.settings.base_url}/prompts/{prompt_id}.json",
-            images=[make_link(self.settings, f"{tune_id}/prompts/{prompt_id}/{file}") for file in row["files"]],
+            images=[make_link(self.settings, f"{folder}/{file}") for file in row["files"]],
+            thumbnails=[make_link(self.settings, f"{folder}/{file}") for file in (thumbs if small else row["files"])],
+            contact_sheet=make_link(self.settings, f"{folder}/{CONTACT_SHEET}") if small and len(thumbs) > 1 else None,
+            preview=(
+                # The step: a browser would keep the first one.
+                make_link(self.settings, f"{tune_id}/previews/{preview.name}") + f"&step={row['progress'].get('step')}"
+                if preview and preview.exists()
+                else None
+            ),
+            progress=Progress(**row["progress"]),
             user_error=row["error"],
-            tunes=[
-                tune_id,
-                *(
-                    int(name)
-                    for kind, name, _ in references(row["text"])[1]
-                    if kind == "faceid" and name != str(tune_id) and NUMBER.fullmatch(name)
-                ),
-            ],
+            tunes=list(dict.fromkeys([tune_id, *(one[1] for one in row["named"] or [])])),
         )
 
 
@@ -755,6 +905,71 @@ def moment_of(folder: Path) -> Path | None:
 def here(row: Row) -> dict[str, str]:
     """The formats that a tune's own files are in, and where these lie in its folder."""
     return {name: f"model/{file}" for name, file in FORMATS.items() if file in row["files"]}
+
+
+def numbered(invalid: InvalidRequest, number: int) -> list[str]:
+    """What is wrong with one of several prompts, in words that say which."""
+    return [f"{number}.{field}: {message}" for field, all_ in invalid.problems.items() for message in all_]
+
+
+def still_good(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What was kept of an older prompt, when nobody rendered it, as far as it is a request now."""
+    good = {}
+    for name, value in kept.items():
+        if name in (*PICTURES, "controlnet"):  # which would need the picture
+            continue
+        try:
+            parse_request(PromptRequest, {"text": "a", name: value})
+        except InvalidRequest:
+            continue
+        good[name] = value
+    return good
+
+
+def prompt_warnings(request: PromptRequest) -> list[str]:
+    """What a prompt asks for and does not get, in words; what only its base can tell comes when it is rendered."""
+    told = [f"{name} is accepted and has no effect" for name in request.ignored]
+    _, asked, said = flags.split(request.text)
+    told += said
+    if request.face_swap:
+        told.append("face_swap is accepted and not done: there is no model for it whose licence allows its use")
+    if request.controlnet in HOSTED_CONTROLS:
+        told.append(f"controlnet {request.controlnet} is accepted and not done; there are {', '.join(CONTROLS)}")
+    drawn = not (request.has_input and (asked.only_upscale or request.denoising_strength == 0))
+    enlarged = request.super_resolution or asked.upscale_factor or asked.only_upscale
+    follows = request.controlnet in CONTROLS and drawn
+    masked = request.has_mask or (asked.mask_prompt and request.has_input)
+    anew = follows and request.controlnet_txt2img and not masked
+    lines = [one for one in references(request.text)[1] if one[0] == "lora"]
+    for name, lacks in {  # what has no effect, and why
+        "aspect_ratio": request.w and request.h and "beside w and h",
+        "ar": (request.aspect_ratio and "beside aspect_ratio") or (request.w and request.h and "beside w and h"),
+        "hires_fix": not enlarged and "without super_resolution",
+        "denoising_strength": (not request.has_input and "without input_image") or (anew and "with controlnet_txt2img"),
+        "mask_image": not drawn and "where nothing is drawn",
+        "controlnet": request.controlnet in CONTROLS and not drawn and "where nothing is drawn",
+        "controlnet_conditioning_scale": not follows and "without controlnet",
+        "controlnet_txt2img": (not follows and "without controlnet") or (masked and "beside a mask"),
+        "lora_scale": lines and "where the text says a weight",
+    }.items():
+        if lacks and getattr(request, name):
+            told.append(f"{name} has no effect {lacks}")
+    for name, lacks in {
+        "mask_prompt": (not request.has_input and "without input_image") or (request.has_mask and "beside mask_image"),
+        "only_upscale": not request.has_input and "without input_image",
+        "mask_negative": not (asked.mask_prompt and masked and not request.has_mask) and "without --mask_prompt",
+        "mask_invert": not masked and "without a mask",
+        "mask_dilate": not masked and "without a mask",
+        "mask_blur": not masked and "without a mask",
+        "hires_denoising_strength": not request.hires_fix and "without hires_fix",
+        "hires_cfg_scale": not request.hires_fix and "without hires_fix",
+        "face_inpaint_denoising": not request.inpaint_faces and "without inpaint_faces",
+        "control_guidance_start": not follows and "without controlnet",
+        "control_guidance_end": not follows and "without controlnet",
+    }.items():
+        if lacks and getattr(asked, name):
+            told.append(f"--{name} has no effect {lacks}")
+    return told
 
 
 def faceid_problems(request: TuneRequest) -> dict[str, list[str]]:

@@ -189,6 +189,41 @@ class Looker:
             raise CannotLook(f"the identity could not be written: {told}") from problem
         return photos, warnings
 
+    # Of pictures that were rendered, or that a prompt starts from
+
+    def faces(self, picture: Path, tell: Tell = untold) -> list[Found]:
+        """The faces of a picture, largest first. Raises CannotLook."""
+        with self._able("nobody can look for faces"):
+            detector = weights.obtain(self._settings, weights.DETECTOR, tell=tell)
+            found: list[Found] = self._child.run(FIND_SECONDS, "find", picture, detector, None)
+        return found
+
+    def restore(self, picture: Path, faces: Sequence[Found], strength: float, tell: Tell = untold) -> None:
+        """Restore these faces of a picture, in its file; strength: as `args restore_strength`. Raises CannotLook."""
+        with self._able("faces cannot be restored"):
+            restorer = weights.obtain(self._settings, weights.RESTORER, tell=tell)
+            seconds = FIND_SECONDS + RESTORE_SECONDS * len(faces)
+            self._child.run(seconds, "restore_all", picture, list(faces), restorer, strength)
+
+    def mask(self, picture: Path, words: str, tell: Tell = untold) -> bytes | None:
+        """A PNG of where the thing of this name is in a picture, white on black; None: nowhere. Raises CannotLook."""
+        with self._able("nobody can look for things by their names"):
+            segmenter = weights.obtain(self._settings, *weights.SEGMENTER, tell=tell)
+            png: bytes | None = self._child.run(PREPARE_SECONDS, "mask_png", picture, words, segmenter)
+        return png
+
+    @contextmanager
+    def _able(self, otherwise: str) -> Iterator[None]:
+        """What keeps the child from working, in words."""
+        try:
+            yield
+        except TimeoutError:
+            raise CannotLook(f"{otherwise}: it takes too long") from None
+        except Broke:
+            raise CannotLook(f"{otherwise}: the process that does it broke") from None
+        except (Unavailable, NotStarted, OSError, RuntimeError) as problem:
+            raise CannotLook(f"{otherwise}: {problem}") from problem
+
     def show(self, folder: Path, photo: Photo, config: TrainConfig) -> None:
         """Put pictures of what the trainer sees into a verdict, as data URLs."""
         if photo.dropped:

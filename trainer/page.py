@@ -23,7 +23,7 @@ def relative(url: str) -> str:
     return f"{parts.path}?{parts.query}"
 
 
-def current(tune: Tune | None, readings: Lines, moments: Lines, waiting: int) -> str:
+def current(tune: Tune | None, readings: Lines, moments: Lines, waiting: int, waits: str = "") -> str:
     """The tune that runs, or the one that ran last, with the readings and the previews of its run."""
     if tune is None:
         return (
@@ -36,7 +36,7 @@ def current(tune: Tune | None, readings: Lines, moments: Lines, waiting: int) ->
         f'<article class="tb-card" data-tune="{tune.id}" data-status="{tune.status}">'
         f"<header><h3>{escape(tune.title)}</h3>{pill(tune.status)}{queue}{actions(tune)}</header>"
         f"{progress(tune, readings)}{loss_curve(readings, tune.progress.steps)}{previews(tune, moments)}{problem(tune)}"
-        f"{prompts(tune)}</article>"
+        f"{prompts(tune, waits)}</article>"
     )
 
 
@@ -85,15 +85,16 @@ class Beside:
     formats: Mapping[str, tuple[str | None, str]] = field(default_factory=dict)
 
 
-def earlier(tunes: Sequence[Tune], beside: Mapping[int, Beside]) -> str:
-    """All tunes, newest first, each to be unfolded. beside: what is known besides of each, by its id."""
+def earlier(tunes: Sequence[Tune], beside: Mapping[int, Beside], waits: str = "") -> str:
+    """All tunes, newest first, each to be unfolded. beside: what is known besides of each, by its id. waits: what
+    prompts in the queue wait for."""
     known = {tune.id: beside.get(tune.id, Beside()) for tune in tunes}
     return "".join(
         f'<details class="tb-card" data-tune="{tune.id}" data-status="{tune.status}"><summary>'
         f"{thumbnail(tune)}<span><b>{escape(tune.title)}</b>"
         f'<span class="tb-dim">{escape(tune.name)} · {tune.branch} · {when(tune.created_at)}</span></span>'
         f"{pill(tune.status)}</summary>"
-        f"{problem(tune)}{actions(tune)}{prompts(tune)}"
+        f"{problem(tune)}{actions(tune)}{prompts(tune, waits)}"
         f"{formats(tune, known[tune.id].formats)}"
         f"<h4>Photos</h4>{verdict_cards(tune.photos)}{callbacks(tune, known[tune.id].callbacks)}"
         f"{settings(tune, known[tune.id].chain)}</details>"
@@ -164,8 +165,9 @@ def loss_curve(readings: Lines, steps: int) -> str:
     )
 
 
-def prompts(tune: Tune) -> str:
-    return "".join(prompt_block(prompt, small(tune)) for prompt in tune.prompts)
+def prompts(tune: Tune, waits: str = "") -> str:
+    """Its prompts with their pictures. waits: what those in the queue wait for."""
+    return "".join(prompt_block(prompt, small(tune), waits) for prompt in tune.prompts)
 
 
 def small(tune: Tune) -> str:
@@ -173,25 +175,40 @@ def small(tune: Tune) -> str:
     return " tb-small" if tune.branch == "fast" else ""
 
 
-def prompt_block(prompt: Prompt, kind: str) -> str:
+def prompt_block(prompt: Prompt, kind: str, waits: str = "") -> str:
     """A prompt with its pictures, or with what it is waiting for."""
-    pictures = "".join(picture(url, prompt.text) for url in prompt.images)
+    shown = zip(prompt.images, prompt.thumbnails, strict=True)
+    pictures = "".join(picture(url, prompt.text, thumb) for url, thumb in shown)
     if not pictures and prompt.status in ("queued", "rendering"):
-        pictures = '<span class="tb-blank"></span>' * prompt.num_images
+        first = picture(prompt.preview, "so far") if prompt.preview else '<span class="tb-blank"></span>'
+        pictures = first + '<span class="tb-blank"></span>' * (prompt.num_images - 1)
     error = f'<p class="tb-problem">{escape(prompt.error)}</p>' if prompt.error and prompt.status == "failed" else ""
+    warnings = "".join(f'<p class="tb-warning">{escape(warning)}</p>' for warning in prompt.warnings)
     status = "" if prompt.status == "rendered" else pill(prompt.status)
+    where = ""
+    if prompt.status == "rendering" and prompt.progress.steps:
+        where = f"{prompt.progress.stage}: step {prompt.progress.step} of {prompt.progress.steps}"
+    elif prompt.status == "queued" and waits:
+        where = waits
+    told = f'<span class="tb-dim">{escape(where)}</span>' if where else ""
+    sheet = (
+        f'<p class="tb-dim"><a href="{escape(relative(prompt.contact_sheet))}" target="_blank">contact sheet</a></p>'
+        if prompt.contact_sheet
+        else ""
+    )
     return (
         f'<section class="tb-prompt" data-prompt="{prompt.id}" data-status="{prompt.status}">'
-        f'<p>{escape(prompt.text)} {status}</p><div class="tb-pictures{kind}">{pictures}</div>{error}</section>'
+        f'<p>{escape(prompt.text)} {status} {told}</p><div class="tb-pictures{kind}">{pictures}</div>{sheet}'
+        f"{warnings}{error}</section>"
     )
 
 
-def picture(url: str, text: str) -> str:
-    """A picture that opens in full; one that has no address of its own (a data URL) only shows."""
+def picture(url: str, text: str, thumb: str | None = None) -> str:
+    """A picture, or its thumbnail, that opens in full; one without an address of its own (a data URL) only shows."""
     if url.startswith("data:"):
         return f'<img src="{escape(url)}" alt="{escape(text)}">'
-    link = escape(relative(url))
-    return f'<a href="{link}" target="_blank"><img src="{link}" alt="{escape(text)}" loading="lazy"></a>'
+    link, shown = escape(relative(url)), escape(relative(thumb or url))
+    return f'<a href="{link}" target="_blank"><img src="{shown}" alt="{escape(text)}" loading="lazy"></a>'
 
 
 def verdicts(check: Check) -> str:
@@ -239,7 +256,7 @@ def badges(photo: Photo) -> list[tuple[str, str]]:
 
 def thumbnail(tune: Tune) -> str:
     """The first rendered picture, else the first photo."""
-    urls = [url for prompt in tune.prompts for url in prompt.images] or tune.orig_images
+    urls = [url for prompt in tune.prompts for url in prompt.thumbnails] or tune.orig_images
     return f'<img src="{escape(relative(urls[0]))}" alt="" loading="lazy">' if urls else ""
 
 
@@ -308,6 +325,8 @@ def actions(tune: Tune) -> str:
         buttons.append(f'<a class="tb-button tb-primary" href="{link}" download>Download model</a>')
     if tune.status not in ENDED:
         buttons.append(button(tune, "Cancel", f"/tunes/{tune.id}/cancel"))
+    if tune.status == "trained" and tune.prompts:
+        buttons.append(button(tune, "Save as pack", f"/tunes/{tune.id}/pack"))
     if tune.status in ("failed", "canceled"):
         buttons.append(button(tune, "Resume", f"/tunes/{tune.id}/resume"))
     if tune.status in ENDED:
@@ -375,6 +394,7 @@ CSS = """
 .tb-prompt p{margin:.9rem 0 .4rem}.tb-pictures,.tb-photos{display:grid;gap:.5rem;
  grid-template-columns:repeat(auto-fill,minmax(110px,1fr))}
 .tb-pictures img,.tb-blank{width:100%;aspect-ratio:1;object-fit:cover;border-radius:8px;display:block}
+.tb-packs{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fill,minmax(260px,1fr))}.tb-packs .tb-card{margin:0}
 .tb-small img{image-rendering:pixelated}
 .tb-card img,.tb-card :is(.tb-pictures,.tb-photos) a{margin:0!important;padding:0!important}
 .tb-photos{grid-template-columns:repeat(auto-fill,72px)}

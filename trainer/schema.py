@@ -148,17 +148,12 @@ class Request(BaseModel):
         null = [name for name in data if name in cls.model_fields and data[name] is None]
         request = handler({name: value for name, value in data.items() if name not in (*aside, *null)})
         request._ignored = {name: data[name] for name in aside if data[name] is not None}
-        cls.check_ignored(request._ignored)
         return request
 
     @property
     def ignored(self) -> dict[str, Any]:
         """What was set aside, by its name."""
         return self._ignored
-
-    @classmethod
-    def check_ignored(cls, aside: dict[str, Any]) -> None:
-        """Raise ValueError for what could not be answered as it came."""
 
     @classmethod
     def accepted(cls) -> tuple[str, ...]:
@@ -170,23 +165,60 @@ class Request(BaseModel):
         return list(cls.model_fields)
 
 
-REFERENCE = re.compile(r"<(lora|faceid):([^:<>]+):(-?\d*\.?\d+)>")
+REFERENCE = re.compile(r"<(lora|faceid):([^:<>]+)(?::([^:<>]*))?>")
+NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+MOST_WEIGHT = 10.0  # a model at ten times its strength draws noise
 
 
 def references(text: str) -> tuple[str, list[tuple[str, str, float]]]:
-    """A prompt without its `<lora:ID:WEIGHT>` and `<faceid:ID:WEIGHT>`, and these: (lora, id or token, weight)."""
-    found = [(kind, name.strip(), float(weight)) for kind, name, weight in REFERENCE.findall(text)]
+    """A prompt without its `<lora:NAME:WEIGHT>` and `<faceid:NAME:WEIGHT>`, and these: (lora, name, weight).
+
+    Without a weight it is 1. Raises InvalidRequest for a weight that is no number, or out of range.
+    """
+    found, problems = [], []
+    for kind, name, weight in REFERENCE.findall(text):
+        if weight and not NUMBER.fullmatch(weight.strip()):
+            problems.append(f"<{kind}:{name}:{weight}>: the weight must be a number, as 1, 0.7 or -0.5")
+        elif weight and abs(float(weight)) > MOST_WEIGHT:
+            problems.append(f"<{kind}:{name}:{weight}>: the weight must be from -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}")
+        else:
+            found.append((kind, name.strip(), float(weight or 1)))
+    if problems:
+        raise InvalidRequest({"text": problems})
     return re.sub(r" {2,}", " ", REFERENCE.sub("", text)).strip() if found else text, found
 
 
-class Echo(BaseModel):
-    """What the hosted service's prompt object tells of attributes that are not rendered here yet."""
+SCHEDULERS = (
+    "euler", "euler_a", "dpm++2m", "dpm++2m_karras", "dpm++sde", "dpm++sde_karras", "lcm", "tcd",
+)  # fmt: skip
+ASPECT_RATIOS = ("1:1", "16:9", "9:16", "21:9", "9:21", "3:2", "2:3", "5:4", "4:5", "4:3", "3:4")
+AR = {"1:1": "1:1", "portrait": "3:4", "16:9": "16:9", "landscape": "4:3"}  # the hosted service's older words
+CONTROLS = ("canny", "depth", "pose", "tile", "lineart")
+HOSTED_CONTROLS = (  # taken there, and not rendered here
+    "composition", "reference", "segroom", "ipadapter", "hed", "mlsd", "qr", "relight", "style", "blur", "gray",
+    "low_quality",
+)  # fmt: skip
+DENOISING_STRENGTH = 0.8  # the hosted service's default
 
-    super_resolution: bool = False
-    ar: _text(32) = "1:1"  # type: ignore[valid-type]
-    controlnet_conditioning_scale: _number(0, 1, float) = None  # type: ignore[valid-type]
-    controlnet_txt2img: bool = False
-    denoising_strength: _number(0, 1, float) = None  # type: ignore[valid-type]
+
+def _one_of(names: Iterable[str], lower: bool = True) -> Any:
+    """An optional word out of a list."""
+    known = tuple(names)
+
+    def check(value: str | None) -> str | None:
+        if value is None:
+            return None
+        word = value.strip().lower() if lower else value.strip()
+        if word not in known:
+            raise ValueError(f"must be one of {', '.join(known)}, got {value!r}{nearest(word, known)}")
+        return word
+
+    return Annotated[_text(64), AfterValidator(check)]
+
+
+def _enlarged(value: Any) -> Any:
+    """The hosted service's older word for super-resolution says by how much."""
+    return True if isinstance(value, str) and value.strip().lower() in ("x2", "x4") else _blank_is_none(value)
 
 
 class PromptRequest(Request):
@@ -201,31 +233,78 @@ class PromptRequest(Request):
     w: _number(64, 2048) = None  # type: ignore[valid-type]
     h: _number(64, 2048) = None  # type: ignore[valid-type]
     callback: Address = None
+    aspect_ratio: _one_of(ASPECT_RATIOS) = None  # type: ignore[valid-type]
+    ar: _one_of(AR) = None  # type: ignore[valid-type]
+    scheduler: _one_of(SCHEDULERS) = None  # type: ignore[valid-type]
+    use_lpw: OptionalBool = None
+    lora_scale: _number(-5, 5, float) = None  # type: ignore[valid-type]
+    style: _text(64) = None  # type: ignore[valid-type]
+    color_grading: _text(64) = None  # type: ignore[valid-type]
+    film_grain: OptionalBool = None
+    super_resolution: Annotated[bool | None, BeforeValidator(_enlarged)] = None
+    hires_fix: OptionalBool = None
+    inpaint_faces: OptionalBool = None
+    face_correct: OptionalBool = None
+    face_swap: OptionalBool = None
+    input_image: Any = Field(None, exclude=True)
+    input_image_url: _text(2048) = None  # type: ignore[valid-type]
+    mask_image: Any = Field(None, exclude=True)
+    mask_image_url: _text(2048) = None  # type: ignore[valid-type]
+    denoising_strength: _number(0, 1, float) = None  # type: ignore[valid-type]
+    controlnet: _one_of((*CONTROLS, *HOSTED_CONTROLS)) = None  # type: ignore[valid-type]
+    controlnet_conditioning_scale: _number(0, 1, float) = None  # type: ignore[valid-type]
+    controlnet_txt2img: OptionalBool = None
 
     @classmethod
     def accepted(cls) -> tuple[str, ...]:
-        return (
-            "super_resolution", "hires_fix", "inpaint_faces", "face_correct", "face_swap", "style",
-            "color_grading", "film_grain", "use_lpw", "prompt_expansion", "controlnet", "controlnet_conditioning_scale",
-            "controlnet_txt2img", "denoising_strength", "input_image", "input_image_url", "mask_image",
-            "mask_image_url", "scheduler", "backend_version", "ar", "aspect_ratio", "lora_scale", "resolution",
-        )  # fmt: skip
-
-    @classmethod
-    def check_ignored(cls, aside: dict[str, Any]) -> None:
-        try:
-            Echo.model_validate(aside)
-        except ValidationError as error:
-            told = [f"{problem['loc'][0]} {_message(cls, problem)}" for problem in error.errors()]
-            raise ValueError("; ".join(told)) from None
+        return ("prompt_expansion", "backend_version", "resolution")
 
     @model_validator(mode="after")
-    def _whole_blocks(self) -> PromptRequest:
+    def _goes_together(self) -> PromptRequest:
         for name in ("w", "h"):
             value = getattr(self, name)
             if value is not None and value % 8:
                 raise ValueError(f"{name} must be a multiple of 8")
+        for name in ("input_image", "mask_image"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_url") is not None:
+                raise ValueError(f"{name} and {name}_url are two pictures; leave one of them out")
         return self
+
+    @property
+    def has_input(self) -> bool:
+        """Whether it starts from a picture."""
+        return self.input_image is not None or self.input_image_url is not None
+
+    @property
+    def has_mask(self) -> bool:
+        return self.mask_image is not None or self.mask_image_url is not None
+
+
+PICTURES = ("input_image", "mask_image")  # of a prompt: files, in a request and in the prompt's folder
+# What a prompt's row has columns for; the rest is its `attributes`.
+COLUMNS = ("text", "negative_prompt", "num_images", "seed", "steps", "cfg_scale", "w", "h", "callback")
+
+
+def attributes_of(request: PromptRequest) -> dict[str, Any]:
+    """What was asked for beside the columns of a prompt's row; pictures are not among it."""
+    beside = {name for name in PromptRequest.model_fields if name not in (*COLUMNS, *PICTURES)}
+    return {name: value for name, value in request.model_dump(include=beside).items() if value is not None}
+
+
+def prompt_of(row: Mapping[str, Any]) -> PromptRequest:
+    """The request of a prompt's row in the store."""
+    beside = {name: value for name, value in row["attributes"].items() if name not in PICTURES}  # those are files now
+    return PromptRequest(**{name: row[name] for name in COLUMNS}, **beside)
+
+
+class Echo(BaseModel):
+    """What the hosted service's prompt object tells of attributes; of prompts older than they are here, too."""
+
+    super_resolution: bool = False
+    ar: _text(32) = "1:1"  # type: ignore[valid-type]
+    controlnet_conditioning_scale: _number(0, 1, float) = None  # type: ignore[valid-type]
+    controlnet_txt2img: bool = False
+    denoising_strength: _number(0, 1, float) = None  # type: ignore[valid-type]
 
 
 ClassName = Annotated[Text, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 ]*[A-Za-z0-9][A-Za-z0-9 ]*$")]
@@ -509,7 +588,25 @@ class Prompt(BaseModel):
     images: list[str]
     w: int | None
     h: int | None
+    aspect_ratio: str | None
+    scheduler: str | None
+    use_lpw: bool
+    lora_scale: float | None
+    style: str | None
+    color_grading: str | None
+    film_grain: bool
+    hires_fix: bool
+    inpaint_faces: bool
+    face_correct: bool
+    face_swap: bool
+    controlnet: str | None
+    input_image: str | None = Field(description="a link to it, also where it came from input_image_url")
+    mask_image: str | None
+    thumbnails: list[str]
+    contact_sheet: str | None
+    preview: str | None = Field(description="what it looks like so far, while it renders")
     status: PromptStatus
+    progress: Progress
     error: str | None
     user_error: str | None
     warnings: list[str]

@@ -54,6 +54,7 @@ class Settings(BaseSettings):
         "refuse", description="Whether image_urls and callbacks may point at private addresses."
     )
     device: str = Field("auto", description="Where to train: auto, cuda, cuda:1, mps, cpu.")
+    picture_format: Literal["png", "jpeg"] = Field("png", description="File format of rendered pictures.")
     tensorboard: bool = Field(False, description="Write TensorBoard files of each tune into its folder.")
     max_images: int = Field(100, ge=1, description="Most photos of one tune.")
     max_prompts: int = Field(100, ge=0, description="Most prompts sent along with one tune.")

@@ -108,8 +108,13 @@ MIGRATIONS = [
     UPDATE tunes SET args = args || ' optimizer=adamw trained_dtype=float32 on_top=continue tokens=0 token_lr=0'
         || ' token_share=0' WHERE args IS NOT NULL AND instr(args, 'on_top=') = 0;
     """,
+    """
+    ALTER TABLE prompts ADD COLUMN attributes TEXT NOT NULL DEFAULT '{}';  -- what is wanted beside the columns
+    ALTER TABLE prompts ADD COLUMN named TEXT NOT NULL DEFAULT 'null';  -- the models in its text; null: not looked up
+    ALTER TABLE prompts ADD COLUMN progress TEXT NOT NULL DEFAULT '{}';
+    """,
 ]
-JSON_COLUMNS = ("characteristics", "photos", "files", "progress", "warnings", "kept")
+JSON_COLUMNS = ("characteristics", "photos", "files", "progress", "warnings", "kept", "attributes", "named")
 RUNNING: dict[Table, str] = {"tunes": "training", "prompts": "rendering", "exports": "exporting"}
 
 

@@ -18,7 +18,8 @@ from mcp.server.transport_security import TransportSecuritySettings
 
 log = logging.getLogger(__name__)
 
-FILES = "images"  # a tool's caller has no files; a path that it gave would be one of this machine
+# A tool's caller has no files; a path that it gave would be one of this machine.
+FILES = ("images", "input_image", "mask_image")
 
 
 def mount(app: FastAPI, endpoints: list[Callable[..., Any]], spoken: type[Exception]) -> None:
@@ -58,6 +59,6 @@ def tool(endpoint: Callable[..., Any], spoken: type[Exception]) -> Callable[...,
 
     hints = get_type_hints(endpoint)
     signature = inspect.signature(endpoint)
-    taken = [one.replace(annotation=hints[name]) for name, one in signature.parameters.items() if name != FILES]
+    taken = [one.replace(annotation=hints[name]) for name, one in signature.parameters.items() if name not in FILES]
     called.__signature__ = signature.replace(parameters=taken, return_annotation=hints["return"])  # type: ignore[attr-defined]
     return called

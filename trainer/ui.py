@@ -6,7 +6,7 @@ import asyncio
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -19,12 +19,16 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from gradio.utils import get_upload_folder
 
-from trainer import page, presets, tools
+from trainer import packs, page, presets, tools
 from trainer.branches import BRANCHES
 from trainer.jobs import Jobs
 from trainer.methods import METHODS
 from trainer.schema import (
+    ASPECT_RATIOS,
+    CONTROLS,
     ENDED,
+    PICTURES,
+    SCHEDULERS,
     CannotLook,
     CheckRequest,
     Conflict,
@@ -39,10 +43,19 @@ from trainer.schema import (
 )
 
 WATCH_SECONDS = 1.0
+SHELF_SECONDS = 10.0
 TUNES_ON_PAGE = 50
 PAGE_NUM_IMAGES = 4
 OWN = ("branch's own", "")  # the choice that leaves a parameter null
-PROMPT_FIELDS = ("negative_prompt", "num_images", "seed", "steps", "cfg_scale", "w", "h")
+PROMPT_FIELDS = (  # of a prompt, beside its text, in the order in which they are placed
+    "num_images", "seed", "aspect_ratio", "style", "steps", "cfg_scale", "w", "h", "negative_prompt", "scheduler",
+    "color_grading", "super_resolution", "hires_fix", "film_grain", "inpaint_faces", "face_correct", "use_lpw",
+)  # fmt: skip
+PACK_FIELDS = ("branch", "model_type", "preset", "base_tune_id")  # that a pack sets in the form
+START_FIELDS = (  # of a prompt that starts from a picture
+    "input_image", "mask_image", "denoising_strength", "controlnet", "controlnet_conditioning_scale",
+    "controlnet_txt2img",
+)  # fmt: skip
 
 
 def mount(app: FastAPI, jobs: Jobs) -> FastAPI:
@@ -71,8 +84,13 @@ def build(jobs: Jobs) -> gr.Blocks:
             '<div class="tb-head"><h1><i></i>Tunebooth</h1><span>Your photos, your model, your machine.</span></div>'
         )
         with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=380):
-                form = Form(jobs)
+            with gr.Column(scale=5, min_width=380), gr.Tabs():
+                with gr.Tab("New tune"):
+                    form = Form(jobs)
+                with gr.Tab("More pictures", elem_id="more"):
+                    more = PromptForm(jobs)
+                with gr.Tab("Packs", elem_id="packs"):
+                    shelf = gr.HTML(elem_id="shelf")
             with gr.Column(scale=6, min_width=420):
                 gr.Markdown("### Now")
                 now = gr.HTML(page.current(None, [], [], 0), elem_id="now")
@@ -102,6 +120,20 @@ def build(jobs: Jobs) -> gr.Blocks:
             concurrency_limit=None,
             show_progress="minimal",
         ).then(watch, shown, live, **quiet)
+        more.button.click(
+            more.submit,
+            more.inputs,
+            more.note,
+            api_visibility="private",
+            concurrency_limit=None,
+            show_progress="minimal",
+        ).then(watch, shown, live, **quiet)
+        more.tune.focus(more.choices, None, more.tune, **quiet)
+        blocks.load(more.choices, None, more.tune, **quiet)
+        stock = functools.partial(pack_shelf, jobs)
+        gr.Timer(SHELF_SECONDS).tick(stock, None, [shelf, form.pack], **quiet)
+        blocks.load(stock, None, [shelf, form.pack], **quiet)
+        form.pack.change(form.take_pack, form.pack, [form.fields[name] for name in PACK_FIELDS], **quiet)
         for endpoint in endpoints(jobs):
             gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)
     return blocks
@@ -114,10 +146,12 @@ def live_parts(jobs: Jobs, shown: tuple[str, str, str]) -> tuple[Any, Any, Any, 
     running = [tune for tune in tunes if _busy(tune)]
     tune = running[-1] if running else (tunes[0] if tunes else None)
     readings, moments, seen = (part(tune.id) if tune else [] for part in (jobs.readings, jobs.moments, jobs.seen))
+    training = next((one.title for one in tunes if one.status == "training"), None)
+    waits = f"waits until {training} is trained" if training else ""
     parts = (
-        page.current(tune, readings, moments, len(running) - 1 if running else 0),
+        page.current(tune, readings, moments, len(running) - 1 if running else 0, waits),
         page.trained_pictures(seen),
-        page.earlier(tunes, {tune.id: beside(jobs, tune.id) for tune in tunes}),
+        page.earlier(tunes, {tune.id: beside(jobs, tune.id) for tune in tunes}, waits),
     )
     now, pictures, earlier = (part if part != old else gr.skip() for part, old in zip(parts, shown, strict=True))
     return now, pictures, earlier, parts if parts != shown else gr.skip()
@@ -130,8 +164,101 @@ def beside(jobs: Jobs, tune_id: int) -> page.Beside:
         return page.Beside()
 
 
+def pack_shelf(jobs: Jobs) -> tuple[str, Any]:
+    """The packs as cards, and as choices."""
+    known = jobs.list_packs()
+    usable = [(pack["title"], pack["slug"]) for pack in known if "error" not in pack]
+    return packs.cards(known), gr.update(choices=[("none", ""), *usable])
+
+
 def _busy(tune: Tune) -> bool:
     return tune.status not in ENDED or any(prompt.status not in ENDED for prompt in tune.prompts)
+
+
+def picture_fields(jobs: Jobs) -> dict[str, Any]:
+    """Fields for PROMPT_FIELDS, placed where this is called. Numbers are texts: an empty gr.Number turns into 0 when
+    its accordion is opened."""
+    folder = jobs.settings.presets
+    fields: dict[str, Any] = {}
+
+    def choose(name: str, label: str, known: Iterable[str], own: str = "none") -> None:
+        fields[name] = gr.Dropdown(choices=[(own, ""), *known], value="", label=label, min_width=110)
+
+    def write(name: str, label: str, placeholder: str = "") -> None:
+        fields[name] = gr.Textbox(label=label, placeholder=placeholder, min_width=100)
+
+    with gr.Row():
+        fields["num_images"] = gr.Slider(1, 8, PAGE_NUM_IMAGES, step=1, label="Pictures of each prompt")
+        write("seed", "Seed", "42")
+    with gr.Row():
+        choose("aspect_ratio", "Aspect ratio", ASPECT_RATIOS, "base's own")
+        choose("style", "Style", presets.styles(folder))
+    with gr.Row():
+        for name, label in (("steps", "Sampling steps"), ("cfg_scale", "cfg_scale"), ("w", "Width"), ("h", "Height")):
+            write(name, label)
+    write("negative_prompt", "Negative prompt")
+    with gr.Row():
+        choose("scheduler", "Scheduler", SCHEDULERS, "base's own")
+        choose("color_grading", "Film", presets.film_looks(folder))
+    for row in (
+        (("super_resolution", "Enlarge"), ("hires_fix", "and add detail"), ("film_grain", "Film grain")),
+        (("inpaint_faces", "Redraw faces"), ("face_correct", "Restore faces"), ("use_lpw", "Weights (word:1.2)")),
+    ):
+        with gr.Row():
+            for name, label in row:
+                fields[name] = gr.Checkbox(label=label, min_width=110)
+    assert tuple(fields) == PROMPT_FIELDS
+    return fields
+
+
+class PromptForm:
+    """More pictures of a tune that is there."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self.tune = gr.Dropdown(choices=[], label="Tune", elem_id="prompt-tune")
+        text = gr.Textbox(label="Prompt", lines=3, placeholder="ohwx dog in the snow", elem_id="prompt-text")
+        self.button = gr.Button("Render", variant="primary", size="lg", elem_id="render")
+        self.note = gr.HTML(elem_id="prompt-note")
+        shared = picture_fields(jobs)
+        with gr.Accordion("Start from a picture", open=False):
+            with gr.Row():
+                pictures = [
+                    gr.File(label=label, file_types=["image"], height=110, elem_id=f"prompt-{name}")
+                    for name, label in (("input_image", "Picture"), ("mask_image", "Mask: white is drawn anew"))
+                ]
+            strength = gr.Textbox(label="Denoising strength: 0 keeps the picture, 1 draws anew", placeholder="0.8")
+            with gr.Row():
+                kind = gr.Dropdown(choices=[("none", ""), *CONTROLS], value="", label="ControlNet")
+                scale = gr.Textbox(label="Its strength", placeholder="1")
+            anew = gr.Checkbox(label="Take only its outline (controlnet_txt2img)")
+        start = dict(zip(START_FIELDS, (*pictures, strength, kind, scale, anew), strict=True))
+        self._fields = {"text": text, **shared, **start}
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [self.tune, *self._fields.values()]
+
+    def choices(self) -> Any:
+        """The tunes there are now that have a model."""
+        return gr.update(choices=self._jobs.rendering_tunes())
+
+    def submit(self, tune_id: int | None, *values: Any) -> str:
+        """Queue the prompt; returns what is wrong."""
+        data = {name: value for name, value in zip(self._fields, values, strict=True) if value not in (None, False)}
+        for name in PICTURES:
+            if name in data:
+                data[name] = Upload(Path(data[name]).name, Path(data[name]))
+        try:
+            if not tune_id:
+                raise InvalidRequest({"tune": ["choose the tune that is to be drawn"]})
+            prompt = self._jobs.create_prompt(int(tune_id), data, teller(gr.Progress()))
+            gr.Info(f"prompt {prompt.id} is queued", duration=4)
+        except NotFound as gone:
+            return note([str(gone)])
+        except InvalidRequest as invalid:
+            return note([f"{field}: {'; '.join(told)}" for field, told in invalid.problems.items()])
+        return ""
 
 
 class Form:
@@ -162,6 +289,7 @@ class Form:
         with gr.Row():
             add("preset", gr.Dropdown, choices=[OWN], value="", label="Preset")
             add("token", gr.Textbox, label="Token", placeholder="ohwx (sd15: sks)")
+            self.pack = gr.Dropdown(choices=[("none", "")], value="", label="Pack", elem_id="pack", min_width=110)
         with self._fold("Captions", "captions"):
             gr.Markdown(
                 "What each photo is called while it is trained. Write what is not the subject: place, light, clothes."
@@ -191,17 +319,7 @@ class Form:
             table = {"headers": ["key", "value"], "value": [["", ""], ["", ""]], "column_count": 2, "type": "array"}
             add("characteristics", gr.Dataframe, interactive=True, show_label=False, **table)
         with self._fold("Pictures", "prompts_attributes"):
-            with gr.Row():
-                num_images = gr.Slider(1, 8, PAGE_NUM_IMAGES, step=1, label="Pictures of each prompt")
-                seed = gr.Textbox(label="Seed", placeholder="42")
-            with gr.Row():
-                # Text fields: an empty gr.Number turns into 0 when its accordion is opened.
-                steps, cfg_scale, width, height = (
-                    gr.Textbox(label=label, min_width=100)
-                    for label in ("Sampling steps", "cfg_scale", "Width", "Height")
-                )
-            negative = gr.Textbox(label="Negative prompt")
-        self._prompt_fields = [negative, num_images, seed, steps, cfg_scale, width, height]
+            self._prompt_fields = list(picture_fields(self._jobs).values())
         with self._fold("Advanced", "base_tune_id", "steps", "args", "face_crop", "image_urls", "callback"):
             add("base_tune_id", gr.Dropdown, choices=[("branch's own", 0)], value=0, label="Base tune")
             with gr.Row():
@@ -229,7 +347,14 @@ class Form:
 
     @property
     def inputs(self) -> list[Any]:
-        return [*self.fields.values(), *self._prompt_fields, self._captions, self._automatic]
+        return [*self.fields.values(), *self._prompt_fields, self._captions, self._automatic, self.pack]
+
+    def take_pack(self, slug: str) -> list[Any]:
+        """The settings of a pack, put into the form, where they can be changed."""
+        if not slug:
+            return [gr.skip() for _ in PACK_FIELDS]
+        pack = self._jobs.get_pack(slug)
+        return [pack[name] or (0 if name == "base_tune_id" else "") for name in PACK_FIELDS]
 
     @property
     def outputs(self) -> list[Any]:
@@ -272,18 +397,27 @@ class Form:
     def submit(self, *values: Any) -> list[Any]:
         """Create the tune; returns what is wrong beside each field, what is wrong elsewhere, and what to unfold."""
         data, uploads = self._read(values)
-        shared = dict(zip(PROMPT_FIELDS, values[len(self.fields) : -2], strict=True))
+        *_, rows, automatic, pack = values
+        shared = dict(zip(PROMPT_FIELDS, values[len(self.fields) : -3], strict=True))
         name = str(data["name"] or "").strip()
         data["title"] = self._unique_title(str(data["title"] or "").strip(), name)
         lines = str(data["prompts_attributes"] or "").splitlines()
         data["prompts_attributes"] = [{"text": line.strip(), **shared} for line in lines if line.strip()]
-        rows = [row for row in data["characteristics"] or [] if any(str(cell or "").strip() for cell in row)]
-        data["characteristics"] = {str(key or "").strip(): str(value or "").strip() for key, value in rows}
+        written = [row for row in data["characteristics"] or [] if any(str(cell or "").strip() for cell in row)]
+        data["characteristics"] = {str(key or "").strip(): str(value or "").strip() for key, value in written}
         problems: dict[str, list[str]] = {}
         try:
             with tempfile.TemporaryDirectory() as folder:
-                uploads = with_captions(uploads, values[-2], values[-1], Path(folder))
-                tune, _ = self._jobs.create_tune(data, uploads, teller(gr.Progress()))
+                uploads = with_captions(uploads, rows, automatic, Path(folder))
+                if pack:
+                    usual = {"num_images": PAGE_NUM_IMAGES}
+                    changed = {name: value for name, value in shared.items() if value and value != usual.get(name)}
+                    # An empty field would take the pack's own away; those of PACK_FIELDS show it.
+                    given = {name: value for name, value in data.items() if name in PACK_FIELDS or value}
+                    data = given | {"prompt_attributes": changed}
+                    tune, _ = self._jobs.create_pack_tune(pack, data, uploads, teller(gr.Progress()))
+                else:
+                    tune, _ = self._jobs.create_tune(data, uploads, teller(gr.Progress()))
             gr.Info(f"{tune.title} is queued", duration=4)
         except InvalidRequest as invalid:
             problems = invalid.problems
@@ -465,11 +599,34 @@ def endpoints(jobs: Jobs) -> list[Callable[..., Any]]:
         w: int | None = None,
         h: int | None = None,
         callback: str | None = None,
+        aspect_ratio: str | None = None,
+        ar: str | None = None,
+        scheduler: str | None = None,
+        use_lpw: bool | None = None,
+        lora_scale: float | None = None,
+        style: str | None = None,
+        color_grading: str | None = None,
+        film_grain: bool | None = None,
+        super_resolution: bool | None = None,
+        hires_fix: bool | None = None,
+        inpaint_faces: bool | None = None,
+        face_correct: bool | None = None,
+        face_swap: bool | None = None,
+        input_image: gr.FileData | None = None,
+        input_image_url: str | None = None,
+        mask_image: gr.FileData | None = None,
+        mask_image_url: str | None = None,
+        denoising_strength: float | None = None,
+        controlnet: str | None = None,
+        controlnet_conditioning_scale: float | None = None,
+        controlnet_txt2img: bool | None = None,
     ) -> dict[str, Any]:
         """Render a prompt with a tune."""
         given = locals()
         values = {key: given[key] for key in PromptRequest.parameters() if given[key] is not None}
-        return (await run_in_threadpool(jobs.create_prompt, tune_id, values)).model_dump()
+        values |= {name: _upload(values[name], name) for name in PICTURES if name in values}
+        tell = teller(gr.Progress())
+        return (await run_in_threadpool(jobs.create_prompt, tune_id, values, tell)).model_dump()
 
     @spoken
     async def get_prompt(prompt_id: int) -> dict[str, Any]:
@@ -517,11 +674,11 @@ def spoken(endpoint: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., C
     return wrapped
 
 
-def _upload(image: Any) -> Upload:
+def _upload(image: Any, name: str = "images") -> Upload:
     if not isinstance(image, dict) or not image.get("path"):
-        raise InvalidRequest({"images": ["must be files: handle_file('photo.jpg') of gradio_client makes one"]})
+        raise InvalidRequest({name: ["must be files: handle_file('photo.jpg') of gradio_client makes one"]})
     path = Path(str(image["path"])).resolve()
     # Gradio itself checks only what says that it is a file of its; anything else would be any file of this machine.
     if not path.is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
-        raise InvalidRequest({"images": ["must be files that were uploaded: handle_file('photo.jpg') does that"]})
+        raise InvalidRequest({name: ["must be files that were uploaded: handle_file('photo.jpg') does that"]})
     return Upload(Path(str(image.get("orig_name") or path)).name, path)

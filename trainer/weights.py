@@ -59,6 +59,14 @@ RESTORER = Weights(
     349,
     "Apache-2.0 (GFPGAN)",
 )
+UPSCALER = Weights(
+    "RealESRGAN_x4plus.pth",
+    "the model that enlarges pictures",
+    "https://github.com/xinntao/Real-ESRGAN/releases/download/v0.1.0/RealESRGAN_x4plus.pth",
+    "4fa0d38905f75ac06eb49a7951b426670021be3018265fd191d2125df9d682f1",
+    67,
+    "BSD-3-Clause (Real-ESRGAN)",
+)
 MATTING = Weights(
     "matting_modnet_portrait.pth",
     "the model that sets people apart from what is behind them",

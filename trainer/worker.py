@@ -10,20 +10,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import bases, presets, weights
+from trainer import bases, presets, references, weights
 from trainer.child import Closed
 from trainer.expiry import expiry
 from trainer.files import discard, read_json_lines, write_whole
 from trainer.looking import Looker, begin_anew
 from trainer.methods import FORMATS, get_method
-from trainer.schema import CannotLook, InvalidRequest, Photo, references
+from trainer.schema import CannotLook, InvalidRequest, Photo
 from trainer.settings import Settings
 from trainer.store import Job, Row, Store, now, stamp
 
 if TYPE_CHECKING:
     import torch
 
-    from trainer.render import FaceID
+    from trainer.render import FaceID, Lora
 
 log = logging.getLogger("tunebooth.worker")
 
@@ -106,7 +106,7 @@ class Bench:
         self._looker = looker
         self._device = device
         self._stopping = stopping
-        self._renderer = Renderer(settings, device)
+        self._renderer = Renderer(settings, device, looker)
 
     def run(self, job: Job) -> None:
         """Do a job, whatever becomes of it."""
@@ -126,7 +126,7 @@ class Bench:
             self._put_aside(job, reporter)
         except Exception as error:
             log.exception("job %s failed", job)
-            self._store.finish(job, "failed", error=explain(error))
+            self._store.finish(job, "failed", error=explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING))
 
     def _train(self, job: Job, reporter: Reporter) -> None:
         from trainer.memory import forget_peak
@@ -211,10 +211,10 @@ class Bench:
 
     def _preview(self, tune: Row) -> str:
         """What the previews of a run show: its first prompt, else the subject alone."""
-        from trainer.render import fill
+        from trainer.plan import plain
 
         first = self._store.find("prompts", tune_id=tune["id"], oldest_first=True, limit=1)
-        return fill(first[0]["text"], tune["characteristics"])[0] if first else f"{tune['token']} {tune['name']}"
+        return plain(first[0]["text"], tune["characteristics"]) if first else f"{tune['token']} {tune['name']}"
 
     def _render(self, job: Job, prompt_id: int, reporter: Reporter) -> None:
         from trainer.render import Stopped
@@ -224,37 +224,73 @@ class Bench:
             self._must(self._store.get("tunes", job.tune_id)),
         )
         try:
-            base, face = self._to_render(prompt, tune, reporter)
-            files, warnings = self._renderer.render_prompt(prompt, tune, base, face, reporter)
+            base, loras, face, people = self._to_render(prompt, tune, reporter)
+            files, warnings = self._renderer.render_prompt(prompt, tune, base, loras, face, people, reporter)
         except Stopped:
             if self._store.cancel_wanted("prompts", prompt_id):
                 self._store.finish(job, "canceled")
             else:
                 self._store.put_back(job)
             return
-        warnings = [*prompt["warnings"], *(w for w in warnings if w not in prompt["warnings"])]
-        self._store.finish(job, "rendered", files=files, warnings=warnings, trained_at=now())
+        told = self._must(self._store.get("prompts", prompt_id))["warnings"]
+        warnings = [*told, *(warning for warning in warnings if warning not in told)]
+        reporter.progress["stage"] = "rendered"
+        ended = {"progress": reporter.progress, "trained_at": now()}
+        self._store.finish(job, "rendered", files=files, warnings=warnings, **ended)
 
-    def _to_render(self, prompt: Row, tune: Row, reporter: Reporter) -> tuple[bases.Base, FaceID | None]:
-        """What a prompt is rendered with: the base with its tune's model, and the face that it names."""
-        from trainer.render import FaceID
+    def _to_render(
+        self, prompt: Row, tune: Row, reporter: Reporter
+    ) -> tuple[bases.Base, list[Lora], FaceID | None, bool]:
+        """What a prompt is rendered with: the base, the LoRAs on it, the face, and whether one of them is of people."""
+        from trainer.render import Lora
 
-        named = [(int(name), weight) for kind, name, weight in references(prompt["text"])[1] if kind == "faceid"]
-        if tune["method"] == "faceid":
+        named = references.of_row(self._settings, self._store, prompt, tune, tune["branch"])
+        weights_of = {(one.kind, one.id): one.weight for one in named}
+        own_model = self._settings.outputs / "tunes" / str(tune["id"]) / "model"
+        if tune["method"] == "faceid" or prompt["base_id"]:
             base = bases.resolve(self._settings, prompt["base_id"] or tune["base_id"], tune["branch"], self._tune_row)
-            named = named or [(tune["id"], 1.0)]
         else:
             base = bases.of_tune(self._settings, tune, self._tune_row)
-        if not named:
-            return base, None
-        face_id, strength = named[0]
-        folder = self._settings.outputs / "tunes" / str(face_id) / "model"
+        loras = [Lora(base.model, 1.0, base.title)] if base.model and base.model != own_model else []
+        own_scale = weights_of.pop(("lora", tune["id"]), prompt["attributes"].get("lora_scale", 1.0))
+        if tune["method"] in references.ADAPTERS:
+            loras.append(Lora(own_model, own_scale, tune["title"]))
+        elif tune["method"] == "checkpoint" and own_scale != 1.0:
+            reporter.warn(f"{tune['title']} is a whole model, which has one strength: {own_scale:g} is not used")
+        people = [tune["name"]]
+        for one in named:
+            if one.kind == "lora" and one.id != tune["id"]:
+                model, title = self._lora(one.id)
+                loras.append(Lora(model, one.weight, title))
+            people += [row["name"]] if (row := self._tune_row(one.id)) else []
+        face = next((one for one in named if one.kind == "faceid"), None)
+        if face is None and tune["method"] == "faceid":
+            face = references.Named("faceid", tune["id"], 1.0)
+        is_person = any(presets.kind_of(name) == "person" for name in people)
+        return base, loras, self._face(face, base, reporter) if face else None, is_person
+
+    def _lora(self, lora_id: int) -> tuple[Path, str]:
+        """The LoRA of this number, a tune's or a file of the models folder, and what it is called."""
+        if tune := self._tune_row(lora_id):
+            if tune["status"] != "trained":
+                raise RuntimeError(f"<lora:{lora_id}>: tune {lora_id} is {tune['status']}; it has no model")
+            return self._settings.outputs / "tunes" / str(lora_id) / "model", tune["title"]
+        file = next((base for base in bases.list_bases(self._settings) if base.id == lora_id and base.model), None)
+        if file is None or file.model is None:
+            raise RuntimeError(f"<lora:{lora_id}>: that tune, or file of the models folder, is gone")
+        return file.model, file.title
+
+    def _face(self, named: references.Named, base: bases.Base, reporter: Reporter) -> FaceID:
+        """The face of this number, and the adapter that puts it into pictures of this base."""
+        from trainer.render import FaceID
+
+        folder = self._settings.outputs / "tunes" / str(named.id) / "model"
         if not (folder / FORMATS["faceid"]).exists():
-            raise RuntimeError(f"<faceid:{face_id}>: that tune is gone, and its face with it")
+            raise RuntimeError(f"<faceid:{named.id}>: that tune is gone, and its face with it")
         adapter = weights.obtain(
             self._settings, weights.FACEID[base.branch], tell=lambda what, *_: reporter.stage(what)
         )
-        return base, FaceID(folder, adapter, strength)
+        return FaceID(folder, adapter, named.weight)
 
     def _export(self, job: Job, export_id: int) -> None:
         from trainer.export import export_tune
@@ -355,6 +391,8 @@ class Reporter:
         self._told = time.monotonic()
         if self._table == "tunes":
             self._store.update("tunes", self._row, progress=self.progress, eta=self._eta())
+        elif self._table == "prompts":
+            self._store.update("prompts", self._row, progress=self.progress)
 
     def _eta(self) -> str | None:
         pace = self.progress["seconds_per_step"]
@@ -378,14 +416,15 @@ def tensorboard(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
-def explain(error: Exception) -> str:
-    """An unexpected error in words that name a remedy where one is known."""
+OF_TRAINING = "try args micro_batch=1 gradient_checkpointing=true, a lower resolution or a lower rank"
+OF_PICTURES = "try a smaller w and h, no super_resolution or hires_fix, or no controlnet"
+
+
+def explain(error: Exception, remedy: str = OF_TRAINING) -> str:
+    """An unexpected error in words that name a remedy where one is known. remedy: for a card that is full."""
     text = f"{type(error).__name__}: {error}".strip().rstrip(":")
     if type(error).__name__ == "OutOfMemoryError":
-        return (
-            f"{text} -- the card's memory is full: try args micro_batch=1 gradient_checkpointing=true, a lower"
-            " resolution or a lower rank; or close what else uses the card"
-        )
+        return f"{text} -- the card's memory is full: {remedy}; or close what else uses the card"
     return text
 
 

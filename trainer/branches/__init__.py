@@ -75,6 +75,10 @@ class Branch(Protocol):
         """Encoded prompts, and as many empty ones, as keyword arguments of the pipeline."""
         ...
 
+    def say(self, text: str, negative: str | None) -> dict[str, Tensor]:
+        """A prompt as the stock pipeline encodes it, as keyword arguments of it, batch 1."""
+        ...
+
     def original_weights(self) -> dict[str, Tensor]:
         """What a single file of the family holds, under the original release's keys (see trainer/original.py).
 

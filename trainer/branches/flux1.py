@@ -352,6 +352,11 @@ class Flux1:
     def prompt_inputs(self, cond: dict[str, Tensor], empty: dict[str, Tensor]) -> dict[str, Any]:
         return {"prompt_embeds": cond["encoder_hidden_states"], "pooled_prompt_embeds": cond["pooled_projections"]}
 
+    def say(self, text: str, negative: str | None) -> dict[str, Tensor]:
+        """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1. It has no negative."""
+        hidden, pooled, _ = self.pipeline.encode_prompt(text, None)
+        return {"prompt_embeds": hidden, "pooled_prompt_embeds": pooled}
+
     def original_weights(self) -> dict[str, Tensor]:
         """Of the transformer alone, as in the published file."""
         ours = module_weights(self.denoiser)

@@ -148,6 +148,11 @@ class SD15:
         key = "encoder_hidden_states"
         return {"prompt_embeds": cond[key], "negative_prompt_embeds": empty[key]}
 
+    def say(self, text: str, negative: str | None) -> dict[str, Tensor]:
+        """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1."""
+        said, unsaid = self.pipeline.encode_prompt(text, self.pipeline._execution_device, 1, True, negative)
+        return {"prompt_embeds": said, "negative_prompt_embeds": unsaid}
+
     def original_weights(self) -> dict[str, Tensor]:
         return joined(
             {

@@ -171,6 +171,16 @@ class SDXL1:
             "negative_pooled_prompt_embeds": empty["text_embeds"],
         }
 
+    def say(self, text: str, negative: str | None) -> dict[str, Tensor]:
+        """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1."""
+        said, unsaid, pooled, unpooled = self.pipeline.encode_prompt(text, negative_prompt=negative)
+        return {
+            "prompt_embeds": said,
+            "negative_prompt_embeds": unsaid,
+            "pooled_prompt_embeds": pooled,
+            "negative_pooled_prompt_embeds": unpooled,
+        }
+
     def original_weights(self) -> dict[str, Tensor]:
         return joined(
             {

@@ -215,7 +215,11 @@ def load(pipeline: Any, model: Path, adapter: str, token: str | None = None) -> 
     beside += [file.with_name(WORDS_FILE)] if file.name in (KOHYA_FILE, DIFFUSERS_FILE) else []
     of_words = next((one for one in beside if one.exists()), None) if len(weights) == len(state) else file
     if of_words is not None:
-        words.add(pipeline, token or facts.get("tunebooth.token", "ohwx"), words.load(of_words))
+        token = token or facts.get("tunebooth.token", "ohwx")
+        taken = {known.token.lower() for part in words.TOKENIZERS for known in words.all_of(pipeline, part)}
+        if token.lower() in taken:
+            return file, [f"two of these models have new words for {token!r}: here it means the one named first"]
+        words.add(pipeline, token, words.load(of_words))
     elif "tunebooth.tokens" in facts:
         told = f"{file.name} was trained with new words, which are not here: {file.stem}_emb.safetensors is missing"
         return file, [f"{told} beside it. The token {facts['tunebooth.token']!r} does not mean the subject"]

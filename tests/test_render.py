@@ -1,0 +1,1009 @@
+"""Prompts are rendered as they ask: each attribute changes the picture as it should, and nothing stays of it.
+
+Everything goes through the verbs and the bench of the worker, on tiny bases, with LoRAs of random weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, DiffusionPipeline
+from huggingface_hub import constants
+from PIL import Image, ImageOps
+from safetensors.torch import save_file
+
+from tests import bench, tiny  # bench: it spares the garbage collector the libraries' objects
+from tests.conftest import SHARED
+from tests.test_finish import apart, esrgan, pixels
+from trainer import finish, pictures, pipelines, presets, render, weights, worker
+from trainer.bases import FAST_ID, hashed_id
+from trainer.images import Decoder
+from trainer.jobs import Jobs
+from trainer.looking import Found, Looker
+from trainer.methods import FORMATS, checkpoint, lora
+from trainer.schema import SCHEDULERS, CannotLook, Photo, Prompt, Upload
+from trainer.settings import read_settings
+from trainer.store import Job, Store
+
+pytest_plugins = ("tests.web",)
+
+FACES = SHARED / "data" / "faces"
+CPU = torch.device("cpu")
+FAMILIES = ["sd15", "sdxl1", "flux1"]
+SMALL = {"steps": 2, "w": 64, "h": 64}  # what the presets say here
+# Where a matrix lies in memory decides how its products are rounded; of the tiny models, Flux is that sensitive.
+ROUNDING = {"sd15": 0, "sdxl1": 0, "flux1": 1}
+CLOSE = 2  # of 255: the same numbers in another batch are rounded otherwise
+
+
+# A studio without a thread: a prompt is rendered when the test says so
+
+
+@dataclass
+class Eyes:
+    """Stands in for the child that looks at pictures, and finds what a test puts there."""
+
+    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)  # of faces
+    things: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)  # boxes by their names
+    why_not: str = ""
+    seen: list[Image.Image] = field(default_factory=list)
+
+    def faces(self, picture: Path, tell: Any = None) -> list[Found]:
+        self._look(picture)
+        return [Found(box, 1.0, ((0.0, 0.0),) * 5, 0.0) for box in self.boxes]
+
+    def restore(self, picture: Path, faces: list[Found], strength: float, tell: Any = None) -> None:
+        """A restored face is one turned into its negative."""
+        image = self._look(picture)
+        for face in faces:
+            box = tuple(map(int, face.box))
+            image.paste(ImageOps.invert(image.crop(box)), box)
+        image.save(picture)
+
+    def mask(self, picture: Path, words: str, tell: Any = None) -> bytes | None:
+        size = self._look(picture).size
+        if words not in self.things:
+            return None
+        mask = Image.new("L", size)
+        mask.paste(255, self.things[words])
+        mask.save(file := picture.with_name("mask.png"))
+        content = file.read_bytes()
+        file.unlink()
+        return content
+
+    def identify(self, folder: Path, photos: list[Photo], name: str, tell: Any = None) -> tuple[list[Photo], list[str]]:
+        (folder / "model").mkdir()
+        identity = torch.nn.functional.normalize(torch.randn(128), dim=0)
+        save_file({"identity": identity}, folder / "model" / FORMATS["faceid"])
+        return photos, []
+
+    def _look(self, picture: Path) -> Image.Image:
+        if self.why_not:
+            raise CannotLook(self.why_not)
+        with Image.open(picture) as opened:
+            self.seen.append(opened.convert("RGB"))
+        return self.seen[-1].copy()
+
+
+@dataclass
+class Done:
+    """A prompt that has ended, with its files."""
+
+    prompt: Prompt
+    folder: Path
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        files = sorted(file for file in self.folder.glob("[0-9]*.*") if ".thumb" not in file.name)
+        return [Image.open(file).convert("RGB") for file in files]
+
+    @property
+    def picture(self) -> Image.Image:
+        (only,) = self.pictures
+        return only
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return pictures.read_facts(next(self.folder.glob("0.[pj]*")))
+
+    @property
+    def warnings(self) -> list[str]:
+        return self.prompt.warnings
+
+
+class Room:
+    """One outputs folder with its store and verbs; benches, each of which keeps a base loaded; tunes made by hand."""
+
+    def __init__(self, folder: Path, decoder: Decoder, photo: Path, bases: Mapping[str, Path]) -> None:
+        shutil.copytree(bench.PRESETS, folder / "presets")
+        for branch in bases:
+            file = folder / "presets" / f"{branch}.toml"
+            before, table, after = file.read_text().partition("[render]\n")
+            lines = after.split("\n")
+            small = [next((f"{key} = {SMALL[key]}" for key in SMALL if line.startswith(f"{key} = ")), line)
+                     for line in lines]  # fmt: skip
+            file.write_text(before + table + "\n".join(small))
+            shutil.copytree(bases[branch], folder / "models" / branch)
+        for name in ("outputs", "weights"):
+            (folder / name).mkdir()
+        self.settings = read_settings(
+            device="cpu", **{name: folder / name for name in ("outputs", "models", "presets", "weights")}
+        )
+        self.store = Store(self.settings.outputs)
+        self.store._db.execute("PRAGMA synchronous=OFF")  # nothing here outlives a power cut
+        self.eyes = Eyes()
+        self.jobs = Jobs(self.settings, self.store, decoder, self.eyes)  # type: ignore[arg-type]
+        self.stopping = threading.Event()
+        self._photo = Upload(photo.name, photo)
+        self._benches: dict[str, worker.Bench] = {}
+        self._tunes = 0
+
+    def new_bench(self) -> worker.Bench:
+        return worker.Bench(self.settings, self.store, self.eyes, CPU, self.stopping)  # type: ignore[arg-type]
+
+    def bench(self, branch: str) -> worker.Bench:
+        if branch not in self._benches:
+            self._benches[branch] = self.new_bench()
+        return self._benches[branch]
+
+    def renderer(self, branch: str) -> Any:
+        return self.bench(branch)._renderer
+
+    def pipeline(self, branch: str) -> Any:
+        """The loaded one; there is one once something was rendered."""
+        return self.renderer(branch)._loaded[1].pipeline
+
+    def base(self, branch: str) -> Path:
+        return self.settings.models / branch
+
+    def tune(
+        self, branch: str = "sd15", kind: str = "lora", seed: int = 1, words: str | None = None, **more: Any
+    ) -> int:
+        """A tune that is trained, its LoRA random; kind `whole`: a checkpoint of the base's own weights."""
+        self._tunes += 1
+        asked: dict[str, Any] = {"title": f"tune {self._tunes}", "name": "dog", "token": "ohwx"}
+        if kind == "faceid":
+            asked = {"title": f"tune {self._tunes}", "name": "man"}
+        base = FAST_ID if branch == "fast" else hashed_id(branch)
+        asked |= {"base_tune_id": base, "model_type": "checkpoint" if kind == "whole" else kind}
+        tune_id = self.jobs.create_tune(asked | more, [self._photo])[0].id
+        if kind == "faceid":
+            return tune_id
+        job = self._claim()
+        model = self.jobs.folder(tune_id) / "model"
+        model.mkdir()
+        if kind == "whole":
+            loaded = render.load_branch(self.base_of(branch), CPU, self.settings.outputs / "cache")
+            checkpoint.write(loaded, model / FORMATS["checkpoint"], torch.float32, {})
+        else:
+            self.write_lora(model / lora.DIFFUSERS_FILE, branch, seed, words)
+        self.store.finish(job, "trained", files=[file.name for file in model.iterdir()])
+        return tune_id
+
+    def write_lora(self, file: Path, branch: str, seed: int, words: str | None = None) -> Path:
+        return tiny.make_tiny_lora(file, self.base_of(branch).path or Path(), seed, words=words)
+
+    def base_of(self, branch: str) -> Any:
+        from trainer import bases
+
+        number = FAST_ID if branch == "fast" else hashed_id(branch)
+        return next(base for base in bases.list_bases(self.settings) if base.id == number)
+
+    def _claim(self) -> Job:
+        job = self.store.claim()
+        assert job is not None and self.store.queue_length() == 1, "every test takes its own jobs off the queue"
+        return job
+
+    def run(self, at: int, text: str = "ohwx dog", bench: worker.Bench | None = None, **asked: Any) -> Done:
+        """A prompt of a tune, or of a base with models in its text, whatever becomes of it."""
+        prompt = self.jobs.create_prompt(at, {"text": text, "num_images": 1, "seed": 7, **asked})
+        return self.go(prompt, bench)
+
+    def go(self, prompt: Prompt, bench: worker.Bench | None = None) -> Done:
+        job = self._claim()
+        assert job.prompt_id == prompt.id
+        branch = self.jobs.get_tune(prompt.tune_id).branch
+        (bench or self.bench(branch)).run(job)
+        now = self.jobs.get_prompt(prompt.id)
+        return Done(now, self.jobs.folder(now.tune_id) / "prompts" / str(now.id))
+
+    def render(self, at: int, text: str = "ohwx dog", bench: worker.Bench | None = None, **asked: Any) -> Done:
+        done = self.run(at, text, bench, **asked)
+        assert (done.prompt.status, done.prompt.error) == ("rendered", None)
+        return done
+
+    def leftovers(self) -> list[str]:
+        return [
+            path.name for path in self.settings.outputs.rglob("*") if ".part" in path.name or "previews/" in str(path)
+        ]
+
+
+def opened(folder: Path, decoder: Decoder, photo: Path, request: pytest.FixtureRequest) -> Iterator[Room]:
+    """A room with all families and an upscaler, closed at the end."""
+    made = Room(folder, decoder, photo, {branch: request.getfixturevalue(f"tiny_{branch}") for branch in FAMILIES})
+    torch.save({"params_ema": esrgan()}, made.settings.weights / weights.UPSCALER.name)
+    yield made
+    made.store.close()
+
+
+def tidied(room: Room, monkeypatch: pytest.MonkeyPatch) -> Iterator[Room]:
+    """The room for one test, with nobody on the pictures; its weights are not the published files."""
+    monkeypatch.setattr(weights, "UPSCALER", replace(weights.UPSCALER, sha256=None))
+    monkeypatch.setattr(weights, "FACEID", {name: replace(one, sha256=None) for name, one in weights.FACEID.items()})
+    vars(room.eyes).update(vars(Eyes()))
+    yield room
+    room.stopping.clear()
+    while job := room.store.claim():  # of a test that has failed
+        room.store.finish(job, "canceled")
+
+
+@pytest.fixture(scope="module")
+def open_room(
+    tmp_path_factory: pytest.TempPathFactory, decoder: Decoder, photos: list[Path], request: pytest.FixtureRequest
+) -> Iterator[Room]:
+    yield from opened(tmp_path_factory.mktemp("room"), decoder, photos[0], request)
+
+
+@pytest.fixture
+def room(open_room: Room, monkeypatch: pytest.MonkeyPatch) -> Iterator[Room]:
+    yield from tidied(open_room, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def tunes(open_room: Room) -> dict[str, int]:
+    """A LoRA for each family."""
+    return {branch: open_room.tune(branch) for branch in FAMILIES}
+
+
+def unlike(one: Image.Image, other: Image.Image) -> bool:
+    return one.size != other.size or apart(one, other) > 0
+
+
+def far(one: Image.Image, other: Image.Image) -> float:
+    """Mean distance of two pictures, in levels of 255."""
+    return float(abs(pixels(one) - pixels(other)).mean())
+
+
+def outside(one: Image.Image, other: Image.Image, boxes: list[tuple[int, int, int, int]]) -> int:
+    """How far apart two pictures are where no box lies."""
+    levels = abs(pixels(one) - pixels(other))
+    for left, top, right, bottom in boxes:
+        levels[top:bottom, left:right] = 0
+    return int(levels.max())
+
+
+# Attributes of drawing
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "text": {"text": "ohwx cat"},
+    "seed": {"seed": 8},
+    "steps": {"steps": 3},
+    "cfg_scale": {"cfg_scale": 2},
+    "lora_scale": {"lora_scale": 0.5},
+    "style": {"style": "Cinematic"},
+    "color_grading": {"color_grading": "Ektar"},
+    "film_grain": {"film_grain": True},
+    "negative_prompt": {"negative_prompt": "a blurry cat"},
+    "use_lpw": {"use_lpw": True, "text": "ohwx (dog:1.5)"},
+}
+LATER = ("seed", "steps", "style", "color_grading", "film_grain")  # these take the same code in every family
+WAYS = [
+    pytest.param(branch, name, marks=pytest.mark.long if branch != "sd15" and name in LATER else [])
+    for branch in FAMILIES
+    for name in CHANGES
+    if branch != "flux1" or name not in ("negative_prompt", "use_lpw")
+]
+
+
+@pytest.mark.parametrize(("branch", "name"), WAYS)
+def test_each_attribute_changes_the_picture_and_nothing_stays_of_it(
+    room: Room, tunes: dict[str, int], branch: str, name: str
+) -> None:
+    plain = room.render(tunes[branch])
+    changed = room.render(tunes[branch], **CHANGES[name])
+    assert apart(changed.picture, plain.picture) > 2 * CLOSE
+    assert plain.picture.size == changed.picture.size == (64, 64)
+    assert plain.warnings == changed.warnings == []
+    again = room.render(tunes[branch])
+    assert apart(again.picture, plain.picture) <= ROUNDING[branch] and again.facts == plain.facts
+    told = {"style", "negative_prompt", "text"} & CHANGES[name].keys() or name in ("steps", "cfg_scale", "seed")
+    assert bool(told) == ((changed.facts | {"more": {}, "loras": []}) != (plain.facts | {"more": {}, "loras": []}))
+
+
+@pytest.mark.parametrize("branch", ["sd15", "sdxl1"])
+def test_a_negative_prompt_works_by_guidance(room: Room, tunes: dict[str, int], branch: str) -> None:
+    plain, negative = (
+        room.render(tunes[branch], cfg_scale=1, **more).picture for more in ({}, {"negative_prompt": "a blurry cat"})
+    )
+    assert not unlike(plain, negative)
+
+
+def test_flux_leaves_out_what_it_has_no_use_for_and_says_so(room: Room, tunes: dict[str, int]) -> None:
+    plain = room.render(tunes["flux1"], "ohwx (dog:1.5)").picture
+    for asked, told in (
+        ({"negative_prompt": "blurry"}, "negative_prompt has no effect on flux1"),
+        ({"scheduler": "euler_a"}, "scheduler has no effect on flux1"),
+        ({"use_lpw": True}, "use_lpw works with CLIP text encoders"),
+    ):
+        for _ in range(2):  # what is remembered of the first must not swallow the warning
+            done = room.render(tunes["flux1"], "ohwx (dog:1.5)", **asked)
+            assert [told in warning for warning in done.warnings] == [True]
+            assert apart(done.picture, plain) <= ROUNDING["flux1"]
+
+
+@pytest.mark.parametrize("branch", FAMILIES)
+def test_pictures_have_seeds_that_follow_each_other(room: Room, tunes: dict[str, int], branch: str) -> None:
+    four = room.render(tunes[branch], num_images=4)
+    alone = [room.render(tunes[branch], seed=7 + number).picture for number in range(4)]
+    assert len(four.pictures) == 4
+    assert max(apart(one, other) for one, other in zip(four.pictures, alone, strict=True)) <= CLOSE
+    assert min(far(one, other) for one in alone for other in alone if one is not other) > 5 * CLOSE
+    again = room.render(tunes[branch], num_images=4)
+    assert max(apart(*pair) for pair in zip(again.pictures, four.pictures, strict=True)) <= ROUNDING[branch]
+    assert [pictures.read_facts(four.folder / f"{number}.png")["seed"] for number in range(4)] == [7, 8, 9, 10]
+
+
+def test_without_a_seed_it_is_42(room: Room, tunes: dict[str, int]) -> None:
+    assert not unlike(room.render(tunes["sd15"], seed=None).picture, room.render(tunes["sd15"], seed=42).picture)
+    assert unlike(room.render(tunes["sd15"], seed=None).picture, room.render(tunes["sd15"], seed=0).picture)
+    last = room.render(tunes["sd15"], seed=2**32 - 1, num_images=2)
+    assert unlike(*last.pictures)
+
+
+@pytest.mark.parametrize("branch", ["sd15", pytest.param("sdxl1", marks=pytest.mark.long)])
+def test_schedulers_are_unlike_each_other_and_leave_the_base_s_own(
+    room: Room, tunes: dict[str, int], branch: str
+) -> None:
+    plain = room.render(tunes[branch], steps=4)
+    found = {}
+    for name in SCHEDULERS:
+        done, again = (room.render(tunes[branch], steps=4, scheduler=name) for _ in range(2))
+        assert not unlike(done.picture, again.picture), name
+        assert done.facts["sampler"] == pipelines.SCHEDULERS[name][0] and done.warnings == []
+        found[name] = done.picture
+        assert not unlike(room.render(tunes[branch], steps=4).picture, plain.picture), name
+    same = {(one, other) for one in found for other in found if one < other and not unlike(found[one], found[other])}
+    assert same == set()
+    own = {name for name in found if not unlike(found[name], plain.picture)}
+    assert own == ({"euler"} if branch == "sdxl1" else set())  # SDXL's own
+    assert plain.facts["sampler"] == {"sd15": "PNDM", "sdxl1": "Euler"}[branch]
+
+
+@pytest.mark.parametrize("scheduler", ["euler_a", "dpm++sde", "lcm"])
+def test_the_noise_of_each_step_is_the_picture_s_own_too(room: Room, tunes: dict[str, int], scheduler: str) -> None:
+    two = room.render(tunes["sd15"], num_images=2, scheduler=scheduler, steps=3).pictures
+    second = room.render(tunes["sd15"], seed=8, scheduler=scheduler, steps=3).picture
+    assert apart(two[1], second) <= CLOSE
+
+
+@pytest.mark.parametrize("branch", ["sd15", "sdxl1"])
+def test_brackets_are_weights_only_where_that_is_asked_for(
+    room: Room, tunes: dict[str, int], branch: str, heard: list[tuple[str, str | None]]
+) -> None:
+    plain, weighted = (room.render(tunes[branch], text, use_lpw=True).picture for text in ("a dog", "a (dog:1.5)"))
+    assert unlike(plain, weighted)
+    as_it_stands = room.render(tunes[branch], "a (dog:1.5)").picture
+    assert unlike(as_it_stands, weighted) and heard == [("a (dog:1.5)", None)]
+    assert not unlike(room.render(tunes[branch], "a dog").picture, plain)  # no weights are no change
+
+
+@pytest.fixture
+def heard(room: Room, tunes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """The texts, and negative ones, that are encoded from now on."""
+    texts: list[tuple[str, str | None]] = []
+    for branch in FAMILIES:
+        if room.renderer(branch)._loaded is None:
+            room.render(tunes[branch])
+        room.renderer(branch)._texts.clear()
+        loaded = room.renderer(branch)._loaded[1]
+
+        def say(text: str, negative: str | None, real: Any = loaded.say) -> Any:
+            texts.append((text, negative))
+            return real(text, negative)
+
+        monkeypatch.setattr(loaded, "say", say)
+    return texts
+
+
+def test_a_style_stands_around_the_text_and_behind_the_negative_one(
+    room: Room, tunes: dict[str, int], heard: list[tuple[str, str | None]]
+) -> None:
+    room.render(tunes["sd15"], style="cinematic")
+    room.render(tunes["sd15"], style="Cinematic", negative_prompt="fog")
+    room.render(tunes["flux1"], style="Cinematic")
+    style = presets.styles(room.settings.presets)["Cinematic"]
+    text = style.prompt.replace("{prompt}", "ohwx dog")
+    assert heard == [(text, style.negative), (text, f"fog, {style.negative}"), (text, None)]
+
+
+def test_texts_are_encoded_once_for_the_same_models(
+    room: Room, tunes: dict[str, int], heard: list[tuple[str, str | None]]
+) -> None:
+    for seed in range(3):
+        room.render(tunes["sd15"], "a red dog", seed=seed)
+    assert heard == [("a red dog", None)]
+    room.render(tunes["sd15"], "a red dog", lora_scale=0.5)
+    room.render(tunes["sd15"], "a red dog", lora_scale=0.5, seed=1)
+    assert len(heard) == 2
+    room.render(room.tune(seed=5), "a red dog")
+    assert len(heard) == 3
+    room.render(tunes["sd15"], "a red dog", negative_prompt="")
+    assert len(heard) == 4
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [
+        ({"w": 128, "h": 64}, (128, 64)),
+        ({"w": 72, "h": 88}, (72, 88)),
+        ({"w": 96}, (96, 64)),
+        ({"aspect_ratio": "16:9"}, (80, 48)),
+        ({"aspect_ratio": "9:16"}, (48, 80)),
+        ({"aspect_ratio": "16:9", "w": 144}, (144, 80)),
+        ({"aspect_ratio": "16:9", "w": 64, "h": 96}, (64, 96)),
+        ({"ar": "portrait"}, (48, 80)),
+        ({"ar": "landscape"}, (80, 48)),
+        ({"ar": "1:1"}, (64, 64)),
+        ({"ar": "portrait", "aspect_ratio": "21:9"}, (96, 48)),
+    ],
+)
+@pytest.mark.parametrize("branch", ["sd15", *(pytest.param(name, marks=pytest.mark.long) for name in FAMILIES[1:])])
+def test_pictures_have_the_asked_size(
+    room: Room, tunes: dict[str, int], branch: str, asked: dict[str, Any], size: tuple[int, int]
+) -> None:
+    told = []
+    if "aspect_ratio" in asked and {"h", "ar"} & asked.keys():
+        told = [f"{'ar' if 'ar' in asked else 'aspect_ratio'} has no effect beside"]
+    if branch == "flux1" and 72 in asked.values():
+        size, told = (80, 96), ["flux1 renders 80 x 96 pixels: its sides are multiples of 16"]
+    done = room.render(tunes[branch], **asked)
+    assert done.picture.size == size and len(done.warnings) == len(told)
+    assert all(warning.startswith(start) for warning, start in zip(done.warnings, told, strict=True))
+    assert (done.facts["width"], done.facts["height"]) == size
+    assert pixels(done.picture).std() > 10
+
+
+@pytest.mark.parametrize(
+    ("asked", "size", "told"),
+    [
+        ({}, (64, 64), []),
+        ({"w": 64, "h": 64}, (64, 64), []),
+        ({"w": 128, "h": 64}, (64, 32), ["fast renders 64 x 32 pixels, whatever w and h are"]),
+        ({"w": 512, "h": 1024}, (32, 64), ["fast renders 32 x 64 pixels, whatever w and h are"]),
+        ({"aspect_ratio": "16:9"}, (64, 40), []),
+        ({"ar": "portrait"}, (40, 64), []),
+    ],
+)
+def test_fast_renders_64_pixels_on_the_longer_side(
+    room: Room, fast: int, asked: dict[str, Any], size: tuple[int, int], told: list[str]
+) -> None:
+    done = room.render(fast, **asked)
+    assert (done.picture.size, done.warnings) == (size, told)
+
+
+@pytest.fixture(scope="module")
+def fast(open_room: Room) -> int:
+    return open_room.tune("fast")
+
+
+# Afterwards
+
+
+def test_super_resolution_enlarges_what_was_drawn(room: Room, tunes: dict[str, int], monkeypatch: Any) -> None:
+    model = finish.upscaler(room.settings.weights / weights.UPSCALER.name, CPU)
+    plain, large = (room.render(tunes["sd15"], super_resolution=on) for on in (False, True))
+    assert (plain.picture.size, large.picture.size, large.facts["width"]) == ((64, 64), (256, 256), 256)
+    assert not unlike(large.picture, finish.upscale(plain.picture, model, 4))
+    monkeypatch.setattr(finish, "SMALL", 64 * 64)  # 512 x 512 px, which takes long
+    twice = room.render(tunes["sd15"], super_resolution=True).picture
+    assert not unlike(twice, finish.upscale(plain.picture, model, 2))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("w", "factor"), [(504, 4), (512, 2)])
+def test_pictures_are_enlarged_four_times_below_512_px_squared(
+    room: Room, tunes: dict[str, int], w: int, factor: int
+) -> None:
+    done = room.render(tunes["sd15"], super_resolution=True, w=w, h=512, steps=1)
+    assert done.picture.size == (factor * w, factor * 512)
+
+
+def test_without_the_upscaler_a_prompt_says_what_to_do(room: Room, tunes: dict[str, int], monkeypatch: Any) -> None:
+    bench = room.new_bench()
+    monkeypatch.setattr(weights, "UPSCALER", replace(weights.UPSCALER, name="RealESRGAN_x8plus.pth"))
+    done = room.run(tunes["sd15"], super_resolution=True, bench=bench)
+    assert done.prompt.status == "failed" and "put RealESRGAN_x8plus.pth into the weights folder" in str(
+        done.prompt.error
+    )
+    assert not done.folder.exists() and room.leftovers() == []
+
+
+@pytest.mark.parametrize("branch", FAMILIES)
+def test_hires_fix_draws_the_enlarged_picture_again(room: Room, tunes: dict[str, int], branch: str) -> None:
+    asked = {"super_resolution": True, "steps": 4}
+    large, fixed = (room.render(tunes[branch], hires_fix=on, **asked) for on in (False, True))
+    assert large.picture.size == fixed.picture.size == (256, 256) and large.warnings == fixed.warnings == []
+    assert unlike(large.picture, fixed.picture)
+    much = room.render(tunes[branch], "ohwx dog --hires_denoising_strength 1", hires_fix=True, **asked).picture
+    assert unlike(much, large.picture) and unlike(much, fixed.picture)
+    freely = room.render(tunes[branch], "ohwx dog --hires_cfg_scale 15", hires_fix=True, **asked).picture
+    assert unlike(freely, fixed.picture)
+
+
+def test_hires_fix_has_no_effect_alone_or_on_fast(room: Room, tunes: dict[str, int], fast: int) -> None:
+    plain = room.render(tunes["sd15"]).picture
+    alone = room.render(tunes["sd15"], hires_fix=True)
+    assert alone.warnings == ["hires_fix has no effect without super_resolution"] and not unlike(alone.picture, plain)
+    large, fixed = (room.render(fast, super_resolution=True, hires_fix=on) for on in (False, True))
+    assert not unlike(large.picture, fixed.picture)
+    assert fixed.warnings == ["hires_fix has no effect: the base of fast knows one size only"]
+
+
+def test_a_size_that_the_base_cannot_draw_comes_back_from_hires_fix(room: Room, tunes: dict[str, int]) -> None:
+    done = room.render(tunes["sd15"], "ohwx dog --upscale_factor 1.3", super_resolution=True, hires_fix=True, steps=4)
+    assert done.picture.size == (83, 83)
+
+
+def test_film_comes_last_and_grain_after_colour(room: Room, tunes: dict[str, int]) -> None:
+    plain = room.render(tunes["sd15"], num_images=2).pictures
+    done = room.render(tunes["sd15"], num_images=2, color_grading="film portra", film_grain=True).pictures
+    look = presets.film_looks(room.settings.presets)["Film Portra"]
+    for number in range(2):
+        assert not unlike(done[number], finish.grain(finish.grade(plain[number], look), 7 + number))
+
+
+@pytest.fixture(scope="module")
+def people(open_room: Room) -> int:
+    return open_room.tune(name="woman", seed=3)
+
+
+TWO_FACES = [(10.0, 12.0, 34.0, 40.0), (80.0, 70.0, 104.0, 98.0)]
+LARGE = {"w": 128, "h": 128, "steps": 4}
+
+
+def test_every_face_is_drawn_again_and_nothing_else(room: Room, people: int) -> None:
+    plain = room.render(people, **LARGE).picture
+    room.eyes.boxes = TWO_FACES
+    done = room.render(people, inpaint_faces=True, **LARGE)
+    squares = [finish.face_square(box, (128, 128)) for box in TWO_FACES]
+    assert done.warnings == [] and outside(done.picture, plain, squares) == 0
+    assert all(far(done.picture.crop(square), plain.crop(square)) > 1 for square in squares)
+    weakly = room.render(people, "ohwx dog --face_inpaint_denoising 0.3", inpaint_faces=True, **LARGE).picture
+    strongly = room.render(people, "ohwx dog --face_inpaint_denoising 1", inpaint_faces=True, **LARGE).picture
+    assert unlike(weakly, plain) and unlike(weakly, strongly) and unlike(done.picture, strongly)
+    none = room.render(people, "ohwx dog --face_inpaint_denoising 0", inpaint_faces=True, **LARGE)
+    assert not unlike(none.picture, plain)
+    assert not unlike(room.render(people, **LARGE).picture, plain)
+
+
+@pytest.mark.parametrize("branch", FAMILIES[1:])
+def test_faces_of_other_families_are_drawn_again_too(room: Room, branch: str) -> None:
+    person = room.tune(branch, name="man")
+    plain = room.render(person, **LARGE).picture
+    room.eyes.boxes = TWO_FACES[:1]
+    done = room.render(person, inpaint_faces=True, **LARGE)
+    square = finish.face_square(TWO_FACES[0], (128, 128))
+    assert outside(done.picture, plain, [square]) == 0 < far(done.picture, plain)
+
+
+def test_faces_of_each_picture_are_its_own(room: Room, people: int) -> None:
+    room.eyes.boxes = TWO_FACES[:1]
+    two = room.render(people, inpaint_faces=True, num_images=2, **LARGE).pictures
+    second = room.render(people, inpaint_faces=True, seed=8, **LARGE).picture
+    assert apart(two[1], second) <= CLOSE
+
+
+@pytest.mark.parametrize(
+    ("boxes", "told"),
+    [
+        ([], "no face was found in a picture"),
+        ([(0, 0, 100, 100)], "above 30% is large enough as it is"),
+        ([(0, 0, 5, 5)], "below 0.3% is too small"),
+        ([(20, 20, 80, 80)], "at 108 px the face is drawn large already"),
+    ],
+)
+def test_a_face_that_is_not_drawn_again_is_told(
+    room: Room, people: int, boxes: list[tuple[float, float, float, float]], told: str
+) -> None:
+    plain = room.render(people, **LARGE).picture
+    room.eyes.boxes = boxes
+    done = room.render(people, inpaint_faces=True, **LARGE)
+    assert [warning.startswith("inpaint_faces: ") and told in warning for warning in done.warnings] == [True]
+    assert not unlike(done.picture, plain)
+
+
+def test_where_no_model_is_of_people_nobody_looks_for_faces(room: Room, tunes: dict[str, int], people: int) -> None:
+    plain = room.render(tunes["sd15"], **LARGE).picture
+    room.eyes.boxes = TWO_FACES
+    done = room.render(tunes["sd15"], inpaint_faces=True, **LARGE)
+    assert done.warnings == ["inpaint_faces has no effect: none of the models is of people"]
+    assert not unlike(done.picture, plain) and room.eyes.seen == []
+    named = room.render(tunes["sd15"], f"ohwx dog <lora:{people}:0.5>", inpaint_faces=True, **LARGE)
+    assert named.warnings == [] and room.eyes.seen
+
+
+@pytest.mark.parametrize("name", ["inpaint_faces", "face_correct"])
+def test_without_somebody_who_looks_the_picture_stays_and_says_why(room: Room, people: int, name: str) -> None:
+    plain = room.render(people).picture
+    room.eyes.why_not = "the detector is not here"
+    done = room.render(people, num_images=2, **{name: True})
+    assert done.warnings == [f"{name}: the detector is not here"]
+    assert apart(done.pictures[0], plain) <= CLOSE
+
+
+def test_restored_faces_are_taken_over(room: Room, tunes: dict[str, int]) -> None:
+    plain = room.render(tunes["sd15"]).picture
+    room.eyes.boxes = [(8, 8, 24, 24)]
+    done = room.render(tunes["sd15"], face_correct=True)  # of whatever it is
+    expected = plain.copy()
+    expected.paste(ImageOps.invert(plain.crop((8, 8, 24, 24))), (8, 8))
+    assert done.warnings == [] and not unlike(done.picture, expected)
+    room.eyes.boxes = []
+    none = room.render(tunes["sd15"], face_correct=True)
+    assert none.warnings == ["face_correct: no face was found in a picture"] and not unlike(none.picture, plain)
+
+
+def test_face_swap_is_accepted_and_not_done(room: Room, tunes: dict[str, int]) -> None:
+    plain, done = (room.render(tunes["sd15"], face_swap=on) for on in (False, True))
+    assert plain.warnings == [] and "face_swap is accepted and not done" in done.warnings[0]
+    assert not unlike(plain.picture, done.picture)
+
+
+def test_what_comes_after_drawing_comes_in_the_hosted_service_s_order(
+    room: Room, people: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+
+    def watch(owner: Any, name: str, told: str) -> None:
+        real = getattr(owner, name)
+
+        def watched(*args: Any, **more: Any) -> Any:
+            order.append(told)
+            return real(*args, **more)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for owner, name in ((finish, "upscale"), (finish, "paste"), (finish, "grade"), (finish, "grain")):
+        watch(owner, name, name)
+    watch(room.eyes, "restore", "restore")
+    watch(render.Renderer, "_again", "draw again")
+    room.eyes.boxes = [(10, 10, 60, 60)]
+    room.render(
+        people, super_resolution=True, hires_fix=True, inpaint_faces=True, face_correct=True, color_grading="Ektar",
+        film_grain=True,
+    )  # fmt: skip
+    assert order == ["upscale", "draw again", "draw again", "paste", "restore", "grade", "grain"]
+
+
+class SameProcess:
+    """Does what the child that looks would be asked to, here."""
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def run(self, _seconds: float, name: str, *args: Any) -> Any:
+        from trainer import faces
+
+        return getattr(faces, name)(*args)
+
+
+@pytest.fixture
+def looker(room: Room, monkeypatch: pytest.MonkeyPatch) -> Looker:
+    """The real looker, for the bench of sd15."""
+    if not FACES.is_dir():
+        pytest.skip("the photos in ../shared are not on this machine")
+    shutil.copy(SHARED / "weights" / weights.DETECTOR.name, room.settings.weights)
+    made = Looker(room.settings)
+    monkeypatch.setattr(made, "_child", SameProcess())
+    monkeypatch.setattr(room.renderer("sd15"), "_looker", made)
+    return made
+
+
+def test_a_real_face_is_found_and_drawn_again(room: Room, people: int, looker: Looker) -> None:
+    file = FACES / "single" / "astronaut.png"
+    asked = {"input_image": Upload(file.name, file), "denoising_strength": 0, "w": 160, "h": 160, "steps": 4}
+    plain = room.render(people, **asked).picture
+    plain.save(saved := room.settings.outputs / "seen.png")
+    (face,) = looker.faces(saved)
+    saved.unlink()
+    done = room.render(people, inpaint_faces=True, **asked)
+    square = finish.face_square(face.box, plain.size)
+    assert done.warnings == [] and square[2] - square[0] < 100
+    assert outside(done.picture, plain, [square]) == 0 and far(done.picture.crop(square), plain.crop(square)) > 1
+
+
+def test_a_real_face_is_restored(room: Room, tunes: dict[str, int], looker: Looker, monkeypatch: Any) -> None:
+    from trainer import faces
+
+    real = faces.gfpgan
+    monkeypatch.setattr(faces, "gfpgan", lambda: real(1, 0.25))
+    monkeypatch.setattr(weights, "RESTORER", replace(weights.RESTORER, sha256=None))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save({"params_ema": real(1, 0.25).state_dict()}, room.settings.weights / weights.RESTORER.name)
+    faces.load_restorer.cache_clear()
+    file = FACES / "single" / "astronaut.png"
+    asked = {"input_image": Upload(file.name, file), "denoising_strength": 0, "w": 160, "h": 160}
+    plain = room.render(tunes["sd15"], **asked).picture
+    done = room.render(tunes["sd15"], face_correct=True, **asked)
+    faces.load_restorer.cache_clear()
+    box = Image.eval(
+        ImageOps.grayscale(Image.fromarray(abs(pixels(done.picture) - pixels(plain)).astype("uint8"))), bool
+    )
+    changed = box.getbbox()
+    assert done.warnings == [] and changed is not None
+    assert 30 < changed[2] - changed[0] < 120  # the face, and not the whole picture
+
+
+# What is written
+
+
+def test_each_file_says_how_it_was_made(room: Room, tunes: dict[str, int]) -> None:
+    done = room.render(
+        tunes["sd15"], "ohwx dog --mask_blur 3", negative_prompt="fog", num_images=2, scheduler="euler_a", steps=3,
+        cfg_scale=5, lora_scale=0.7, film_grain=True, color_grading="Ektar",
+    )  # fmt: skip
+    title = room.jobs.get_tune(tunes["sd15"]).title
+    assert sorted(file.name for file in done.folder.iterdir()) == [
+        "0.png", "0.thumb.jpg", "1.png", "1.thumb.jpg", "sheet.jpg",
+    ]  # fmt: skip
+    expected = {
+        "prompt": "ohwx dog", "negative_prompt": "fog", "seed": 8, "steps": 3, "sampler": "Euler a", "cfg_scale": 5.0,
+        "width": 64, "height": 64, "model": title, "base": "sd15", "loras": [[title, 0.7]],
+        "more": {"lora_scale": 0.7, "film_grain": True, "color_grading": "Ektar"},
+    }  # fmt: skip
+    assert pictures.read_facts(done.folder / "1.png") == expected
+    with Image.open(done.folder / "1.png") as image:
+        assert image.info["parameters"].splitlines() == [
+            "ohwx dog", "Negative prompt: fog",
+            f'Steps: 3, Sampler: Euler a, CFG scale: 5, Seed: 8, Size: 64x64, Model: {title}, Lora: "{title}: 0.7"',
+        ]  # fmt: skip
+    with Image.open(done.folder / "sheet.jpg") as sheet:
+        assert sheet.size == (2 * 64 + pictures.GAP, 64)
+    assert len(done.prompt.images) == len(done.prompt.thumbnails) == 2 and done.prompt.contact_sheet
+
+
+def test_pictures_may_be_jpegs(room: Room, tunes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = room.render(tunes["sd15"])
+    assert plain.prompt.contact_sheet is None and not (plain.folder / "sheet.jpg").exists()
+    renderer = room.renderer("sd15")
+    monkeypatch.setattr(renderer, "_settings", renderer._settings.model_copy(update={"picture_format": "jpeg"}))
+    done = room.render(tunes["sd15"])
+    assert [file.name for file in sorted(done.folder.iterdir())] == ["0.jpg", "0.thumb.jpg"]
+    assert done.facts == plain.facts and 0 < far(done.picture, plain.picture) < 20
+
+
+# Memory, previews, stopping
+
+
+@pytest.fixture
+def little_memory(room: Room, tunes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Let the pipeline have room for so many pictures only, and none without tiling: the batches that were tried."""
+
+    def have(most: int, tiled: bool = False, error: Exception | None = None) -> list[int]:
+        room.render(tunes["sd15"])
+        stock, tried = room.pipeline("sd15"), []
+        monkeypatch.setattr(stock.vae, "use_tiling", False)
+        real = type(stock).__call__
+
+        @functools.wraps(real)
+        def call(self: Any, *args: Any, **more: Any) -> Any:
+            tried.append(more["num_images_per_prompt"])
+            if tried[-1] > most or (tiled and not self.vae.use_tiling):
+                raise error or torch.OutOfMemoryError("CUDA out of memory")
+            return real(self, *args, **more)
+
+        monkeypatch.setattr(type(stock), "__call__", call)
+        return tried
+
+    return have
+
+
+def test_where_memory_is_short_fewer_pictures_are_drawn_at_once(
+    room: Room, tunes: dict[str, int], little_memory: Callable[..., list[int]]
+) -> None:
+    expected = room.render(tunes["sd15"], num_images=5)
+    tried = little_memory(1)
+    done = room.render(tunes["sd15"], num_images=5)
+    assert tried == [5, 3, 2, 1, 1, 1, 1, 1]
+    assert max(apart(*pair) for pair in zip(done.pictures, expected.pictures, strict=True)) <= CLOSE
+    assert [pictures.read_facts(done.folder / f"{number}.png")["seed"] for number in range(5)] == [7, 8, 9, 10, 11]
+    assert done.prompt.progress.step == done.prompt.progress.steps == 2 * 5
+
+
+def test_the_last_resort_is_to_decode_in_tiles(
+    room: Room, tunes: dict[str, int], little_memory: Callable[..., list[int]]
+) -> None:
+    expected = room.render(tunes["sd15"], num_images=2)
+    tried = little_memory(2, tiled=True)
+    done = room.render(tunes["sd15"], num_images=2)
+    assert tried == [2, 1, 1, 1] and room.pipeline("sd15").vae.use_tiling
+    assert max(apart(*pair) for pair in zip(done.pictures, expected.pictures, strict=True)) <= CLOSE
+
+
+def test_what_never_fits_fails_in_words_and_so_does_another_error(
+    room: Room, tunes: dict[str, int], little_memory: Callable[..., list[int]]
+) -> None:
+    tried = little_memory(0)
+    done = room.run(tunes["sd15"], num_images=2)
+    assert tried == [2, 1, 1] and done.prompt.status == "failed"
+    assert "OutOfMemoryError: CUDA out of memory" in str(done.prompt.error) and not done.folder.exists()
+
+
+def test_another_error_is_no_reason_to_try_again(
+    room: Room, tunes: dict[str, int], little_memory: Callable[..., list[int]]
+) -> None:
+    tried = little_memory(0, error=RuntimeError("a bug"))
+    done = room.run(tunes["sd15"], num_images=2)
+    assert (tried, done.prompt.status, done.prompt.error) == ([2], "failed", "RuntimeError: a bug")
+    assert not done.folder.exists() and room.leftovers() == []
+
+
+@pytest.fixture
+def tiny_decoder(tmp_path: Path, room: Room, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A hub's cache with a tiny decoder for each family, and previews that are always due."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoencoderTiny(
+            encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+            num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4,
+        )  # fmt: skip
+    for branch in FAMILIES:
+        repository = presets.render_config(room.settings.presets, branch).preview
+        cached = tmp_path / f"models--{str(repository).replace('/', '--')}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        model.save_pretrained(cached / "snapshots" / ("0" * 40))
+        monkeypatch.setattr(room.renderer(branch), "_decoder", None)
+    monkeypatch.setattr(pipelines.Preview, "SHARE", 1.0)
+    monkeypatch.setattr(pipelines.Preview, "FIRST_SECONDS", 0.0)
+    return model
+
+
+@pytest.mark.parametrize("branch", FAMILIES)
+def test_a_preview_is_there_while_it_renders(
+    room: Room, tunes: dict[str, int], tiny_decoder: Any, branch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = pipelines.Preview.show
+
+    def show(self: Any, latents: torch.Tensor, size: tuple[int, int]) -> None:
+        real(self, latents, size)
+        if self._file.exists():
+            with Image.open(self._file) as image:
+                seen.append((image.size, image.convert("RGB").tobytes(), list(self._file.parent.iterdir())))
+            link = room.jobs.get_prompt(int(self._file.stem)).preview
+            assert link and self._file.name in link
+
+    monkeypatch.setattr(pipelines.Preview, "show", show)
+    done = room.render(tunes[branch], w=96, h=64, steps=4, num_images=2)
+    assert len(seen) >= 2 and {size for size, _, _ in seen} == {(96, 64)}
+    assert len({content for _, content, _ in seen}) > 1  # it goes on
+    assert all(len(files) == 1 for _, _, files in seen)  # no half-written file beside it
+    assert done.prompt.preview is None and not list((done.folder.parents[1] / "previews").iterdir())
+    monkeypatch.setattr(room.renderer(branch), "_decoder", None)
+
+
+def test_without_a_decoder_there_are_pictures_and_no_previews(
+    room: Room, tunes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(room.renderer("sd15"), "_decoder", None)
+    assert room.render(tunes["sd15"]).warnings == []
+    assert room.renderer("sd15")._decoder == ("sd15", None)
+
+
+@pytest.mark.parametrize(("cost", "step"), [(0.02, 0.1), (0.05, 0.5), (0.001, 0.01), (2.0, 0.3)])
+def test_previews_take_a_fiftieth_of_the_time_at_most(
+    tmp_path: Path, cost: float, step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pipelines, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    spent = []
+
+    def decode(latents: torch.Tensor) -> Any:
+        now[0] += cost
+        spent.append(cost)
+        return SimpleNamespace(sample=torch.zeros(1, 3, 8, 8))
+
+    decoder = SimpleNamespace(decode=decode, device=CPU, dtype=torch.float32)
+    processor = SimpleNamespace(postprocess=lambda pixels: [Image.new("RGB", (8, 8))])
+    shares = []
+    with pipelines.Preview(tmp_path / "1.jpg", SimpleNamespace(image_processor=processor), decoder) as preview:
+        for _ in range(2000):
+            now[0] += step
+            preview.show(torch.zeros(1, 4, 8, 8), (8, 8))
+            shares.append(sum(spent) / now[0])
+    assert spent and shares[-1] <= 0.02
+    if cost <= pipelines.Preview.FIRST_SECONDS:
+        assert max(shares) <= 0.02
+
+
+def test_a_prompt_that_is_canceled_stops_in_the_middle(
+    room: Room, tunes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = room.store.cancel_wanted, []
+
+    def cancel_wanted(table: Any, row_id: int) -> bool:
+        asked.append(row_id)
+        if len(asked) == 3:
+            room.store.update("prompts", row_id, cancel=1)
+        return real(table, row_id)
+
+    monkeypatch.setattr(room.store, "cancel_wanted", cancel_wanted)
+    done = room.run(tunes["sd15"], steps=20, num_images=2)
+    assert done.prompt.status == "canceled" and 3 <= len(asked) <= 5
+    assert not done.folder.exists() and room.leftovers() == [] and done.prompt.images == []
+    monkeypatch.undo()
+    assert not unlike(room.render(tunes["sd15"]).picture, room.render(tunes["sd15"]).picture)
+
+
+def test_a_prompt_is_put_back_when_the_app_stops_and_is_rendered_afterwards(
+    room: Room, tunes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = room.render(tunes["sd15"], steps=6)
+    real, asked = room.store.cancel_wanted, []
+
+    def cancel_wanted(table: Any, row_id: int) -> bool:
+        asked.append(row_id)
+        if len(asked) == 3:
+            room.stopping.set()
+        return real(table, row_id)
+
+    monkeypatch.setattr(room.store, "cancel_wanted", cancel_wanted)
+    done = room.run(tunes["sd15"], steps=6)
+    room.stopping.clear()
+    assert done.prompt.status == "queued" and len(asked) == 4  # once more to tell why it stopped
+    assert not done.folder.exists() and room.leftovers() == []
+    again = room.go(done.prompt)
+    assert again.prompt.status == "rendered" and not unlike(again.picture, expected.picture)
+
+
+# As others render
+
+
+@pytest.mark.parametrize("branch", FAMILIES)
+def test_stock_diffusers_renders_the_same_pixels(room: Room, tunes: dict[str, int], branch: str) -> None:
+    more = {} if branch == "flux1" else {"negative_prompt": "fog and rain"}
+    ours = room.render(tunes[branch], "a photo of ohwx dog", num_images=2, steps=4, cfg_scale=5, **more)
+    quiet = {"safety_checker": None} if branch == "sd15" else {}
+    stock = DiffusionPipeline.from_pretrained(room.base(branch), local_files_only=True, **quiet)
+    stock.load_lora_weights(room.jobs.folder(tunes[branch]) / "model", weight_name=lora.DIFFUSERS_FILE)
+    stock.set_progress_bar_config(disable=True)
+    theirs = stock(
+        "a photo of ohwx dog", width=64, height=64, num_inference_steps=4, guidance_scale=5, num_images_per_prompt=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in (7, 8)], **more,
+    ).images  # fmt: skip
+    assert max(apart(*pair) for pair in zip(ours.pictures, theirs, strict=True)) <= ROUNDING[branch]
+    stock.unload_lora_weights()
+    bare = stock(
+        "a photo of ohwx dog", width=64, height=64, num_inference_steps=4, guidance_scale=5,
+        generator=[torch.Generator().manual_seed(7)], **more,
+    ).images[0]  # fmt: skip
+    base = room.render(tunes[branch], "a photo of ohwx dog", lora_scale=0, steps=4, cfg_scale=5, **more).picture
+    assert apart(bare, theirs[0]) > 10 and apart(bare, base) <= ROUNDING[branch]
+
+
+def test_a_prompt_is_copied_with_everything_that_it_asks_for(room: Room, tunes: dict[str, int], photos: Any) -> None:
+    file = photos[1]
+    asked = {"input_image": Upload(file.name, file), "denoising_strength": 0.5, "style": "Cinematic", "steps": 4}
+    first = room.render(tunes["sd15"], lora_scale=0.5, color_grading="Ektar", **asked)
+    same = room.go(room.jobs.duplicate_prompt(first.prompt.id, {}))
+    other = room.go(room.jobs.duplicate_prompt(first.prompt.id, {"seed": 8}))
+    assert same.picture.tobytes() == first.picture.tobytes() and same.facts == first.facts
+    assert unlike(other.picture, first.picture) and other.facts == first.facts | {"seed": 8}
