@@ -433,6 +433,7 @@ def unlike(one: Image.Image, other: Image.Image) -> bool:
     return ImageChops.difference(one, other).getbbox() is not None
 
 
+@pytest.mark.long
 def test_faces_are_put_into_prompts_by_their_number(studio: Studio, people: dict[str, int]) -> None:
     root, (ann, bob) = base_id(studio, "sd15"), people.values()
     tune = trained(studio, "a style to be worn", root, prompts_attributes=[])

@@ -263,6 +263,7 @@ def test_a_tune_of_a_person_trains_on_closeups_and_says_so(studio: Studio) -> No
     assert not [warning for warning in tune.warnings if "face" in warning]
 
 
+@pytest.mark.long
 @needs_shared
 def test_the_loss_looks_at_the_face_alone(studio: Studio) -> None:
     args = "mask=face mask_floor=0"
