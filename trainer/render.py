@@ -162,8 +162,8 @@ class Renderer:
             self._control = None
         if face is not None:
             faceid.apply(branch, face.folder, face.strength, face.adapter)
-        if plan.enlarges:  # before anything is drawn that would be lost without it
-            self._load_upscaler(report)
+        if plan.enlarges:
+            warnings += self._load_upscaler(report)
 
         target = folder / "prompts" / str(prompt["id"])
         target.parent.mkdir(exist_ok=True)
@@ -395,7 +395,7 @@ class Renderer:
         """What is done to each picture after it was drawn."""
         request = job.plan.request
         job.go_on()
-        if job.plan.enlarges:
+        if job.plan.enlarges and self._upscaler is not None:
             picture = self._enlarge(job, picture)
             if request.hires_fix:
                 picture = self._hires(job, picture, seed)
@@ -409,11 +409,15 @@ class Renderer:
             picture = finish.grain(picture, seed)
         return picture
 
-    def _load_upscaler(self, report: Report) -> None:
-        """Raises Unavailable."""
+    def _load_upscaler(self, report: Report) -> list[str]:
+        """Returns what to warn of: a picture that is not enlarged is still the picture that was asked for."""
         if self._upscaler is None:
-            file = weights.obtain(self._settings, weights.UPSCALER, tell=lambda what, *_: report.stage(what))
+            try:
+                file = weights.obtain(self._settings, weights.UPSCALER, tell=lambda what, *_: report.stage(what))
+            except weights.Unavailable as problem:
+                return [f"super_resolution: pictures are not enlarged: {problem}"]
             self._upscaler = finish.upscaler(file, self._device)
+        return []
 
     def _enlarge(self, job: Job, picture: Picture) -> Picture:
         """Super-resolution: four times below 512 x 512 pixels, else twice, as the hosted service does.
@@ -422,7 +426,7 @@ class Renderer:
         """
         if job.enlarged and job.enlarged[0] is picture:
             return job.enlarged[1]
-        assert self._upscaler is not None, "it is loaded before anything is drawn"
+        assert self._upscaler is not None, "pictures are enlarged only with it"
         job.report.stage("super-resolution")
         factor = job.plan.flags.upscale_factor or finish.sr_factor(*picture.size)
         source = picture
