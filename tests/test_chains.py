@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.conftest import SHARED
 from tests.studio import Studio
-from tests.test_methods import SOME, distance, picture
+from tests.test_methods import ROUNDING, SOME, distance, picture
 from tests.web import client_of
 from trainer import bases
 from trainer.branches import load_branch
@@ -330,7 +330,7 @@ def test_a_checkpoint_comes_as_a_diffusers_folder_that_renders_alike(studio: Stu
     )
     for pipeline in (folder, single):
         pipeline.set_progress_bar_config(disable=True)
-    assert torch.equal(picture(folder), picture(single))
+    assert distance(picture(folder), picture(single)) < ROUNDING
 
 
 def test_formats_that_are_there_and_those_that_are_not(studio: Studio) -> None:
@@ -430,7 +430,8 @@ def rendered(studio: Studio, tune_id: int, text: str) -> Image.Image:
 
 
 def unlike(one: Image.Image, other: Image.Image) -> bool:
-    return ImageChops.difference(one, other).getbbox() is not None
+    """By more than the one level that rounding may change: models are loaded again in between."""
+    return max(most for _, most in ImageChops.difference(one, other).getextrema()) > 1
 
 
 @pytest.mark.long

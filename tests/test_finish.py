@@ -97,7 +97,12 @@ def test_other_namings_and_safetensors_are_the_same_model(model: Upscaler, tmp_p
     save_file(esrgan(), tmp_path / "x4.safetensors")
     image = noise(24, 17)
     for name in ("older.pth", "x4.safetensors"):
-        assert apart(finish.upscale(image, finish.upscaler(tmp_path / name, CPU)), whole(image, model)) == 0
+        read = finish.upscaler(tmp_path / name, CPU)
+        weights, expected = read.network.model.state_dict(), model.network.model.state_dict()
+        assert weights.keys() == expected.keys()
+        assert [key for key in expected if not torch.equal(weights[key], expected[key])] == []
+        # One level: kernels sum in an order that depends on where in memory the weights were loaded.
+        assert apart(finish.upscale(image, read), whole(image, model)) <= 1
 
 
 def test_a_card_computes_in_what_the_model_supports() -> None:

@@ -23,6 +23,7 @@ from trainer.branches import Branch, load_branch, sd15, sdxl1
 CPU = torch.device("cpu")
 FAMILIES = {"tiny_sd15": "sd15", "thin_sd15": "sd15", "tiny_sdxl1": "sdxl1", "tiny_flux1": "flux1"}
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
+ROUNDING = 1 / 255  # one level. Kernels sum in an order that depends on where in memory the weights were loaded
 
 
 @pytest.fixture(params=FAMILIES)
@@ -202,7 +203,7 @@ def test_a_written_file_is_the_folder_it_came_from(folder: Path, tmp_path: Path)
     branch = load(folder, tmp_path)
     again = load(written(branch, folder, tmp_path / f"{folder.name}.safetensors"), tmp_path)
     assert_same_weights(again.pipeline, branch.pipeline)
-    assert torch.equal(render(again.pipeline), render(branch.pipeline))
+    torch.testing.assert_close(render(again.pipeline), render(branch.pipeline), rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("folder", ["tiny_sd15", "thin_sd15", "tiny_sdxl1"], indirect=True)
@@ -212,7 +213,7 @@ def test_stock_diffusers_reads_a_written_file_too(folder: Path, tmp_path: Path) 
     from_file = kind.from_single_file(str(file), config=str(sidecar(file)), local_files_only=True, **options)
     from_folder = kind.from_pretrained(folder, local_files_only=True, **options)
     assert_same_weights(from_file, from_folder)
-    assert torch.equal(render(from_file), render(from_folder))
+    torch.testing.assert_close(render(from_file), render(from_folder), rtol=0, atol=ROUNDING)
 
 
 def test_a_file_of_branch_fast_is_read_by_the_branch_itself(tmp_path: Path) -> None:

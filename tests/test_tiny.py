@@ -72,7 +72,8 @@ def test_a_single_sdxl_file_has_the_very_weights_of_its_folder(tiny_sdxl1: Path,
     from_folder = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl1, local_files_only=True)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         assert_same_weights(getattr(from_file, part), getattr(from_folder, part))
-    assert torch.equal(render(from_file, "a dog"), render(from_folder, "a dog"))
+    # One level: kernels sum in an order that depends on where in memory the weights were loaded.
+    torch.testing.assert_close(render(from_file, "a dog"), render(from_folder, "a dog"), rtol=0, atol=1 / 255)
 
 
 def test_a_single_sdxl_file_has_the_names_of_the_published_one(tiny_sdxl1_file: Path) -> None:

@@ -207,8 +207,8 @@ def test_class_pictures_are_made_once_and_their_loss_counts(studio: Studio) -> N
     without = studio.ended(studio.create("without prior"))
     weights = [studio.weights(tune.id) for tune in (first, second, without)]
     key = next(name for name in weights[0] if name.endswith("lora_up.weight"))
-    assert torch.equal(weights[0][key], weights[1][key])
-    assert not torch.equal(weights[0][key], weights[2][key])
+    again, other = (float((one[key] - weights[0][key]).abs().max()) for one in weights[1:])
+    assert again < 0.01 * other  # the base is loaded anew for each tune, so that rounding may differ
     assert all(one["kind"] == "photo" for one in studio.jobs.seen(first.id))
 
 

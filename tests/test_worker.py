@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import ImageChops
 
 from tests.studio import PATIENCE_S, PROMPT, STEPS, Studio, same
 from trainer.files import read_json_lines
@@ -179,7 +180,10 @@ def test_a_stopped_worker_puts_its_tune_aside_and_the_next_one_ends_it(
     assert after.ended(tune_id).status == "trained"
     assert after.events(tune_id) == [("started", 0), ("resumed", 7)]
     assert same(after.weights(tune_id), studio.weights(whole.id))
-    assert [one.tobytes() for one in after.pictures(tune_id)] == [studio.pictures(whole.id)[0].tobytes()]
+    (picture,) = after.pictures(tune_id)
+    difference = ImageChops.difference(picture, studio.pictures(whole.id)[0])
+    # One level: kernels sum in an order that depends on where in memory the weights were loaded.
+    assert max(most for _, most in difference.getextrema()) <= 1
     after.close()
 
 
