@@ -6,12 +6,11 @@ import logging
 import os
 import socket
 import sys
-import webbrowser
-from typing import Any
 
-from trainer.guard import Guard
 from trainer.settings import Settings, command_line
-from trainer.store import InUse, Store
+from trainer.studio.store import InUse, Store
+from trainer.web.guard import Guard
+from trainer.work.assembly import Studio
 
 IN_USE_EXIT_CODE = 75  # EX_TEMPFAIL: another process has this outputs folder
 
@@ -37,59 +36,6 @@ def main() -> None:
     config = uvicorn.Config(guard, log_level="warning", ws="none", timeout_graceful_shutdown=2)
     print(f"Tunebooth is at {settings.base_url}", flush=True)
     uvicorn.Server(config).run(sockets=[listening])
-
-
-class Studio:
-    """Everything behind the guard: imported and started while `/health` answers already."""
-
-    def __init__(self, settings: Settings, store: Store) -> None:
-        from trainer.looking import Looker
-        from trainer.worker import Worker
-
-        self._settings = settings
-        self._store = store
-        self._looker = Looker(settings)
-        self._worker = Worker(settings, store, self._looker)
-
-    def load(self) -> Any:
-        """Build the web app."""
-        from trainer import ui  # first: `import gradio` is the longest wait
-        from trainer.api import create_app
-        from trainer.expiry import Keeper
-        from trainer.files import sweep
-        from trainer.images import Decoder
-        from trainer.jobs import Jobs
-        from trainer.webhooks import Postman
-
-        sweep(self._settings.outputs)
-        sweep(self._settings.weights)
-        self._decoder = Decoder(self._settings)
-        self._jobs = Jobs(self._settings, self._store, self._decoder, self._looker)
-        self._postman = Postman(self._jobs)
-        self._keeper = Keeper(self._settings, self._store)
-        return ui.mount(create_app(self._jobs), self._jobs)
-
-    def begin(self) -> None:
-        """Start working, now that the page is up: importing torch would have made it wait."""
-        self._decoder.warm()
-        self._worker.start()
-        self._postman.start()
-        self._keeper.start()
-        if self._settings.open:
-            webbrowser.open(self._settings.base_url)
-        if self._settings.demo:
-            from trainer.demo import queue_demo
-
-            queue_demo(self._jobs)
-
-    def close(self) -> None:
-        """Put a running job aside, its state saved, and let go of the outputs folder."""
-        self._worker.stop()
-        self._postman.close()
-        self._keeper.close()
-        self._looker.close()
-        self._decoder.close()
-        self._store.close()
 
 
 def listen(settings: Settings) -> socket.socket:

@@ -27,7 +27,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from trainer import demo
+from trainer.studio import demo
 
 ROOT = Path(__file__).parent.parent
 PHOTO_BYTES = 300_000

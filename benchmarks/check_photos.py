@@ -20,13 +20,14 @@ import numpy as np
 import psutil
 from PIL import Image, ImageOps
 
-from trainer import presets
-from trainer.images import Decoder, intake
-from trainer.jobs import Jobs
-from trainer.looking import Looker
-from trainer.schema import Upload
+from trainer.config import resolve
+from trainer.contract.photos import Upload
+from trainer.photos.intake import Decoder, intake
+from trainer.photos.looker import Looker
 from trainer.settings import read_settings
-from trainer.store import Store
+from trainer.studio import tunes
+from trainer.studio.rows import Services
+from trainer.studio.store import Store
 
 SHARED = Path(__file__).parents[2] / "shared"
 FACES = SHARED / "data" / "faces"
@@ -40,11 +41,11 @@ CELL = 240
 
 
 @contextmanager
-def studio(folder: Path) -> Iterator[Jobs]:
+def studio(folder: Path) -> Iterator[Services]:
     """The verbs with fresh children and the weights beside the repository."""
     settings = read_settings(outputs=folder / "outputs", models=folder / "models", weights=SHARED / "weights")
     store, decoder, looker = Store(settings.outputs), Decoder(settings), Looker(settings)
-    yield Jobs(settings, store, decoder, looker)
+    yield Services(settings, store, decoder, looker)
     for one in (looker, decoder, store):
         one.close()
 
@@ -74,12 +75,12 @@ def measure(count: int, rounds: int) -> None:
         photos = large_photos(Path(name), count)
         size = sum(photo.path.stat().st_size for photo in photos) / 2**20
         print(f"{count} photos of {SIZE[0]} x {SIZE[1]}, {size:.0f} MB")
-        with studio(Path(name)) as jobs:
-            with intake(jobs.settings, jobs.decoder, photos[:4], []):  # starts the decoders
+        with studio(Path(name)) as services:
+            with intake(services.settings, services.decoder, photos[:4], []):  # starts the decoders
                 taken = []
             for turn in range(rounds + 1):
                 began = time.perf_counter()
-                check = jobs.check_photos({"name": "person", "face_crop": True}, photos)
+                check = tunes.check_photos(services, {"name": "person", "face_crop": True}, photos)
                 taken.append(time.perf_counter() - began)
                 seen = sum(len(photo.faces or []) for photo in check.photos)
                 kind = "cold" if turn == 0 else "warm"
@@ -90,14 +91,14 @@ def measure(count: int, rounds: int) -> None:
 def draw_sheet(target: Path) -> None:
     """Ten photos with their faces, closeups and face masks side by side."""
     rows = []
-    with tempfile.TemporaryDirectory() as name, studio(Path(name)) as jobs:
-        config = presets.resolve(
-            jobs.settings.presets, branch="sd15", model_type="lora", preset=None, name="person", photos=10, steps=None,
-            args="mask=face", face_crop=True,
+    with tempfile.TemporaryDirectory() as name, studio(Path(name)) as services:
+        config = resolve.resolve(
+            services.settings.presets, branch="sd15", model_type="lora", preset=None, name="person", photos=10,
+            steps=None, args="mask=face", face_crop=True,
         )  # fmt: skip
         for file in SHEET:
-            with intake(jobs.settings, jobs.decoder, [Upload(file, FACES / file)], []) as (work, photos):
-                (photo,), _ = jobs.looker.prepare(work, photos, config, "person", restore=False)
+            with intake(services.settings, services.decoder, [Upload(file, FACES / file)], []) as (work, photos):
+                (photo,), _ = services.looker.prepare(work, photos, config, "person", restore=False)
                 whole = Image.open(work / "images" / photo.file).convert("RGB")
                 mask = work / "dataset" / "masks" / "face" / "000.png"
                 lit = (

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from trainer.branches import flux1, sd15, sdxl1
-from trainer.memory import GIB
+from trainer.device import GIB
 
 CONFIGS: dict[str, dict[str, Any]] = {"sd15": sd15.CONFIG, "sdxl1": sdxl1.CONFIG, "flux1": flux1.CONFIG}
 TITLES = {"sd15": "SD 1.5", "sdxl1": "SDXL", "flux1": "FLUX.1"}
@@ -116,7 +116,7 @@ def split(case: Case) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def state_bytes(weights: Iterable[Tensor], optimizer: str) -> int:
-    """What an optimizer of `trainer.optimizers` keeps of float32 weights, or Adafactor of any."""
+    """What an optimizer of `trainer.training.optimizers` keeps of float32 weights, or Adafactor of any."""
     kept = 0
     for weight in weights:
         if optimizer == "adamw":

@@ -16,13 +16,19 @@ from typing import Any
 
 import torch
 
-from trainer import bases, dataset, demo, loop, presets
-from trainer.branches import load_branch
+from trainer.branches.protocol import load_branch
+from trainer.config import resolve
+from trainer.config.train_config import TrainConfig
+from trainer.device import leave_a_core_free
+from trainer.library import bases
 from trainer.methods import lora
 from trainer.settings import read_settings
-from trainer.store import Store
-from trainer.train import leave_a_core_free
-from trainer.worker import Reporter
+from trainer.studio import demo
+from trainer.studio.store import Store
+from trainer.training import dataset, loop
+from trainer.training.dataset import Dataset
+from trainer.training.views import Picture
+from trainer.work.reporter import Reporter
 
 WARM_UP_STEPS = 3
 
@@ -49,7 +55,7 @@ class Stopwatch:
     def warn(self, message: str) -> None: ...
 
 
-def ours(branch: Any, data: dataset.Dataset, config: presets.TrainConfig, reporter: Reporter, states: Path) -> float:
+def ours(branch: Any, data: Dataset, config: TrainConfig, reporter: Reporter, states: Path) -> float:
     """Seconds per step of `loop.train`, from the end of the warm-up to before the last step, which saves."""
     watch = Stopwatch(reporter)
     loop.train(branch, attach(branch, config), data, config, watch, states)
@@ -57,7 +63,7 @@ def ours(branch: Any, data: dataset.Dataset, config: presets.TrainConfig, report
     return (inner[-1] - inner[0]) / (len(inner) - 1)
 
 
-def bare(branch: Any, data: dataset.Dataset, config: presets.TrainConfig) -> float:
+def bare(branch: Any, data: Dataset, config: TrainConfig) -> float:
     """Seconds per step of the shortest loop that does the same."""
     groups = attach(branch, config)
     params = groups[0]["params"]
@@ -90,7 +96,7 @@ def bare(branch: Any, data: dataset.Dataset, config: presets.TrainConfig) -> flo
     return (inner[-1] - inner[0]) / (len(inner) - 1)
 
 
-def attach(branch: Any, config: presets.TrainConfig) -> list[dict[str, Any]]:
+def attach(branch: Any, config: TrainConfig) -> list[dict[str, Any]]:
     """Fresh adapters, in place of those of the round before."""
     if hasattr(branch.denoiser, "peft_config"):
         branch.pipeline.unload_lora_weights()
@@ -107,13 +113,11 @@ def main() -> None:
         folder = Path(name)
         settings = read_settings(outputs=folder, models=folder / "models")
         branch = load_branch(bases.fast_base(), torch.device("cpu"), folder / "cache")
-        config = presets.resolve(
+        config = resolve.resolve(
             settings.presets, branch="fast", model_type="lora", preset=None, name="toy", photos=5,
             steps=options.steps, args="save_every=100000 micro_batch=4 text_encoder_lr=0 targets=all",
         )  # fmt: skip
-        pictures = [
-            dataset.Picture(folder / f"{number}.png", "A photo of ohwx toy", str(number)) for number in range(5)
-        ]
+        pictures = [Picture(folder / f"{number}.png", "A photo of ohwx toy", str(number)) for number in range(5)]
         for number, picture in enumerate(pictures):
             demo.draw_photo(number).save(picture.path)
         data, _ = dataset.build(branch, pictures, [], config, folder / "dataset")

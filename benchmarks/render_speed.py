@@ -51,21 +51,25 @@ import torch
 import transformers
 
 from benchmarks.train_speed import synchronize
-from tests import tiny
-from trainer import loading, memory, presets, render
-from trainer.bases import Base, fast_base
-from trainer.branches import Branch, flux1, load_branch, sd15, sdxl1
-from trainer.looking import Looker
+from tests.helpers import tiny
+from trainer.branches import flux1, loading, sd15, sdxl1
+from trainer.branches.flux1 import Flux1
+from trainer.branches.protocol import Branch, load_branch
+from trainer.config import branch_file, resolve
+from trainer.device import leave_a_core_free, peak_gib
+from trainer.library.bases import Base, fast_base
 from trainer.methods import lora
-from trainer.pipelines import Preview
-from trainer.render import Lora, Renderer
+from trainer.photos.looker import Looker
+from trainer.rendering import renderer
+from trainer.rendering.job import Lora
+from trainer.rendering.preview import Preview
+from trainer.rendering.renderer import Renderer
 from trainer.settings import Settings, read_settings
-from trainer.train import leave_a_core_free
 
 FAMILIES: dict[str, Any] = {
     "sd15": (sd15.CONFIG, sd15.SD15, tiny.make_tiny_sd15),
     "sdxl1": (sdxl1.CONFIG, sdxl1.SDXL1, tiny.make_tiny_sdxl1),
-    "flux1": (flux1.CONFIG, flux1.Flux1, tiny.make_tiny_flux1),
+    "flux1": (flux1.CONFIG, Flux1, tiny.make_tiny_flux1),
 }
 PHASES = ("loading", "text", "denoising", "decoding", "saving")
 STAGES = {"loading": "loading", "rendering": "denoising", "saving": "saving"}  # what the Renderer reports -> phase
@@ -168,7 +172,7 @@ class Bench:
         self.device = device
         self.clock = Clock(device)
         self.settings: Settings = read_settings(outputs=folder / "outputs", models=folder / "models")
-        self.defaults = presets.render_config(self.settings.presets, self.name)
+        self.defaults = branch_file.render_config(self.settings.presets, self.name)
         self.steps: int = options.steps or self.defaults.steps
         self.branch: Branch | None = None  # what the Renderer has loaded
         self._side: int | None = options.size
@@ -225,7 +229,7 @@ class Bench:
 
     def make_loras(self, folder: Path, count: int) -> list[Lora]:
         """LoRAs of the branch's default configuration with random weights, saved as those of tunes are."""
-        config = presets.resolve(
+        config = resolve.resolve(
             self.settings.presets, branch=self.name, model_type="lora", preset=None, name="dog", photos=4, steps=None,
             args="",
         )  # fmt: skip
@@ -351,7 +355,7 @@ def measure_preview(bench: Bench, images: int) -> str:
     bench.anew()
     show = bench.clock.timed(Preview.show, "preview")
     with (
-        mock.patch.object(render, "load_tiny_decoder", bench.tiny_decoder),
+        mock.patch.object(renderer, "load_tiny_decoder", bench.tiny_decoder),
         mock.patch.object(Preview, "show", show),
     ):
         limited = bench.figure(images)
@@ -377,8 +381,8 @@ def measure(options: argparse.Namespace, device: torch.device, folder: Path) -> 
         print(row, file=sys.stderr, flush=True)  # a run takes minutes
 
     with (
-        mock.patch.object(render, "load_branch", bench.load),
-        mock.patch.object(render, "load_tiny_decoder", lambda *_: None),
+        mock.patch.object(renderer, "load_branch", bench.load),
+        mock.patch.object(renderer, "load_tiny_decoder", lambda *_: None),
     ):
         loras = bench.make_loras(folder, 2)
         bench.anew()
@@ -393,7 +397,7 @@ def measure(options: argparse.Namespace, device: torch.device, folder: Path) -> 
             add(bench.figure(batch).row(f"batch {batch}"))
         told.append(measure_swap(bench, loras, options.runs))
         told.append(measure_preview(bench, images))
-        peak = memory.peak_gib(device)
+        peak = peak_gib(device)
         for word in options.compile:
             if word != "none":
                 row, said = measure_compiled(bench, word, images, loras)

@@ -34,12 +34,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer import loading, loop, memory, presets
-from trainer.branches import Branch, flux1, sd15, sdxl1
-from trainer.dataset import Dataset, Picture, Sample, View
+from trainer import device as device_memory
+from trainer.branches import flux1, loading, sd15, sdxl1
+from trainer.branches.flux1 import Flux1
+from trainer.branches.protocol import Branch
+from trainer.config import resolve
+from trainer.config.train_config import TrainConfig
+from trainer.contract.errors import InvalidRequest
+from trainer.device import GIB, free_gib
 from trainer.methods import lora
-from trainer.presets import TrainConfig
-from trainer.schema import InvalidRequest
+from trainer.training import loop
+from trainer.training.dataset import Dataset
+from trainer.training.views import Picture, Sample, View
 
 PRESETS = Path(__file__).parent.parent / "presets"
 CONFIGS = {"sd15": sd15.CONFIG, "sdxl1": sdxl1.CONFIG, "flux1": flux1.CONFIG}
@@ -168,7 +174,7 @@ def make_branch(name: str, tiny: bool, place: torch.device, device: torch.device
         built = sdxl1.SDXL1(diffusers.StableDiffusionXLPipeline(**parts, unet=denoiser), device, dtype)
     else:
         parts |= {"text_encoder_2": None, "tokenizer_2": None}
-        built = flux1.Flux1(diffusers.FluxPipeline(**parts, transformer=None), lambda: denoiser, device, dtype)
+        built = Flux1(diffusers.FluxPipeline(**parts, transformer=None), lambda: denoiser, device, dtype)
     branch: Branch = built
     branch.keep_text_encoders(())
     return branch
@@ -240,12 +246,12 @@ def configure(
 ) -> TrainConfig:
     """What the product would train with on this device. Raises InvalidRequest."""
     given = f"resolution={resolution} batch={batch} text_encoder_lr=0 {args}"
-    config = presets.resolve(
+    config = resolve.resolve(
         PRESETS, branch=name, model_type="lora", preset=preset, name="person", photos=EPOCH * batch, steps=None,
         args=given,
     )  # fmt: skip
-    free = memory.free_gib(device)
-    return presets.fit(PRESETS, config, branch=name, model_type="lora", asked=given, free_gib=free)
+    free = free_gib(device)
+    return resolve.fit(PRESETS, config, branch=name, model_type="lora", asked=given, free_gib=free)
 
 
 def peak_of(device: torch.device, tflops: float | None, bandwidth: float | None) -> Peak:
@@ -330,7 +336,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     for _ in range(options.warm_up):
         step()
     seconds = [timed(step, device) for _ in range(options.steps)]
-    peak_gib = memory.peak_gib(device)
+    peak_gib = device_memory.peak_gib(device)
 
     def run() -> None:
         for _ in range(options.steps):
@@ -374,7 +380,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         "seconds": {"median": median, "min": min(seconds), "max": max(seconds)},
         "seconds_unwatched": running,
         "peak_gib": peak_gib,
-        "weights_gib": weights / memory.GIB,
+        "weights_gib": weights / GIB,
         "forward_tflop": work.forward * sum(samples) / 1e12,
         "attention_tflop": work.attention * sum(samples) / 1e12,
         "step_tflop": flop / 1e12,

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.shared import SHARED
 from trainer.settings import Settings, read_settings
-
-SHARED = Path(__file__).parent.parent.parent / "shared"  # pictures beside the repository, which are no part of it
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture(scope="session")
 def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion 1.5 as a diffusers folder. Read only: copy it to change it."""
-    from tests import tiny  # torch and diffusers, which the tests of the web side do without
+    from tests.helpers import tiny  # torch and diffusers, which the tests of the web side do without
 
     return tiny.make_tiny_sd15(tmp_path_factory.mktemp("tiny") / "sd15")
 
@@ -35,7 +34,7 @@ def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd15_file(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as one file in the original layout, its sidecar folder beside it. Read only."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.write_single_file(tiny_sd15, tmp_path_factory.mktemp("tiny") / "sd15.safetensors")
 
@@ -43,7 +42,7 @@ def tiny_sd15_file(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def thin_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 1.5 of two blocks with a layer each, for tests that train: 10 ms a step. Read only."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.make_tiny_sd15(tmp_path_factory.mktemp("tiny") / "thin", blocks=2, layers=1)
 
@@ -51,7 +50,7 @@ def thin_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three small pictures."""
-    from tests import bench
+    from tests.helpers import bench
 
     return bench.write_photos(tmp_path_factory.mktemp("photos"))
 
@@ -72,7 +71,7 @@ def dog_photos() -> Callable[[int], list[Path]]:
 @pytest.fixture(scope="session")
 def tiny_sdxl1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL 1.0 as a diffusers folder. Read only: copy it to change it."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.make_tiny_sdxl1(tmp_path_factory.mktemp("tiny") / "sdxl1")
 
@@ -80,7 +79,7 @@ def tiny_sdxl1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sdxl1_file(tiny_sdxl1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as one file in the original layout, its sidecar folder beside it. Read only."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.write_single_file(tiny_sdxl1, tmp_path_factory.mktemp("tiny") / "sdxl1.safetensors")
 
@@ -88,7 +87,7 @@ def tiny_sdxl1_file(tiny_sdxl1: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def tiny_flux1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny FLUX.1-dev as a diffusers folder. Read only: copy it to change it."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.make_tiny_flux1(tmp_path_factory.mktemp("tiny") / "flux1")
 
@@ -96,6 +95,6 @@ def tiny_flux1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_flux1_file(tiny_flux1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same transformer as one file in the original layout; its sidecar folder has the other parts. Read only."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.write_flux_file(tiny_flux1, tmp_path_factory.mktemp("tiny") / "flux1.safetensors")

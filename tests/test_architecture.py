@@ -1,62 +1,71 @@
-"""Who may import whom (design §3), read from the syntax trees; and once for real, in a fresh process."""
+"""Who may import whom, read from the syntax trees; what is how large; and once for real, in a fresh process."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import io
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from trainer.names import BRANCHES, METHODS
+
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "torchvision", "diffusers", "peft", "transformers", "accelerate", "safetensors"}
 
-# The two sides; the files of the families and of the model types belong to the second.
-WEB = {
-    "app", "trainer", "trainer.ui", "trainer.api", "trainer.jobs", "trainer.presets", "trainer.bases", "trainer.images",
-    "trainer.urls", "trainer.links", "trainer.store", "trainer.schema", "trainer.settings", "trainer.guard",
-    "trainer.page", "trainer.files", "trainer.decode", "trainer.child", "trainer.looking", "trainer.weights",
-    "trainer.demo", "trainer.webhooks", "trainer.tools", "trainer.expiry", "trainer.branches", "trainer.methods",
-    "trainer.flags", "trainer.references", "trainer.inputs", "trainer.packs",
-}  # fmt: skip
-WORK = {
-    "trainer.worker", "trainer.train", "trainer.render", "trainer.dataset", "trainer.loop", "trainer.objectives",
-    "trainer.loading", "trainer.memory", "trainer.hub", "trainer.faces", "trainer.words", "trainer.export",
-    "trainer.original", "trainer.optimizers", "trainer.plan", "trainer.pipelines", "trainer.weighted",
-    "trainer.control", "trainer.finish", "trainer.pictures",
-}  # fmt: skip
-DOORS = {"app", "trainer.ui", "trainer.api", "trainer.guard", "trainer.page", "trainer.jobs", "trainer.images"}
+# A module imports from its own room, or from a room of a lower rank; rooms of one rank do not know each other.
+ORDER = [
+    {"ground"}, {"contract"}, {"config"}, {"library"}, {"branches", "photos"}, {"methods", "studio"},
+    {"training", "rendering", "web"}, {"work"}, {"app"},
+]  # fmt: skip
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
-# Where a library is at home: a broken one then breaks one place. `methods.` are all files of that folder.
+# What the process that serves the page loads: no torch in these rooms and files.
+TORCH_FREE_ROOMS = {"contract", "config", "library", "studio", "web", "app"}
+TORCH_FREE = {
+    "trainer", "trainer.names", "trainer.settings", "trainer.files", "trainer.clock", "trainer.photos.intake",
+    "trainer.photos.decode", "trainer.photos.urls", "trainer.photos.inputs", "trainer.photos.child",
+    "trainer.photos.looker", "trainer.photos.subject", "trainer.photos.found", "trainer.work.assembly",
+    "trainer.work.worker",
+}  # fmt: skip
+
+# Where a library is at home, by room or file: a broken one then breaks one place.
 HOMES = {
-    "gradio": {"ui"},
-    "fastapi": {"api", "tools", "ui"},
-    "mcp": {"tools"},
-    "starlette": {"api"},
+    "gradio": {"web"},
+    "fastapi": {"web"},
+    "mcp": {"web"},
+    "starlette": {"web"},
     "uvicorn": {"app"},
-    "sqlite3": {"store"},
-    "tomllib": {"presets"},
-    "httpx": {"urls", "weights"},
-    "httpx2": {"hub"},
-    "huggingface_hub": {"hub", "weights"},
-    "psutil": {"hub"},
-    "ssrfguard": {"urls"},
-    "pydantic_settings": {"settings"},
-    "PIL": {"control", "dataset", "decode", "demo", "faces", "finish", "pictures", "plan", "render"},
-    "pillow_heif": {"decode"},
-    "torchvision": {"faces"},
-    "facexlib": {"faces"},
-    "gfpgan": {"faces"},
-    "cv2": {"control", "faces"},
-    "spandrel": {"finish"},
-    "peft": {"methods."},
-    "diffusers": {"branches.", "control", "loading", "pipelines", "worker"},
-    "transformers": {"branches.", "control", "faces", "worker"},
+    "sqlite3": {"studio"},
+    "tomllib": {"config"},
+    "httpx": {"library", "photos"},
+    "httpx2": {"library"},
+    "huggingface_hub": {"library"},
+    "psutil": {"library"},
+    "ssrfguard": {"photos"},
+    "pydantic_settings": {"ground"},
+    "PIL": {"photos", "rendering", "studio", "training"},
+    "pillow_heif": {"photos"},
+    "torchvision": {"photos"},
+    "facexlib": {"photos"},
+    "gfpgan": {"photos"},
+    "cv2": {"photos", "rendering"},
+    "spandrel": {"rendering"},
+    "peft": {"methods"},
+    "diffusers": {"branches", "rendering", "work"},
+    "transformers": {"branches", "photos", "rendering", "work"},
 }
+
+MOST_MODULE_LINES = 350
+MOST_FUNCTION_LINES = 60
+# Where the name of a family or of a model type may stand in code.
+NAMES_AT_HOME = ("trainer.names", "trainer.branches.", "trainer.methods.")
 
 
 @dataclass(frozen=True)
@@ -68,20 +77,30 @@ class Import:
     typing: bool
 
 
-def modules() -> dict[str, ast.Module]:
+def sources() -> dict[str, str]:
     """Every module of the program, by its dotted name."""
-    trees = {}
-    for file in [ROOT / "app.py", *(ROOT / "trainer").rglob("*.py")]:
+    texts = {}
+    for file in [ROOT / "app.py", *sorted((ROOT / "trainer").rglob("*.py"))]:
         parts = file.relative_to(ROOT).with_suffix("").parts
-        trees[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(file.read_text("utf-8"))
-    return trees
+        texts[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file.read_text("utf-8")
+    return texts
 
 
-TREES = modules()
+SOURCES = sources()
+TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
+PACKAGES = {name.rpartition(".")[0] for name in TREES} - {""}
+
+
+def room(module: str) -> str:
+    """trainer.web.rest -> web, trainer.files -> ground, app -> app."""
+    if module == "app":
+        return "app"
+    name = module.removeprefix("trainer").lstrip(".").partition(".")[0]
+    return name if name in RANK else "ground"
 
 
 def imports(node: ast.AST, lazy: bool = False, typing: bool = False) -> Iterator[Import]:
-    """Everything imported below a node. `from trainer import page` is an import of trainer.page."""
+    """Everything imported below a node. `from trainer.web import page` is an import of trainer.web.page."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             yield from (Import(alias.name, lazy, typing) for alias in child.names)
@@ -96,14 +115,15 @@ def imports(node: ast.AST, lazy: bool = False, typing: bool = False) -> Iterator
             yield from imports(child, in_function, for_types)
 
 
-def at_run_time(module: str) -> list[Import]:
-    return [one for one in imports(TREES[module]) if not one.typing]
+def ours(module: str) -> set[str]:
+    """The modules of ours that a module imports, those in functions and for types included."""
+    return {one.name for one in imports(TREES[module]) if one.name in TREES and one.name not in PACKAGES}
 
 
 def loaded_with(module: str, seen: set[str]) -> set[str]:
     """Every library and module that comes along when a module is imported: what it names outside its functions."""
-    for one in at_run_time(module):
-        if not one.lazy and one.name not in seen:
+    for one in imports(TREES[module]):
+        if not one.lazy and not one.typing and one.name not in seen:
             seen.add(one.name)
             if one.name in TREES:
                 loaded_with(one.name, seen)
@@ -114,51 +134,57 @@ def library(name: str) -> str:
     return name.partition(".")[0]
 
 
-def test_every_module_is_on_one_side() -> None:
-    families = {name for name in TREES if name.startswith(("trainer.branches.", "trainer.methods."))}
-    assert len(families) >= 3
-    assert WEB | WORK | families == TREES.keys()
-    assert not WEB & (WORK | families)
+def test_every_room_has_a_rank() -> None:
+    folders = {path.parent.name for path in (ROOT / "trainer").glob("*/__init__.py")}
+    assert folders | {"ground", "app"} == RANK.keys()
+    assert len(list((ROOT / "trainer").glob("*.py"))) <= 7
 
 
-@pytest.mark.parametrize("module", sorted(WEB))
+def test_imports_go_down() -> None:
+    up = [
+        f"{module} -> {name}"
+        for module in TREES
+        for name in ours(module)
+        if room(name) != room(module) and RANK[room(name)] >= RANK[room(module)]
+    ]
+    assert up == []
+
+
+def test_web_knows_the_verbs_and_what_lies_below_them() -> None:
+    known = {room(name) for module in TREES if room(module) == "web" for name in ours(module)}
+    assert known <= {"web", "studio", "contract", "config", "ground"}
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    edges = {module: ours(module) for module in TREES}
+    assert sum(len(names) for names in edges.values()) > 300
+    order = list(graphlib.TopologicalSorter(edges).static_order())  # raises CycleError naming the circle
+    assert order.index("trainer.contract.tunes") < order.index("trainer.studio.tunes") < order.index("trainer.web.rest")
+
+
+def torch_free() -> set[str]:
+    return TORCH_FREE | {module for module in TREES if room(module) in TORCH_FREE_ROOMS}
+
+
+@pytest.mark.parametrize("module", sorted(torch_free()))
 def test_the_web_side_never_imports_torch_and_its_kin(module: str) -> None:
-    for one in at_run_time(module):  # those in functions too: they would run in a request
-        assert library(one.name) not in HEAVY
-        if one.name in TREES:
-            assert not {library(name) for name in loaded_with(one.name, set())} & HEAVY, one.name
+    assert module in TREES
+    at_import = {library(name) for name in loaded_with(module, set())}
+    assert not at_import & HEAVY
+    if room(module) != "work":  # its thread imports torch when it runs
+        in_functions = {one.name for one in imports(TREES[module]) if one.lazy}
+        assert not {library(name) for name in in_functions} & HEAVY
 
 
 def test_the_worker_imports_torch_only_when_its_thread_runs() -> None:
-    assert not {library(name) for name in loaded_with("trainer.worker", set())} & HEAVY
-    assert "trainer.train" in {one.name for one in at_run_time("trainer.worker") if one.lazy}
-    assert "torch" in loaded_with("trainer.train", set())  # what the check above would see
-
-
-@pytest.mark.parametrize("module", sorted(TREES.keys() - WEB))
-def test_the_working_side_knows_no_door(module: str) -> None:
-    assert not {one.name for one in at_run_time(module)} & DOORS
-
-
-def home(module: str) -> str:
-    """trainer.api -> api, trainer.branches.fast -> branches."""
-    package, dot, name = module.removeprefix("trainer.").rpartition(".")
-    return package + dot or name
+    assert "trainer.work.bench" in {one.name for one in imports(TREES["trainer.work.worker"]) if one.lazy}
+    assert "torch" in loaded_with("trainer.work.bench", set())  # what the check above would see
 
 
 def test_each_library_has_its_home() -> None:
     for name, homes in HOMES.items():
-        users = {home(module) for module in TREES for one in at_run_time(module) if library(one.name) == name}
+        users = {room(m) for m in TREES for one in imports(TREES[m]) if library(one.name) == name and not one.typing}
         assert users == homes, name
-
-
-def test_modules_do_not_import_each_other_in_a_circle() -> None:
-    edges = {
-        module: {one.name for one in at_run_time(module) if one.name in TREES and not one.lazy} for module in TREES
-    }
-    assert sum(len(names) for names in edges.values()) > 50
-    order = list(graphlib.TopologicalSorter(edges).static_order())  # raises CycleError naming the circle
-    assert order.index("trainer.schema") < order.index("trainer.jobs") < order.index("trainer.api")
 
 
 def test_the_environment_is_read_in_one_place() -> None:
@@ -176,6 +202,59 @@ def environment_reads(tree: ast.Module) -> int:
 
 
 def test_a_process_that_serves_the_page_has_not_loaded_torch() -> None:
-    script = f"import sys, app, trainer.ui, trainer.api, trainer.jobs; print(sorted({HEAVY!r} & sys.modules.keys()))"
+    script = (
+        "import sys, app, trainer.web.page, trainer.web.rest, trainer.studio.tunes;"
+        f"print(sorted({HEAVY!r} & sys.modules.keys()))"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# Sizes
+
+
+@pytest.mark.xfail(reason="the move comes first, the splits after it", strict=True)
+def test_no_module_is_long() -> None:
+    long = {module: text.count("\n") for module, text in SOURCES.items() if text.count("\n") > MOST_MODULE_LINES}
+    assert long == {}
+
+
+@pytest.mark.xfail(reason="the move comes first, the splits after it", strict=True)
+def test_no_function_is_long() -> None:
+    long = {
+        f"{module}.{node.name}": node.end_lineno - node.lineno + 1
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno
+        and node.end_lineno - node.lineno + 1 > MOST_FUNCTION_LINES
+    }
+    assert long == {}
+
+
+def test_packages_hold_no_logic() -> None:
+    for package in PACKAGES:
+        allowed = (ast.Expr, ast.ImportFrom, ast.Assign)
+        assert all(isinstance(node, allowed) for node in TREES[package].body), package
+
+
+# Names of families and model types
+
+
+def literals(text: str) -> list[str]:
+    """The string literals of a module, those in f-strings and docstrings left out."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return [token.string.strip("\"'rbf") for token in tokens if token.type == tokenize.STRING]
+
+
+@pytest.mark.xfail(reason="the move comes first, the splits after it", strict=True)
+def test_families_and_model_types_are_named_at_home_only() -> None:
+    names = {*BRANCHES, *METHODS}
+    found = {
+        f"{module}: {name}"
+        for module, text in SOURCES.items()
+        if not module.startswith(NAMES_AT_HOME)
+        for name in literals(text)
+        if name in names
+    }
+    assert found == set()

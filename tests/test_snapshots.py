@@ -3,7 +3,7 @@
 The snapshots in tests/snapshots/ were made by the code before the modules moved into rooms. Numbers are compared to
 rounding, for another CPU sums in another order. The exact bytes of LoRAs and pictures were compared by hand on one
 machine, before and after; `TUNEBOOTH_SAME_MACHINE=1` compares their digests on the machine that wrote the snapshots.
-How to write them anew: tests/snapshot.py.
+How to write them anew: tests/helpers/snapshot.py.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from pydantic import SecretStr
 
-from tests.samples import DOCUMENT, KEY, SAMPLES, mended, run, to_us
-from tests.snapshot import SAME_MACHINE, as_json, kept, shape, steady, without_prose
-from tests.web import address, client_of, multipart, photo
-from trainer.api import create_app
+from tests.helpers.samples import DOCUMENT, KEY, SAMPLES, mended, run, to_us
+from tests.helpers.snapshot import SAME_MACHINE, as_json, kept, shape, steady, without_prose
+from tests.helpers.web import address, client_of, multipart, photo
+from trainer.contract.photos import Upload
+from trainer.contract.tunes import Tune
 from trainer.files import read_json_lines
-from trainer.guard import Guard
-from trainer.images import Decoder
-from trainer.jobs import Jobs
-from trainer.schema import Tune, Upload
+from trainer.photos.intake import Decoder
 from trainer.settings import Settings, read_settings
-from trainer.store import Store
+from trainer.studio import models, rows, tunes
+from trainer.studio.rows import Services
+from trainer.studio.store import Store
+from trainer.web.guard import Guard
+from trainer.web.rest import create_app
 
 if TYPE_CHECKING:
-    from tests.studio import Studio
+    from tests.helpers.studio import Studio
 
-pytest_plugins = ("tests.web",)
+pytest_plugins = ("tests.helpers.web",)
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ["fast", "sd15", "sdxl1", "flux1"]
@@ -68,7 +70,7 @@ class Trained:
 
     @property
     def folder(self) -> Path:
-        return self.studio.jobs.folder(self.tune.id)
+        return rows.tune_folder(self.studio.services, self.tune.id)
 
     @property
     def prompt(self) -> int:
@@ -86,8 +88,8 @@ class Trained:
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory, decoder: Decoder, photos: list[Path]) -> Iterator[Studio]:
     """A studio whose models folder has a tiny base of each family."""
-    from tests import tiny  # torch and diffusers, which the tests of answers do without
-    from tests.studio import Studio
+    from tests.helpers import tiny  # torch and diffusers, which the tests of answers do without
+    from tests.helpers.studio import Studio
 
     folder = tmp_path_factory.mktemp("snapshots")
     for name in ("models", "outputs"):
@@ -112,7 +114,9 @@ def trained(request: pytest.FixtureRequest, studio: Studio) -> Trained:
 
 def queue(studio: Studio, family: str) -> int:
     """Queue a tune with a line in the log for each step: it reads the loss where it saves."""
-    base = next((base["id"] for base in studio.jobs.list_base_tunes(family) if base["title"] == family), None)
+    base = next(
+        (base["id"] for base in models.list_base_tunes(studio.services, family) if base["title"] == family), None
+    )
     args = f"rank=1 alpha=1 batch=2 lr=1e-3 warmup_steps=2 save_every=1 caption_dropout=0.2 seed={len(family)}"
     if base is not None:
         args += " resolution=64 save_dtype=float32"
@@ -121,7 +125,7 @@ def queue(studio: Studio, family: str) -> int:
         "model_type": "lora", "steps": STEPS, "args": args,
         "prompts_attributes": [{"text": "ohwx dog", "num_images": 1, "steps": 4, "seed": 7, "w": 64, "h": 64}],
     }  # fmt: skip
-    return studio.jobs.create_tune(request, [Upload(path.name, path) for path in studio.photos])[0].id
+    return tunes.create_tune(studio.services, request, [Upload(path.name, path) for path in studio.photos])[0].id
 
 
 def test_losses_are_as_they_were(trained: Trained) -> None:
@@ -217,7 +221,7 @@ def test_a_tune_leaves_the_files_that_it_left(trained: Trained) -> None:
 def test_answers_on_a_trained_tune_are_as_they_were(trained: Trained) -> None:
     if trained.family != "fast":
         pytest.skip("answers are the same for all families")
-    client, tune = client_of(trained.studio.jobs), f"/tunes/{trained.tune.id}"
+    client, tune = client_of(trained.studio.services), f"/tunes/{trained.tune.id}"
     hosts = {trained.studio.settings.base_url: "US", f"/files/{trained.tune.id}": "/files/ID"}
     hosts[f"prompts/{trained.prompt}"] = "prompts/ID"
     made: dict[str, Any] = {"tunes": shape(client.get("/tunes", params={"title": trained.tune.title}).json())}
@@ -241,7 +245,7 @@ LINK_HEADERS = ("content-type", "content-disposition", "cache-control", "x-conte
 def test_a_check_of_photos_is_as_it_was(studio: Studio) -> None:
     """Here, where the child that looks at photos has been started."""
     body, headers = form_of({"branch": "fast"}, photo("teal"), photo("red", (32, 32)), photo("teal"))
-    answer = client_of(studio.jobs).post("/photos/check", content=body, headers=headers)
+    answer = client_of(studio.services).post("/photos/check", content=body, headers=headers)
     told = [{key: value for key, value in one.items() if key != "seen"} for one in answer.json()["photos"]]
     made = {"status": answer.status_code, "shape": shape(answer.json()), "photos": steady(told, {})}
     assert made == kept("answers_check", made)
@@ -250,15 +254,15 @@ def test_a_check_of_photos_is_as_it_was(studio: Studio) -> None:
 # Descriptions of the APIs
 
 
-def test_the_openapi_document_is_as_it_was(jobs: Jobs) -> None:
-    made = without_prose(as_json(create_app(jobs).openapi()))
+def test_the_openapi_document_is_as_it_was(services: Services) -> None:
+    made = without_prose(as_json(create_app(services).openapi()))
     assert made == kept("openapi", made)
 
 
-def test_the_gradio_api_is_as_it_was(jobs: Jobs) -> None:
-    from trainer import ui  # gradio, which takes seconds
+def test_the_gradio_api_is_as_it_was(services: Services) -> None:
+    from trainer.web import page  # gradio, which takes seconds
 
-    made = without_prose(as_json(ui.build(jobs).get_api_info()))
+    made = without_prose(as_json(page.build(services).get_api_info()))
     assert made["named_endpoints"]
     assert made == kept("gradio", made)
 
@@ -375,16 +379,16 @@ def nothing() -> None:
     """Nothing is to be started or ended behind this guard."""
 
 
-def test_refusals_are_as_they_were(jobs: Jobs) -> None:
+def test_refusals_are_as_they_were(services: Services) -> None:
     made: dict[str, Any] = {}
-    with guarded(jobs) as client:
+    with guarded(services) as client:
         client.headers["Authorization"] = f"Bearer {KEY}"
         body, headers = form_of({"title": "Rex", "name": "dog", "branch": "fast"}, photo())
         client.post("/tunes", content=body, headers=headers).raise_for_status()
         made["GET /health"] = shape(client.get("/health").json())
         for number, (method, path, sent) in enumerate(REFUSED, 1):
             made[f"{number}. {method} {path[:60]}"] = refusal(client.request(method, path, **sent))
-    with guarded(jobs) as client:  # to whom this address is a stranger
+    with guarded(services) as client:  # to whom this address is a stranger
         answers = [client.get("/tunes", headers={"Authorization": f"Bearer {number}"}) for number in range(20)]
         made["many wrong keys"] = [answer.status_code for answer in answers]
         made["the last of them"] = refusal(answers[-1])
@@ -392,10 +396,10 @@ def test_refusals_are_as_they_were(jobs: Jobs) -> None:
 
 
 @contextmanager
-def guarded(jobs: Jobs) -> Iterator[TestClient]:
+def guarded(services: Services) -> Iterator[TestClient]:
     """A client of the whole app but its page, which asks for a key and takes a megabyte."""
-    settings = read_settings(outputs=jobs.settings.outputs, models=jobs.settings.models, key=KEY, max_body_mb=1)
-    guard = Guard(settings, load=lambda: create_app(jobs), begin=nothing, unload=nothing)
+    settings = read_settings(outputs=services.settings.outputs, models=services.settings.models, key=KEY, max_body_mb=1)
+    guard = Guard(settings, load=lambda: create_app(services), begin=nothing, unload=nothing)
     with TestClient(guard, base_url=settings.base_url, raise_server_exceptions=False) as client:
         yield client
 
@@ -427,20 +431,20 @@ def test_the_database_is_as_it_was(settings: Settings) -> None:
 
 
 @pytest.fixture
-def served(settings: Settings, decoder: Decoder) -> Iterator[Jobs]:
+def served(settings: Settings, decoder: Decoder) -> Iterator[Services]:
     """The verbs behind a real port, with the key of the samples. No worker runs, so what is queued stays queued."""
-    from trainer.looking import Looker
+    from trainer.photos.looker import Looker
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         changes = {"port": listening.getsockname()[1], "key": SecretStr(KEY), "private_urls": "allow"}
         changed = settings.model_copy(update=changes)
         store, looker = Store(changed.outputs), Looker(changed)
-        jobs = Jobs(changed, store, decoder, looker)
-        guard = Guard(changed, load=lambda: create_app(jobs), begin=nothing, unload=nothing)
+        services = Services(changed, store, decoder, looker)
+        guard = Guard(changed, load=lambda: create_app(services), begin=nothing, unload=nothing)
         server = uvicorn.Server(uvicorn.Config(guard, log_level="warning", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
-        yield jobs
+        yield services
         server.should_exit = True
         thread.join()
         looker.close()
@@ -449,7 +453,7 @@ def served(settings: Settings, decoder: Decoder) -> Iterator[Jobs]:
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_the_samples_of_the_document_are_answered_as_they_were(
-    name: str, served: Jobs, photo_server: ThreadingHTTPServer, tmp_path: Path
+    name: str, served: Services, photo_server: ThreadingHTTPServer, tmp_path: Path
 ) -> None:
     """They are queued here; test_samples.py trains them."""
     language = name.split()[0]

@@ -31,18 +31,19 @@ from safetensors.torch import load_file
 
 from benchmarks import photos
 from benchmarks.fast_base import measure
-from trainer import presets
-from trainer.bases import FAST_FOLDER, fast_base
-from trainer.branches import load_branch
+from trainer.branches.protocol import load_branch
+from trainer.config import branch_file
+from trainer.contract.photos import Upload
 from trainer.files import read_json_lines
-from trainer.images import Decoder
-from trainer.jobs import Jobs
-from trainer.looking import Looker
-from trainer.methods import FORMATS
-from trainer.schema import Upload
+from trainer.library.bases import FAST_FOLDER, fast_base
+from trainer.names import FORMATS
+from trainer.photos.intake import Decoder
+from trainer.photos.looker import Looker
 from trainer.settings import read_settings
-from trainer.store import Store
-from trainer.worker import Bench
+from trainer.studio import tunes
+from trainer.studio.rows import Services, tune_folder
+from trainer.studio.store import Store
+from trainer.work.bench import Bench
 
 TOKEN = "ohwx"
 PICTURES = 8
@@ -93,7 +94,7 @@ class Studio:
         self.store = Store(outputs)
         self.decoder = Decoder(self.settings)
         self.looker = Looker(self.settings)
-        self.jobs = Jobs(self.settings, self.store, self.decoder, self.looker)
+        self.services = Services(self.settings, self.store, self.decoder, self.looker)
 
     def close(self) -> None:
         self.looker.close()
@@ -111,13 +112,13 @@ class Studio:
             "args": args,
         }
         request["model_type"] = model_type
-        tune = self.jobs.create_tune(request, uploads)[0]
+        tune = tunes.create_tune(self.services, request, uploads)[0]
         job = self.store.claim()
         assert job is not None and job.tune_id == tune.id
         Bench(self.settings, self.store, self.looker, torch.device("cpu"), threading.Event()).run(job)
-        done = self.jobs.get_tune(tune.id)
+        done = tunes.get_tune(self.services, tune.id)
         assert done.status == "trained", done.error
-        folder = self.jobs.folder(tune.id)
+        folder = tune_folder(self.services, tune.id)
         lines = [line for line in read_json_lines(folder / "log.jsonl") if "loss" in line]
         return folder / "model", lines[-1]["seconds"] - lines[0]["seconds"]
 
@@ -143,7 +144,7 @@ def load_tune(model: Path) -> Any:
 
 def render(pipeline: Any, prompts: Sequence[str], seed: int) -> list[Pixels]:
     """A picture of each prompt, (64, 64, 3), as the preset's [render] has it."""
-    defaults = presets.render_config(Path(__file__).parents[2] / "presets", "fast")
+    defaults = branch_file.render_config(Path(__file__).parents[2] / "presets", "fast")
     return measure.render(pipeline, prompts, defaults.steps, defaults.cfg_scale, seed)
 
 

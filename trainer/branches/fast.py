@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from trainer import loading
-from trainer.bases import FAST_FOLDER, Base
-from trainer.branches import sd15
+from trainer.branches import loading, sd15
+from trainer.library.bases import FAST_FOLDER, Base
 
 
 def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | None = None) -> Fast:

@@ -8,30 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from trainer import loading
-from trainer.bases import Base, sidecar
-from trainer.loading import CLIP_L
-from trainer.objectives import logit_normal, masked_mean
-from trainer.original import module_weights, stacked
-from trainer.presets import TrainConfig
+from trainer.branches import loading
+from trainer.branches.loading import CLIP_L
+from trainer.branches.objectives import logit_normal, masked_mean
+from trainer.branches.original import module_weights, stacked
+from trainer.config.train_config import TrainConfig
+from trainer.library.bases import Base, sidecar
 
 HOME = "black-forest-labs/FLUX.1-dev"  # where the parts come from that a single file does not hold
 ORIGINAL_PREFIX = "model.diffusion_model."  # of the transformer in a file that holds more than that
-
 TEXT_KEYS = ["add_k_proj", "add_v_proj"]  # of the double blocks; single ones have no keys of text alone
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
-
 # Linear layers of the original release (black-forest-labs/flux, model.py) -> those that diffusers makes of each, in the
 # order in which they are stacked. Single files are read by these, and kohya's LoRA names are made from them.
 DOUBLE_BLOCK: dict[str, tuple[str, ...]] = {
@@ -164,7 +157,7 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
 
 def from_home(parts: list[str]) -> Path:
     """The folder of FLUX.1-dev with these parts of it, from the hub or its cache."""
-    from trainer import hub  # whoever has everything here does without its library
+    from trainer.library import hub  # whoever has everything here does without its library
 
     return hub.fetch_parts(HOME, [f"{part}/*" for part in parts])
 

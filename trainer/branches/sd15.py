@@ -11,12 +11,12 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from trainer import loading
-from trainer.bases import Base, sidecar
-from trainer.loading import CLIP_L
-from trainer.objectives import noise_and_timesteps, noise_loss
-from trainer.original import clip_weights, joined, unet_weights, vae_weights
-from trainer.presets import TrainConfig
+from trainer.branches import loading
+from trainer.branches.loading import CLIP_L
+from trainer.branches.objectives import noise_and_timesteps, noise_loss
+from trainer.branches.original import clip_weights, joined, unet_weights, vae_weights
+from trainer.config.train_config import TrainConfig
+from trainer.library.bases import Base, sidecar
 
 # Linear layers of diffusers' UNets; every family that has such a UNet trains these.
 UNET_TARGETS = {
@@ -64,7 +64,7 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
     config = loading.single_file_config(file, cache, CONFIG)
     options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     if not (sidecar(file) / "tokenizer").exists():
-        from trainer import hub  # whoever has everything here does without its library
+        from trainer.library import hub  # whoever has everything here does without its library
 
         names = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
         options["tokenizer"] = CLIPTokenizer.from_pretrained(hub.fetch_files("openai/clip-vit-large-patch14", names))

@@ -12,17 +12,16 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from trainer import loading
-from trainer.bases import Base, sidecar
+from trainer.branches import loading
+from trainer.branches.loading import CLIP_L
+from trainer.branches.objectives import noise_and_timesteps, noise_loss
+from trainer.branches.original import clip_weights, joined, open_clip_weights, unet_weights, vae_weights
 from trainer.branches.sd15 import UNET_TARGETS
-from trainer.loading import CLIP_L
-from trainer.objectives import noise_and_timesteps, noise_loss
-from trainer.original import clip_weights, joined, open_clip_weights, unet_weights, vae_weights
-from trainer.presets import TrainConfig
+from trainer.config.train_config import TrainConfig
+from trainer.library.bases import Base, sidecar
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 HOME = "stabilityai/stable-diffusion-xl-base-1.0"  # whose tokenizers a single file without a sidecar is read with
-
 # Where the original release has what diffusers calls a block's attention: kohya's names are made from the original's.
 # Blocks of two layers each (three on the way up); an entry of its own is the downsampler.
 SGM_BLOCKS = (
@@ -69,7 +68,7 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
     options: dict[str, Any] = {}
     for name in ("tokenizer", "tokenizer_2"):
         if not (sidecar(file) / name).exists():
-            from trainer import hub  # whoever has everything here does without its library
+            from trainer.library import hub  # whoever has everything here does without its library
 
             files = hub.fetch_files(HOME, [f"{name}/{part}" for part in TOKENIZER_FILES])
             options[name] = CLIPTokenizer.from_pretrained(files / name)

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from trainer import words
-from trainer.bases import sidecar
-from trainer.branches import Branch
-from trainer.methods import FORMATS, lora
-from trainer.presets import TrainConfig
+from trainer.branches.protocol import Branch
+from trainer.config.train_config import TrainConfig
+from trainer.library.bases import sidecar
+from trainer.methods import lora, new_tokens
+from trainer.names import FORMATS
 
 LARGE = True
 CHECKPOINT_FILE = FORMATS["checkpoint"]
@@ -28,7 +28,7 @@ def begin(branch: Branch, config: TrainConfig, token: str, name: str, earlier: P
     if earlier is None:
         return []
     file, warnings = lora.load(branch.pipeline, earlier, lora.EARLIER, token)
-    if words.rows_of(branch.pipeline):
+    if new_tokens.rows_of(branch.pipeline):
         raise ValueError(f"{file.name} has new words, and a checkpoint has no place for them: train a LoRA on it")
     lora.merge(branch.pipeline)
     return warnings

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.branches import Branch
-from trainer.looking import IDENTITY_FILE
+from trainer.branches.protocol import Branch
+from trainer.names import IDENTITY_FILE
 
 LORA = "faceid_0"  # what diffusers calls the LoRA that comes in the adapter's file
 PARTS = ("image_proj", "ip_adapter")

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trainer import words
-from trainer.branches import Branch
-from trainer.methods import FORMATS
-from trainer.presets import TrainConfig
+from trainer.branches.protocol import Branch
+from trainer.config.train_config import TrainConfig
+from trainer.methods import new_tokens
+from trainer.names import FORMATS
 
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of transformers' CLIP
 ADAPTER, EARLIER = "default", "earlier"
@@ -76,7 +76,7 @@ def encoders(branch: Branch, config: TrainConfig) -> list[str]:
         return list(branch.text_encoders)
     # Adapters and words that came along are saved again.
     found = branch.text_encoders.items()
-    return [name for name, part in found if hasattr(part, "peft_config") or words.of(branch.parts, name)]
+    return [name for name, part in found if hasattr(part, "peft_config") or new_tokens.of(branch.parts, name)]
 
 
 def after_step(branch: Branch) -> None:
@@ -163,11 +163,11 @@ def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, 
             keep(f"{part}.{name}", f"{prefix}_{name.replace('.', '_')}", down, up, alpha)
     save_file(kohya, folder / KOHYA_FILE, metadata)
     save_file(diffusers, folder / DIFFUSERS_FILE, metadata)
-    if not (rows := words.rows_of(branch.parts)):
+    if not (rows := new_tokens.rows_of(branch.parts)):
         return [KOHYA_FILE, DIFFUSERS_FILE]
-    token = words.token_of(branch.parts)
-    words.save(branch.parts, folder / WORDS_FILE, metadata)
-    bundle = {f"bundle_emb.{token}.{words.KEYS[part]}": tensor for part, tensor in rows.items()}
+    token = new_tokens.token_of(branch.parts)
+    new_tokens.save(branch.parts, folder / WORDS_FILE, metadata)
+    bundle = {f"bundle_emb.{token}.{new_tokens.KEYS[part]}": tensor for part, tensor in rows.items()}
     save_file(kohya | bundle, folder / BUNDLED_FILE, metadata)
     return [KOHYA_FILE, WORDS_FILE, DIFFUSERS_FILE, BUNDLED_FILE]
 
@@ -187,7 +187,7 @@ def apply(branch: Branch, folder: Path, scale: float, file: str = DIFFUSERS_FILE
 def remove(pipeline: Any) -> None:
     """Leave the bare base."""
     pipeline.unload_lora_weights()
-    words.remove(pipeline)
+    new_tokens.remove(pipeline)
 
 
 def merge(pipeline: Any) -> None:
@@ -206,7 +206,7 @@ def load(pipeline: Any, model: Path, adapter: str, token: str | None = None) -> 
     with safe_open(file, "pt") as tensors:
         facts = tensors.metadata() or {}
     state = load_file(file)
-    weights = {key: value for key, value in state.items() if not words.is_rows(key)}
+    weights = {key: value for key, value in state.items() if not new_tokens.is_rows(key)}
     try:
         pipeline.load_lora_weights(weights, adapter_name=adapter)
     except (RuntimeError, ValueError, KeyError) as problem:
@@ -216,10 +216,10 @@ def load(pipeline: Any, model: Path, adapter: str, token: str | None = None) -> 
     of_words = next((one for one in beside if one.exists()), None) if len(weights) == len(state) else file
     if of_words is not None:
         token = token or facts.get("tunebooth.token", "ohwx")
-        taken = {known.token.lower() for part in words.TOKENIZERS for known in words.all_of(pipeline, part)}
+        taken = {known.token.lower() for part in new_tokens.TOKENIZERS for known in new_tokens.all_of(pipeline, part)}
         if token.lower() in taken:
             return file, [f"two of these models have new words for {token!r}: here it means the one named first"]
-        words.add(pipeline, token, words.load(of_words))
+        new_tokens.add(pipeline, token, new_tokens.load(of_words))
     elif "tunebooth.tokens" in facts:
         told = f"{file.name} was trained with new words, which are not here: {file.stem}_emb.safetensors is missing"
         return file, [f"{told} beside it. The token {facts['tunebooth.token']!r} does not mean the subject"]

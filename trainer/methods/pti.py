@@ -8,10 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trainer import words
-from trainer.branches import Branch
-from trainer.methods import lora
-from trainer.presets import TrainConfig
+from trainer.branches.protocol import Branch
+from trainer.config.train_config import TrainConfig
+from trainer.methods import lora, new_tokens
 
 LARGE = False
 readable, apply = lora.readable, lora.apply
@@ -25,23 +24,27 @@ def encoders(branch: Branch, config: TrainConfig) -> list[str]:
 def begin(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
     """Load the earlier LoRA; its words go on. Where it has none, new ones begin as the mean of the class name's."""
     warnings = lora.begin(branch, config, token, name, earlier)
-    brought = words.rows_of(branch.parts)
+    brought = new_tokens.rows_of(branch.parts)
     if brought and len(next(iter(brought.values()))) == config.tokens:
         return warnings
     if brought:
         count = len(next(iter(brought.values())))
         warnings.append(f"the earlier model has {count} new words for its token, not {config.tokens}: they begin anew")
-        words.remove(branch.parts)
-    parts = [part for part in words.TOKENIZERS if part in branch.token_encoders]
-    starts = {part: words.meaning(branch.parts, part, name) for part in parts}
-    words.add(branch.parts, token, {part: start.repeat(config.tokens, 1) for part, start in starts.items()})
+        new_tokens.remove(branch.parts)
+    parts = [part for part in new_tokens.TOKENIZERS if part in branch.token_encoders]
+    starts = {part: new_tokens.meaning(branch.parts, part, name) for part in parts}
+    new_tokens.add(branch.parts, token, {part: start.repeat(config.tokens, 1) for part, start in starts.items()})
     return warnings
 
 
 def attach(branch: Branch, config: TrainConfig) -> list[dict[str, Any]]:
     """The groups of the adapters, and one of the new words, which rests after `token_share` of the steps."""
     groups = lora.attach(branch, config)
-    rows = {f"{part}.new_words": found.rows for part in words.TOKENIZERS if (found := words.of(branch.parts, part))}
+    rows = {
+        f"{part}.new_words": found.rows
+        for part in new_tokens.TOKENIZERS
+        if (found := new_tokens.of(branch.parts, part))
+    }
     for tensor in rows.values():
         tensor.requires_grad_(True)
     # No decay: it would draw the words towards silence.
@@ -51,7 +54,7 @@ def attach(branch: Branch, config: TrainConfig) -> list[dict[str, Any]]:
 
 def after_step(branch: Branch) -> None:
     """The new words stay in the range of the old ones."""
-    words.keep_norms(branch.parts)
+    new_tokens.keep_norms(branch.parts)
 
 
 def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, str]) -> list[str]:

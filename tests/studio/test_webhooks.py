@@ -1,0 +1,291 @@
+"""Callbacks: each arrives at least once, whatever the receiver does and whenever the app dies, and says who sent it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from pydantic import SecretStr, ValidationError
+from standardwebhooks.webhooks import Webhook
+
+from tests.helpers.app import running
+from tests.helpers.receiver import FAULTS, Receiver, ReceiverServer, wait_for
+from tests.helpers.web import client_of, photo
+from trainer.photos import urls
+from trainer.settings import read_settings
+from trainer.studio import tunes, webhooks
+from trainer.studio.rows import Services
+from trainer.studio.webhooks import Postman, next_delay
+
+pytest_plugins = ("tests.helpers.web",)
+SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+
+
+@pytest.fixture
+def receiver() -> Iterator[ReceiverServer]:
+    server = ReceiverServer()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours are parts of a second."""
+    monkeypatch.setattr(webhooks, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(webhooks, "DELAYS", (0.05,) * 10)
+    monkeypatch.setattr(urls, "ANSWER_SECONDS", 0.5)
+
+
+@pytest.fixture
+def postman(services: Services, hurry: None) -> Iterator[Postman]:
+    postman = Postman(services)
+    postman.start()
+    yield postman
+    postman.close()
+
+
+def create(client: TestClient, title: str = "Rex", **fields: str) -> dict[str, Any]:
+    form = {f"tune[{key}]": value for key, value in {"title": title, "name": "dog", "branch": "fast", **fields}.items()}
+    answer = client.post("/tunes", data=form, files={"tune[images][]": ("a.png", photo())})
+    assert answer.status_code == 201, answer.text
+    tune: dict[str, Any] = answer.json()
+    return tune
+
+
+def end_next(services: Services, status: str, **values: Any) -> None:
+    """What the worker does when the oldest job has ended so."""
+    job = services.store.claim()
+    assert job is not None
+    services.store.finish(job, status, **values)
+
+
+def arrived(services: Services, tune_id: int) -> bool:
+    return all(callback.arrived_at for callback in tunes.list_callbacks(services, tune_id))
+
+
+# What is posted
+
+
+@pytest.mark.parametrize("status", ["trained", "failed"])
+def test_a_tune_that_ends_is_posted(
+    status: str, services: Services, client: TestClient, postman: Postman, receiver: ReceiverServer
+) -> None:
+    tune = create(client, callback=receiver.url("hook?user=1&x=%7B%7D"))
+    end_next(services, status, error="out of memory" if status == "failed" else None)
+    wait_for(lambda: receiver.taken)
+    ((path, headers, body),) = receiver.taken
+    assert path == "/hook?user=1&x=%7B%7D"  # as it was given
+    assert headers["content-type"] == "application/json" and "webhook-signature" not in headers
+    posted = json.loads(body)["tune"]
+    told = client.get(f"/tunes/{tune['id']}").json()
+    assert posted.keys() == told.keys() and posted["id"] == tune["id"]
+    assert (posted["status"], posted["error"]) == (status, told["error"])
+    wait_for(lambda: arrived(services, tune["id"]))
+
+
+def test_a_tune_that_is_canceled_while_it_waits_is_posted(
+    services: Services, client: TestClient, postman: Postman, receiver: ReceiverServer
+) -> None:
+    tune = create(client, callback=receiver.url("hook"))
+    client.post(f"/tunes/{tune['id']}/cancel")
+    wait_for(lambda: receiver.taken)
+    assert json.loads(receiver.taken[0][2])["tune"]["status"] == "canceled"
+
+
+def test_prompts_are_posted_each_and_all_at_their_end(
+    services: Services, client: TestClient, postman: Postman, receiver: ReceiverServer
+) -> None:
+    prompts = {f"prompts_attributes][{n}][{key}": value for n in (0, 1) for key, value in {
+        "text": f"ohwx dog {n}", "callback": receiver.url(f"prompt{n}")}.items()}  # fmt: skip
+    tune = create(client, prompts_callback=receiver.url("prompts"), **prompts)
+    end_next(services, "trained")
+    end_next(services, "rendered", files=["0.png"])
+    wait_for(lambda: len(receiver.taken) == 1)
+    end_next(services, "failed", error="no memory")
+    wait_for(lambda: len(receiver.taken) == 3)
+    posted = {path: json.loads(body) for path, _, body in receiver.taken}
+    assert len(posted["/prompt0"]["prompt"]["images"]) == 1
+    assert posted["/prompt1"]["prompt"]["user_error"] == "no memory"
+    assert [one["status"] for one in posted["/prompts"]["prompts"]] == ["rendered", "failed"]
+    more = {"prompt": {"text": "ohwx dog later"}}
+    assert client.post(f"/tunes/{tune['id']}/prompts", json=more).status_code == 201
+    end_next(services, "rendered")
+    time.sleep(0.3)
+    assert len(receiver.taken) == 3  # all that came with the tune were told of already
+
+
+def test_nothing_is_posted_where_nothing_was_asked(services: Services, client: TestClient) -> None:
+    tune = create(client)
+    end_next(services, "trained")
+    assert tunes.list_callbacks(services, tune["id"]) == []
+    assert client.post(f"/tunes/{tune['id']}/callbacks").status_code == 409
+    assert client.get("/tunes/99/callbacks").status_code == 404
+
+
+def test_a_callback_can_be_sent_again(
+    services: Services, client: TestClient, postman: Postman, receiver: ReceiverServer
+) -> None:
+    tune = create(client, callback=receiver.url("hook"))
+    end_next(services, "trained")
+    wait_for(lambda: tunes.list_callbacks(services, tune["id"]) and arrived(services, tune["id"]))
+    assert client.post(f"/tunes/{tune['id']}/callbacks").status_code == 200
+    wait_for(lambda: len(receiver.taken) == 2)
+    first, second = (headers["webhook-id"] for _, headers, _ in receiver.taken)
+    assert first == second
+
+
+def test_a_deleted_tune_is_not_posted(services: Services, client: TestClient, receiver: ReceiverServer) -> None:
+    tune = create(client, callback=receiver.url("hook"))
+    end_next(services, "trained")
+    (due,) = services.store.due_callbacks("9999")
+    client.delete(f"/tunes/{tune['id']}")
+    webhooks.attempt(services, due)
+    assert receiver.taken == [] and services.store.due_callbacks("9999") == []
+
+
+# Faults
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_receiver_that_fails_at_first_gets_it_in_the_end(
+    fault: str, services: Services, client: TestClient, postman: Postman, receiver: ReceiverServer
+) -> None:
+    tune = create(client, callback=receiver.url(fault))
+    end_next(services, "trained")
+    wait_for(lambda: tunes.list_callbacks(services, tune["id"])[0].arrived_at)
+    (told,) = tunes.list_callbacks(services, tune["id"])
+    assert told.attempts == 3 and told.answer == "answered 200" and told.due_at is None
+    assert receiver.tries[f"/{fault}"] == 3 and len(receiver.taken) == 1
+    assert not receiver.tries["/elsewhere"]
+
+
+def test_a_receiver_that_is_not_there_yet_gets_it_when_it_is(
+    services: Services, client: TestClient, postman: Postman
+) -> None:
+    late = ReceiverServer()
+    port = late.server_port
+    late.server_close()
+    tune = create(client, callback=f"http://127.0.0.1:{port}/hook")
+    end_next(services, "trained")
+    wait_for(lambda: tunes.list_callbacks(services, tune["id"])[0].answer == "cannot be reached")
+    again = ThreadingHTTPServer(("127.0.0.1", port), Receiver, bind_and_activate=False)
+    again.allow_reuse_address = True
+    again.server_bind()
+    again.server_activate()
+    again.failures, again.tries, again.taken = 0, Counter(), []  # type: ignore[attr-defined]
+    again.before_answer = lambda path: None  # type: ignore[attr-defined]
+    threading.Thread(target=again.serve_forever, args=(0.01,), daemon=True).start()
+    wait_for(lambda: tunes.list_callbacks(services, tune["id"])[0].arrived_at)
+    again.shutdown()
+    again.server_close()
+
+
+def test_one_that_hangs_holds_up_nobody(
+    services: Services, client: TestClient, postman: Postman, receiver: ReceiverServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(urls, "ANSWER_SECONDS", 30.0)
+    receiver.failures = 100
+    create(client, "first", callback=receiver.url("hang"))
+    create(client, "second", callback=receiver.url("hook"))
+    end_next(services, "trained")
+    end_next(services, "trained")
+    wait_for(lambda: receiver.taken)
+    assert receiver.taken[0][0] == "/hook"
+    receiver.closing.set()
+
+
+def test_it_is_given_up_after_a_day_and_where_the_receiver_wants_no_more(
+    services: Services, client: TestClient, receiver: ReceiverServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 86_400 < sum(webhooks.DELAYS) < 1.2 * 86_400
+    receiver.failures = 100
+    monkeypatch.setitem(FAULTS, "410", lambda one: one.fail(410))
+    gone = create(client, "gone", callback=receiver.url("410"))
+    broken = create(client, "broken", callback=receiver.url("500"))
+    end_next(services, "trained")
+    end_next(services, "trained")
+    for _ in range(len(webhooks.DELAYS) + 2):
+        for due in services.store.due_callbacks("9999"):
+            webhooks.attempt(services, due)
+    told = {id_: tunes.list_callbacks(services, id_)[0] for id_ in (gone["id"], broken["id"])}
+    assert (told[gone["id"]].attempts, told[gone["id"]].due_at) == (1, None)
+    assert (told[broken["id"]].attempts, told[broken["id"]].due_at) == (len(webhooks.DELAYS) + 1, None)
+    assert told[broken["id"]].answer == "answered 500" and told[broken["id"]].arrived_at is None
+
+
+def test_a_receiver_may_ask_for_patience() -> None:
+    assert 5 <= (next_delay(0, None) or 0) <= 5.5
+    assert next_delay(0, "100") == 100
+    assert next_delay(0, "999999") == 86_400
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=300))
+    assert 295 < (next_delay(0, date) or 0) <= 300
+    assert (next_delay(0, "soon") or 0) < 6
+    assert next_delay(len(webhooks.DELAYS), "100") is None
+
+
+# Who sent it
+
+
+def test_signatures_are_those_of_standard_webhooks(
+    services: Services, client: TestClient, hurry: None, receiver: ReceiverServer
+) -> None:
+    signing = Services(
+        services.settings.model_copy(update={"webhook_secret": SecretStr(SECRET)}),
+        services.store,
+        services.decoder,
+        services.looker,
+    )
+    create(client_of(signing), callback=receiver.url("hook"))
+    end_next(services, "trained")
+    (due,) = services.store.due_callbacks("9999")
+    webhooks.attempt(signing, due)
+    ((_, headers, body),) = receiver.taken
+    assert Webhook(SECRET).verify(body.decode(), headers)["tune"]["title"] == "Rex"
+    with pytest.raises(Exception, match="No matching signature"):
+        Webhook("whsec_" + base64.b64encode(bytes(32)).decode()).verify(body.decode(), headers)
+
+
+@pytest.mark.parametrize("secret", ["short", "whsec_", "not base64!" * 5])
+def test_a_secret_that_is_none_is_refused_at_the_start(secret: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="openssl rand -base64 32"):
+        read_settings(outputs=tmp_path / "o", models=tmp_path / "m", webhook_secret=secret)
+
+
+# Restarts
+
+
+@pytest.mark.long
+def test_a_kill_between_the_sending_and_its_record_means_that_it_comes_again(
+    tmp_path: Path, receiver: ReceiverServer, dog_photos: Callable[[int], list[Path]]
+) -> None:
+    (outputs := tmp_path / "outputs").mkdir()
+    with running(outputs, "--models", str(tmp_path)) as app:
+        app.ready()
+        receiver.before_answer = lambda path: app.kill()  # it has arrived, and nobody hears of it
+        form = {"tune[title]": "Rex", "tune[name]": "dog", "tune[branch]": "fast", "tune[steps]": "2"}
+        files = [("tune[images][]", (one.name, one.read_bytes())) for one in dog_photos(1)]
+        app.http.post("/tunes", data=form | {"tune[callback]": receiver.url("hook")}, files=files).raise_for_status()
+        wait_for(lambda: app.process.poll() is not None)
+    assert len(receiver.taken) == 1
+    receiver.before_answer = lambda path: None
+    with running(outputs, "--models", str(tmp_path)) as app:
+        wait_for(lambda: len(receiver.taken) == 2)
+        (first, second) = receiver.taken
+        assert first[1]["webhook-id"] == second[1]["webhook-id"]
+        assert json.loads(second[2])["tune"]["status"] == "trained"
+        app.ready()
+        wait_for(lambda: app.http.get("/tunes/1/callbacks").json()[0]["arrived_at"])

@@ -1,0 +1,143 @@
+"""How a base becomes modules: what the families share in reading folders and single files, and in refusing bad ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from trainer.files import whole_folder
+from trainer.library.bases import Base, sidecar
+
+SINGLE_FILE_JUNK = ("*.safetensors", "*.bin", "*.py")  # never taken from a sidecar folder along with its configuration
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 keeps the range of float32; cards without it, and the CPU, compute in float32."""
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if half else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def told_in_words(base: Base) -> Iterator[None]:
+    """What the libraries raise for a broken base, as ValueError with the base's name."""
+    try:
+        yield
+    except NotImplementedError as problem:  # diffusers moves a weight that it has not found in the file
+        raise ValueError(f"{base.title} cannot be loaded: weights are missing from it") from problem
+    except KeyError as problem:  # diffusers does not find one of those that it looks for by name
+        raise ValueError(f"{base.title} cannot be loaded: {problem} is missing from it") from problem
+    except (RuntimeError, ValueError, SafetensorError, SingleFileComponentError) as problem:
+        raise ValueError(f"{base.title} cannot be loaded: {problem}") from problem
+
+
+def read_text_encoder(kind: Any, subfolder: str, dtype: torch.dtype, source: Mapping[str, Any]) -> Any:
+    """A text encoder on its own, since a pipeline does not say which of its weights are missing and therefore random.
+
+    Raises ValueError for missing weights.
+    """
+    path, variant = source["pretrained_model_name_or_path"], source.get("variant")
+    options = {key: value for key, value in source.items() if key != "pretrained_model_name_or_path"}
+    if variant and not any((Path(path) / subfolder).glob(f"*.{variant}*.safetensors")):
+        options["variant"] = None  # a part may have only its plain weights
+    encoder, facts = kind.from_pretrained(path, subfolder=subfolder, dtype=dtype, output_loading_info=True, **options)
+    refuse_gaps(facts["missing_keys"])
+    return encoder
+
+
+def finish(base: Base, pipeline: Any) -> None:
+    """Check that a pipeline is whole, and freeze it. Raises OSError for a missing tokenizer, ValueError for weights."""
+    pipeline.set_progress_bar_config(disable=True)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            with told_in_words(base):
+                freeze(part)
+        elif name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens) + 1:
+            # transformers makes a tokenizer that knows no word where it finds none (T5's: the mark where words begin),
+            # and says nothing.
+            raise OSError(f"{base.title} has no vocabulary in {name}/")
+
+
+def freeze(module: nn.Module) -> None:
+    """Raises ValueError where weights are missing from a module."""
+    refuse_gaps(name for name, weight in module.named_parameters() if weight.is_meta)
+    # eval: dropout would draw from the global RNG, which a resume does not restore.
+    module.requires_grad_(False).eval()
+
+
+def refuse_gaps(missing: Iterable[str]) -> None:
+    names = sorted(missing)
+    if names:
+        raise ValueError(f"{len(names)} weights are missing, {names[0]} among them")
+
+
+def keep_parts(pipeline: Any, parts: dict[str, nn.Module], names: Collection[str]) -> dict[str, nn.Module]:
+    """Those of the parts that are named; the others are taken out of the pipeline."""
+    pipeline.register_modules(**dict.fromkeys(parts.keys() - set(names)))
+    return {name: part for name, part in parts.items() if name in names}
+
+
+def copy_weights(source: Any, target: Any) -> None:
+    """From the modules of one pipeline to those of the same names of another, which may lack some."""
+    for name, part in source.components.items():
+        mine = target.components.get(name)
+        if isinstance(part, nn.Module) and mine is not None:
+            mine.load_state_dict(part.state_dict())
+
+
+@torch.no_grad()
+def encode_pixels(vae: Any, pixels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """pixels (B, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (B, C, H/f, W/f), as denoised."""
+    posterior = vae.encode(pixels.to(device, vae.dtype)).latent_dist
+    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+    return (posterior.mean - shift) * scale, posterior.std * scale
+
+
+def single_file_config(file: Path, cache: Path, family: Mapping[str, Mapping[str, Any]]) -> Path:
+    """The diffusers configuration that a single file is read with: the family's, overridden by the file's sidecar.
+
+    Without it diffusers would ask the hub, and take full-size shapes for granted. `family`: JSON file -> its content.
+    """
+    folder = cache / "configs" / f"{file.stem}-{file.stat().st_mtime_ns:x}"
+    beside = sidecar(file)
+    if folder.exists():
+        shutil.rmtree(folder)  # the sidecar may have been edited; copying a few JSON files costs nothing
+    with whole_folder(folder) as partial:
+        for name, config in family.items():
+            path = partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(config))
+        if beside.is_dir():
+            shutil.copytree(beside, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*SINGLE_FILE_JUNK))
+    return folder
+
+
+# Published numbers of CLIP ViT-L/14's text tower, which all three families have.
+CLIP_L: dict[str, Any] = {
+    "architectures": ["CLIPTextModel"],
+    "model_type": "clip_text_model",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "max_position_embeddings": 77,
+    "vocab_size": 49408,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-05,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 1,
+}

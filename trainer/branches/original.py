@@ -1,0 +1,187 @@
+"""The weights of diffusers' modules under the names of the original releases, which A1111 and ComfyUI read.
+
+What diffusers' loaders of single files do, the other way round: CompVis' names (v1-inference.yaml) of the UNet, the VAE
+and CLIP's text tower, Stability's additions for SDXL (generative-models, sd_xl_base.yaml), and OpenCLIP's names of its
+text tower. A layer that the release does not know keeps its name here: the base of branch fast has some. Tensors are
+those of the modules, or views of them, and new ones only where several are one there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A kind of layer, and what its parts are called there; parts that are not named here have the same name.
+Parts = Mapping[str, Mapping[str, str]]
+UNET_PARTS: Parts = {
+    "resnets": {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    },
+    "downsamplers": {"conv": "op"},
+}
+UNET_OUTER = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",  # SDXL's: of the sizes and the pooled text
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+VAE_PARTS: Parts = {
+    "resnets": {"conv_shortcut": "nin_shortcut"},
+    "attentions": {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"},
+}
+OPEN_CLIP_OUTER = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+# OpenCLIP's names in a block -> those here, in the order in which they are stacked. Each has a weight and a bias.
+OPEN_CLIP_BLOCK = {
+    "ln_1.": ("layer_norm1.",),
+    "attn.in_proj_": ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
+    "attn.out_proj.": ("self_attn.out_proj.",),
+    "ln_2.": ("layer_norm2.",),
+    "mlp.c_fc.": ("mlp.fc1.",),
+    "mlp.c_proj.": ("mlp.fc2.",),
+}
+
+
+def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """prefix -> weights of a part, as one dict."""
+    return {prefix + name: tensor for prefix, weights in parts.items() for name, tensor in weights.items()}
+
+
+def module_weights(module: Any) -> dict[str, Tensor]:
+    """A module's own weights, detached; adapters that lie on its layers are left out."""
+    # peft keeps the layer that it wraps as `base_layer`, and beside it what it adds, as `lora_...`.
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in module.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
+def unet_weights(unet: Any) -> dict[str, Tensor]:
+    """Of a UNet2DConditionModel with any number of blocks and layers."""
+    return renamed(module_weights(unet), with_parts(UNET_OUTER | unet_places(unet), UNET_PARTS))
+
+
+def unet_places(unet: Any) -> dict[str, str]:
+    """Where the release has each layer of the blocks. It counts the entries of all blocks in one row, and the layers of
+    an entry: a resnet, and its attention where the block has any. A downsampler is an entry of its own, an upsampler
+    the last layer of the entry before it."""
+    inputs, outputs = [["conv_in"]], []
+    for index, block in enumerate(unet.down_blocks):
+        inputs += entries(f"down_blocks.{index}", block)
+        if block.downsamplers:
+            inputs.append([f"down_blocks.{index}.downsamplers.0"])
+    for index, block in enumerate(unet.up_blocks):
+        outputs += entries(f"up_blocks.{index}", block)
+        if block.upsamplers:
+            outputs[-1].append(f"up_blocks.{index}.upsamplers.0")
+    middle = ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
+    rows = {"input_blocks.": inputs, "output_blocks.": outputs}
+    places = {f"{row}{entry}": layers for row, found in rows.items() for entry, layers in enumerate(found)}
+    places["middle_block"] = middle
+    return {layer: f"{entry}.{number}" for entry, layers in places.items() for number, layer in enumerate(layers)}
+
+
+def entries(name: str, block: Any) -> list[list[str]]:
+    """The layers that a block has side by side, as often as it repeats them."""
+    kinds = ("resnets", "attentions") if hasattr(block, "attentions") else ("resnets",)
+    return [[f"{name}.{kind}.{layer}" for kind in kinds] for layer in range(len(block.resnets))]
+
+
+def vae_weights(vae: Any) -> dict[str, Tensor]:
+    """Of an AutoencoderKL. The attention's linear layers (C, C) are convolutions (C, C, 1, 1) there."""
+    weights = {
+        name: tensor[:, :, None, None] if ".attentions." in name and tensor.ndim == 2 else tensor
+        for name, tensor in module_weights(vae).items()
+    }
+    return renamed(weights, with_parts(vae_places(vae), VAE_PARTS))
+
+
+def vae_places(vae: Any) -> dict[str, str]:
+    """Where the release has each layer of the blocks. On either side it counts them from the picture to the latents."""
+    places: dict[str, str] = {}
+    for side, way, blocks in (("encoder", "down", vae.encoder.down_blocks), ("decoder", "up", vae.decoder.up_blocks)):
+        for index, block in enumerate(blocks):
+            number = index if way == "down" else len(blocks) - 1 - index
+            here, there = f"{side}.{way}_blocks.{index}", f"{side}.{way}.{number}"
+            places |= {f"{here}.resnets.{layer}": f"{there}.block.{layer}" for layer in range(len(block.resnets))}
+            places[f"{here}.{way}samplers.0"] = f"{there}.{way}sample"
+        places |= {
+            f"{side}.mid_block.resnets.0": f"{side}.mid.block_1",
+            f"{side}.mid_block.attentions.0": f"{side}.mid.attn_1",
+            f"{side}.mid_block.resnets.1": f"{side}.mid.block_2",
+            f"{side}.conv_norm_out": f"{side}.norm_out",
+        }
+    return places
+
+
+def with_parts(places: Mapping[str, str], parts: Parts) -> dict[str, str]:
+    """places: layer -> the layer there. The same, and where the parts of each layer are."""
+    inner = {
+        f"{layer}.{part}": f"{there}.{name}"
+        for layer, there in places.items()
+        for kind, names in parts.items()
+        if f".{kind}." in layer
+        for part, name in names.items()
+    }
+    return {**places, **inner}
+
+
+def renamed(weights: Mapping[str, Tensor], places: Mapping[str, str]) -> dict[str, Tensor]:
+    """Each weight where its innermost layer of those in `places` is."""
+    found = {}
+    for name, tensor in weights.items():
+        layer = name
+        while layer and layer not in places:
+            layer = layer.rpartition(".")[0]
+        found[places.get(layer, "") + name.removeprefix(layer)] = tensor
+    return found
+
+
+def clip_weights(encoder: Any) -> dict[str, Tensor]:
+    """Of a CLIPTextModel. Raises ValueError where it has been dropped."""
+    return {f"text_model.{name}": tensor for name, tensor in encoder_weights(encoder).items()}
+
+
+def open_clip_weights(encoder: Any) -> dict[str, Tensor]:
+    """Of a CLIPTextModelWithProjection, as OpenCLIP has it: queries, keys and values are one (3 D, D), and what comes
+    out is multiplied by the projection (D, P), which here is a linear layer (P, D).
+
+    Raises ValueError where it has been dropped.
+    """
+    ours = encoder_weights(encoder)
+    weights = {"text_projection": ours["text_projection.weight"].T}
+    weights |= {theirs: ours[name] for name, theirs in OPEN_CLIP_OUTER.items()}
+    for block in range(encoder.config.num_hidden_layers):
+        here, there = f"encoder.layers.{block}", f"transformer.resblocks.{block}"
+        for theirs, layers in OPEN_CLIP_BLOCK.items():
+            for kind in ("weight", "bias"):
+                weights[f"{there}.{theirs}{kind}"] = stacked([ours[f"{here}.{layer}{kind}"] for layer in layers])
+    return weights
+
+
+def encoder_weights(encoder: Any) -> dict[str, Tensor]:
+    """A text encoder's weights without the prefix `text_model.`, which transformers 5 has dropped in one of its two
+    classes. Raises ValueError where the encoder has been dropped."""
+    if encoder is None:
+        raise ValueError("a text encoder has been dropped, and a single file of this family holds it: read it again")
+    return {name.removeprefix("text_model."): tensor for name, tensor in module_weights(encoder).items()}
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors (n, ...) one below the other; one alone is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

@@ -1,0 +1,127 @@
+"""What a model family offers (`Branch`), and how the family of a base is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from trainer.config.train_config import TrainConfig
+    from trainer.library.bases import Base
+
+
+class Branch(Protocol):
+    """What the loop, the methods and the renderer ask of a family.
+
+    Everything is loaded into ordinary memory; whoever needs a module on the device puts it there (`memory.placed`).
+    """
+
+    denoiser: nn.Module
+    text_encoders: dict[str, nn.Module]
+    token_encoders: tuple[str, ...]  # those that new words can be taught: CLIP's
+    vae: nn.Module
+    pipeline: Any  # the stock diffusers pipeline over the very same modules
+    parts: Any  # the same, without reading a denoiser that has not been asked for yet
+    device: torch.device  # where it trains
+    dtype: torch.dtype  # of the frozen weights
+    latent_scale: int  # pixels along a side for one latent along a side
+    size_multiple: int  # sides of training pictures are multiples of this many pixels
+    lora_targets: Mapping[str, list[str]]  # for each word of `targets`: ends of names of the denoiser's linear layers
+    denoiser_name: str  # the denoiser's name in the pipeline, which is also its prefix in diffusers' LoRA keys
+    reads_kohya: bool  # whether stock diffusers reads kohya's keys of this family
+    whole_file: bool  # whether a single file of the family holds the text encoders and the VAE, too
+    metadata: Mapping[str, str]  # what a model file says of its family (modelspec.*, ss_*)
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents, each (B, C, H/f, W/f)."""
+        ...
+
+    def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
+        """B captions -> exactly the keyword tensors that `loss` needs of them, batch first."""
+        ...
+
+    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
+        """What `loss` is told of one picture's (height, width) as it came, (top, left) of the crop and trained size.
+
+        Tensors (1, ...) with keys of their own; an empty dict where a family knows no such thing.
+        """
+        ...
+
+    def draw(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Noise like latents (B, C, H/f, W/f), and the timesteps (B,) in the family's own unit."""
+        ...
+
+    def loss(
+        self,
+        latents: Tensor,
+        cond: dict[str, Tensor],
+        noise: Tensor,
+        timesteps: Tensor,
+        config: TrainConfig,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Training loss of each sample, (B,). `weight` (B, 1, H/f, W/f) is the mask; its mean is 1."""
+        ...
+
+    def prompt_inputs(self, cond: dict[str, Tensor], empty: dict[str, Tensor]) -> dict[str, Any]:
+        """Encoded prompts, and as many empty ones, as keyword arguments of the pipeline."""
+        ...
+
+    def say(self, text: str, negative: str | None) -> dict[str, Tensor]:
+        """A prompt as the stock pipeline encodes it, as keyword arguments of it, batch 1."""
+        ...
+
+    def original_weights(self) -> dict[str, Tensor]:
+        """What a single file of the family holds, under the original release's keys (see trainer/original.py).
+
+        Detached, with the dtypes and devices of the modules, and for the most part their very memory; adapters are left
+        out. Raises ValueError where text encoders belong into the file and have been dropped.
+        """
+        ...
+
+    def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
+        """The denoiser's adapters under kohya's names.
+
+        adapters: name of a linear layer -> down (r, in), up (out, r). Returns name -> down (n r, in), up (out, n r)
+        and n, the number of layers that are one layer there.
+        """
+        ...
+
+    def load_weights(self, file: Path, cache: Path) -> None:
+        """Put what a single file of the family holds in place of the weights here. Raises ValueError for gaps."""
+        ...
+
+    def keep_text_encoders(self, names: Collection[str]) -> None:
+        """Give back the memory of all others, once every caption is encoded. What they said is remembered, where the
+        rest is still asked."""
+        ...
+
+
+def load_branch(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | None = None) -> Branch:
+    """Load a base with its family's module, from the hub where it is not here. `cache` is for what a family makes.
+
+    dtype: of the weights; None: what the device computes in.
+
+    Raises what the loader raises: OSError for missing files, ValueError for wrong ones.
+    """
+    branch: Branch = import_module(f"trainer.branches.{base.branch}").load(
+        at_hand(base), device, cache, *([dtype] if dtype else [])
+    )
+    return branch
+
+
+def at_hand(base: Base) -> Base:
+    """The base with a path on this machine, from the hub where it has none."""
+    if base.rest is not None:
+        base = replace(base, rest=at_hand(base.rest))
+    if base.path is not None or base.repository is None:
+        return base
+    from trainer.library import hub
+
+    return replace(base, path=hub.fetch_pipeline(base.repository, base.revision, base.variant))

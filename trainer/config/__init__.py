@@ -1,0 +1,1 @@
+"""From the TOMLs in `presets/` to frozen objects. Never imports torch."""

@@ -1,0 +1,75 @@
+"""Styles, film looks, annotators and packs: TOMLs of what can be done to a picture's look."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config.branch_file import ControlRow
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a style makes of a prompt: `prompt` has the user's in place of {prompt}; `negative` is added to theirs."""
+
+    prompt: str
+    negative: str = ""
+
+
+def styles(folder: Path) -> dict[str, Style]:
+    """The styles of prompts by their names."""
+    return {name: Style(**table) for name, table in looks(folder, "styles").items()}
+
+
+@dataclass(frozen=True)
+class FilmLook:
+    """How a film shows colours, all from 0 to 1: a matrix, then a saturation, then a tone curve for each channel.
+
+    curves: points (x, y) of red, green and blue, x rising. matrix: 3 x 3, a row for each channel of the result.
+    """
+
+    curves: tuple[tuple[tuple[float, float], ...], ...]
+    saturation: float
+    matrix: tuple[tuple[float, float, float], ...]
+
+
+def film_looks(folder: Path) -> dict[str, FilmLook]:
+    """The looks that `color_grading` chooses from, by their names."""
+    return {
+        name: FilmLook(
+            curves=tuple(tuple((x, y) for x, y in row[channel]) for channel in ("red", "green", "blue")),
+            saturation=row["saturation"],
+            matrix=tuple((red, green, blue) for red, green, blue in row["matrix"]),
+        )
+        for name, row in looks(folder, "film").items()
+    }
+
+
+def looks(folder: Path, name: str) -> dict[str, Any]:
+    """A TOML of what can be done to a picture's look; an empty one where a user's folder has none."""
+    file = folder / "looks" / f"{name}.toml"
+    return tomllib.loads(file.read_text("utf-8")) if file.exists() else {}
+
+
+def pack_tables(*folders: Path) -> dict[str, dict[str, Any] | str]:
+    """The TOMLs of the packs in some folders by their names; of one that cannot be read, why not."""
+    tables: dict[str, dict[str, Any] | str] = {}
+    for file in (file for folder in folders for file in sorted(folder.glob("*.toml"))):
+        try:
+            tables[file.stem] = tomllib.loads(file.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as problem:
+            tables[file.stem] = f"{file.name} cannot be read: {problem}"
+    return tables
+
+
+def annotator_row(folder: Path, name: str) -> ControlRow:
+    """Where a model comes from that looks at a picture for control models: depth, people or pose.
+
+    Raises ValueError where a user's own folder does not say.
+    """
+    rows = looks(folder, "annotators")
+    if name not in rows:
+        raise ValueError(f"looks/annotators.toml has no [{name}]; copy the one of the program into the presets folder")
+    return ControlRow(**rows[name])

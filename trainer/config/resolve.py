@@ -1,0 +1,145 @@
+"""Branch defaults <- preset <- request -> TrainConfig. The only reader of TOML; no default stands in code."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainer.config.branch_file import branch_table
+from trainer.config.kinds import KINDS, OTHER_KIND, STYLE_KIND, kind_of
+from trainer.config.train_config import TrainConfig, parse_args
+from trainer.contract.errors import InvalidRequest, nearest, words
+from trainer.names import METHODS, WORDS
+
+STEP_RULE = ("steps_per_photo", "min_steps", "max_steps")  # what a TOML has in place of `steps`
+KEYS = {*TrainConfig.model_fields, *STEP_RULE} - {"steps"}
+PRESET_KEYS = {"branches", *METHODS}  # the top level of a preset
+
+
+def resolve(
+    folder: Path,
+    *,
+    branch: str,
+    model_type: str,
+    preset: str | None,
+    name: str,
+    photos: int,
+    steps: int | None,
+    args: str | None,
+    face_crop: bool | None = None,
+    face_crop_default: bool = False,
+) -> TrainConfig:
+    """The one place where hyper-parameters are decided. `name` is the class name, `photos` the number of photos.
+
+    Whether there is a set of face crops: `face_crop`, else the preset, else `face_crop_default`; only for people.
+    Raises InvalidRequest naming the field that is wrong.
+    """
+    kind, table = kind_of(name), branch_table(folder, branch)
+    values = layer(table["lora"], kind) | layer(table[model_type], kind)
+    values |= {word: 0 for word, having in WORDS.items() if model_type not in having}
+    values |= {"face_set": True} if face_crop_default else {}
+    if preset is not None:
+        values |= overlay(folder / f"{preset}.toml", branch, model_type, kind)
+    if face_crop is not None:
+        values["face_set"] = face_crop
+    asked = parse_args(args)
+    for word, given in (("steps", steps), ("face_set", face_crop)):
+        if word in asked and given is not None:
+            name_of = {"face_set": "face_crop"}.get(word, word)
+            raise InvalidRequest({"args": [f"{word} is given twice: as {name_of} and in args; leave one of them out"]})
+    if kind != "person":
+        values |= {"face_set": False}
+    per_photo, least, most = (values.pop(key) for key in STEP_RULE)
+    values["steps"] = steps if steps is not None else min(max(per_photo * photos, least), most)
+    try:
+        config = TrainConfig(**{**values, **asked})
+    except ValidationError as error:
+        problems: dict[str, list[str]] = {}
+        for problem in error.errors():
+            word = str(problem["loc"][0])
+            field = "args" if word in asked else "steps" if word == "steps" and steps is not None else "preset"
+            problems.setdefault(field, []).append(f"{word}: {problem['msg']}")
+        raise InvalidRequest(problems) from None
+    meaningless = [(word, f"on {branch}") for word in table.get("without", []) if getattr(config, word)]
+    meaningless += [
+        (word, f"for {model_type}") for word, of in WORDS.items() if getattr(config, word) and model_type not in of
+    ]
+    told = [(word, f"{word} has no meaning {where}; leave it out") for word, where in meaningless]
+    lacking = [word for word, of in WORDS.items() if not getattr(config, word) and model_type in of]
+    told += [(word, f"{word} must not be 0") for word in lacking]
+    if config.trained_dtype == "bfloat16" and config.optimizer != "adafactor":
+        told.append(("trained_dtype", "trained_dtype=bfloat16 needs optimizer=adafactor, which rounds at random"))
+    if told:
+        field = "args" if asked.keys() & {word for word, _ in told} else "preset"
+        raise InvalidRequest({field: [message for _, message in told]})
+    # A photo twice in one batch is a smaller batch, paid in full.
+    return config if "batch" in asked else config.model_copy(update={"batch": min(config.batch, photos)})
+
+
+def layer(table: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The values of one table of a model type, with those for a kind of subject over them."""
+    plain = {key: value for key, value in table.items() if key in KEYS}
+    return {**plain, **table.get(kind, {})}
+
+
+def overlay(file: Path, branch: str, model_type: str, kind: str) -> dict[str, Any]:
+    """What a preset says. Raises InvalidRequest for a TOML that is broken, of another branch, or has an unknown key."""
+    try:
+        preset = tomllib.loads(file.read_text("utf-8"))
+    except ValueError as problem:
+        raise InvalidRequest({"preset": [f"{file.name} cannot be read: {problem}"]}) from None
+    problems = unknown(file, preset, PRESET_KEYS)
+    if branch not in preset.get("branches", [branch]):
+        problems.append(f"{file.stem} is a preset for {words(preset['branches'])}, not for {branch}")
+    for section in PRESET_KEYS & preset.keys() - {"branches"}:
+        problems += section_problems(file, section, preset[section])
+    if problems:
+        raise InvalidRequest({"preset": problems})
+    plain = layer(preset.get("lora", {}), kind) if model_type == "pti" else {}  # it is a LoRA, and new words
+    return plain | layer(preset.get(model_type, {}), kind)
+
+
+def section_problems(file: Path, section: str, table: Any) -> list[str]:
+    """What is wrong with the table of a model type, in words; the values are checked when they are put together."""
+    if not isinstance(table, dict):
+        return [f"{file.name}: {section} must be a table, [{section}]"]
+    kinds = {*KINDS, STYLE_KIND, OTHER_KIND}
+    problems = unknown(file, table, KEYS | kinds)
+    for kind in kinds & table.keys():
+        if isinstance(table[kind], dict):
+            problems += unknown(file, table[kind], KEYS)
+        else:
+            problems.append(f"{file.name}: {section}.{kind} must be a table, [{section}.{kind}]")
+    tables = [table, *(table[kind] for kind in kinds & table.keys() if isinstance(table[kind], dict))]
+    wrong = {key for one in tables for key in STEP_RULE if type(one.get(key, 0)) is not int}
+    return problems + [f"{file.name}: {key} must be a whole number" for key in sorted(wrong)]
+
+
+def unknown(file: Path, table: Mapping[str, Any], known: set[str]) -> list[str]:
+    return [f"{file.name} has an unknown key {key!r}{nearest(key, known)}" for key in table if key not in known]
+
+
+def fit(
+    folder: Path, config: TrainConfig, *, branch: str, model_type: str, asked: str | None, free_gib: float
+) -> TrainConfig:
+    """The configuration for a card with this much free memory; what was asked for in `args` stays as it is.
+
+    Rows of [[MODEL_TYPE.memory]] apply in their order where the memory is below their `below_gib`. Afterwards
+    micro_batch is from 1 to batch.
+    """
+    changes: dict[str, Any] = {}
+    for row in branch_table(folder, branch)[model_type].get("memory", []):
+        if free_gib < row["below_gib"]:
+            changes |= {key: value for key, value in row.items() if key != "below_gib"}
+    if "resolution" in changes:  # never more than there was
+        sides = (min(side, changes["resolution"]) for side in config.resolution)
+        changes["resolution"] = tuple(dict.fromkeys(sides))
+    wanted = parse_args(asked)
+    if wanted.get("optimizer", "adafactor") != "adafactor":  # nothing else rounds at random
+        changes.pop("trained_dtype", None)
+    fitted = config.model_dump() | {key: value for key, value in changes.items() if key not in wanted}
+    return TrainConfig(**fitted | {"micro_batch": min(fitted["micro_batch"] or config.batch, config.batch)})

@@ -1,0 +1,187 @@
+"""The types of request fields, and how a request is checked with all problems at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+
+from trainer.contract.errors import InvalidRequest, nearest
+
+
+def blank_is_none(value: Any) -> Any:
+    """Forms cannot say null: they send an empty field."""
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def _no_control_characters(value: Any) -> Any:
+    if isinstance(value, str):
+        if any(ord(c) < 32 and c not in "\t\n" for c in value):
+            raise ValueError("must not contain control characters")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("must be valid Unicode (it has a lone surrogate)") from None
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_no_control_characters)]
+OptionalBool = Annotated[bool | None, BeforeValidator(blank_is_none)]
+
+
+def _in_one_line(value: str) -> str:
+    if "\n" in value:
+        raise ValueError("must not contain line breaks")
+    return value
+
+
+def _is_address(value: str) -> str:
+    if not re.match(r"https?://[^/?#\s]", value):
+        raise ValueError("must be an address that begins with http:// or https://")
+    return value
+
+
+Address = Annotated[Annotated[Text, Field(max_length=2048), AfterValidator(_is_address)] | None,
+                    BeforeValidator(blank_is_none)]  # fmt: skip
+
+
+def optional_text(max_length: int) -> Any:
+    """An optional text of at most so many characters."""
+    return Annotated[Annotated[Text, Field(max_length=max_length)] | None, BeforeValidator(blank_is_none)]
+
+
+def optional_number(low: float, high: float, kind: type = int) -> Any:
+    """An optional number within limits; forms send it as a string."""
+
+    def parse(value: Any) -> Any:
+        value = blank_is_none(value)
+        if isinstance(value, bool):
+            raise ValueError(f"must be a number from {low} to {high}")
+        return value
+
+    bounded = (
+        Annotated[kind, Field(ge=low, le=high, allow_inf_nan=False)]
+        if kind is float
+        else Annotated[kind, Field(ge=low, le=high)]
+    )
+    return Annotated[bounded | None, BeforeValidator(parse)]  # type: ignore[valid-type]
+
+
+class Request(BaseModel):
+    """Names that are not known are refused, with the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    _ignored: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _set_aside(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Leave out what is null, and what the hosted service takes and we do not act on."""
+        if not isinstance(data, dict):
+            raise ValueError("must be an object")
+        aside = [name for name in data if name in cls.accepted()]
+        null = [name for name in data if name in cls.model_fields and data[name] is None]
+        request = handler({name: value for name, value in data.items() if name not in (*aside, *null)})
+        request._ignored = {name: data[name] for name in aside if data[name] is not None}
+        return request
+
+    @property
+    def ignored(self) -> dict[str, Any]:
+        """What was set aside, by its name."""
+        return self._ignored
+
+    @classmethod
+    def accepted(cls) -> tuple[str, ...]:
+        return ()
+
+    @classmethod
+    def parameters(cls) -> list[str]:
+        """The names that a request may have, in order."""
+        return list(cls.model_fields)
+
+    @classmethod
+    def known_at(cls, _loc: Sequence[int | str]) -> list[str]:
+        """The names that are known at a place of a request, as pydantic writes places: ("prompts", 0, "text")."""
+        return cls.parameters()
+
+
+R = TypeVar("R", bound=Request)
+
+
+def one_of(names: Iterable[str], lower: bool = True) -> Any:
+    """An optional word out of a list."""
+    known = tuple(names)
+
+    def check(value: str | None) -> str | None:
+        if value is None:
+            return None
+        word = value.strip().lower() if lower else value.strip()
+        if word not in known:
+            raise ValueError(f"must be one of {', '.join(known)}, got {value!r}{nearest(word, known)}")
+        return word
+
+    return Annotated[optional_text(64), AfterValidator(check)]
+
+
+ClassName = Annotated[Text, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 ]*[A-Za-z0-9][A-Za-z0-9 ]*$")]
+Title = Annotated[Text, Field(min_length=1, max_length=255), AfterValidator(_in_one_line)]
+Characteristics = Annotated[
+    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=1000)]], Field(max_length=1000)
+]
+ImageUrls = list[Annotated[Text, Field(min_length=1, max_length=2048)]]
+MESSAGES = {  # pydantic's own words name its types; these name what the API takes
+    "missing": "is required",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "list_type": "must be a list",
+    "dict_type": "must be an object of names and texts",
+    "string_type": "must be a text",
+}
+
+
+def parse_request(model: type[R], data: Any) -> R:
+    """Check a request against its schema. Raises InvalidRequest with all problems at once."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems: dict[str, list[str]] = {}
+        for problem in error.errors():
+            field = str(problem["loc"][0]) if problem["loc"] else "base"
+            inner = ".".join(str(part) for part in problem["loc"][1:])
+            problems.setdefault(field, []).append((f"{inner}: " if inner else "") + _message(model, problem))
+        raise InvalidRequest(problems) from None
+
+
+def _message(model: type[Request], problem: Any) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown parameter{nearest(str(problem['loc'][-1]), model.known_at(problem['loc']))}"
+    if kind == "string_pattern_mismatch":
+        return "only English letters, numbers and spaces allowed"
+    if kind in ("string_too_short", "too_short"):
+        return "must not be empty"
+    if kind == "string_too_long" or (kind == "too_long" and isinstance(problem["input"], str)):
+        return f"must have at most {context['max_length']} characters"
+    if kind == "too_long":
+        return f"must have at most {context['max_length']} entries, got {context['actual_length']}"
+    if kind in ("greater_than_equal", "less_than_equal"):
+        bound = context.get("ge", context.get("le"))
+        return f"must be {'at least' if 'ge' in context else 'at most'} {bound}, got {problem['input']}"
+    return MESSAGES.get(kind, str(problem["msg"]).removeprefix("Value error, "))

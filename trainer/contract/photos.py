@@ -1,0 +1,72 @@
+"""Uploaded files, and the verdict on one photo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+
+Tell = Callable[[str, int, int], None]  # tell("photos are decoded", 3, 20): how far a request has come
+
+
+def untold(_what: str, _done: int, _of: int) -> None:
+    """For callers that do not wait to hear."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that came in: the name it had and where its bytes are now."""
+
+    name: str
+    path: Path
+
+
+class Face(BaseModel):
+    """A face that was found: its box (left, top, right, bottom) in pixels of the upright photo, and how sure that is.
+
+    score: the detector's, 0 to 1. sharpness: variance of the Laplacian of the face at 112 px. main: it is the subject.
+    """
+
+    box: tuple[int, int, int, int]
+    score: float
+    sharpness: float
+    main: bool = False
+
+
+class Photo(BaseModel):
+    """The verdict on one photo: what came, what was seen in it and what was done with it.
+
+    Sizes are in pixels, of the upright picture. `file` is its name among the tune's images, `url` its link there;
+    `seen` shows the picture as the trainer sees it, `closeup` its face crop: links for a tune, data URLs for a check.
+    """
+
+    name: str
+    file: str
+    width: int
+    height: int
+    format: str
+    rotated: bool = False
+    converted: str | None = Field(None, description="from which colours, as CMYK; None: it was 8-bit RGB already")
+    sharpness: float | None = Field(None, description="variance of the Laplacian at a long side of 512 px")
+    blurred: bool = False
+    too_small: bool = False
+    duplicate_of: str | None = Field(None, description="the photo that this one is, or looks almost like")
+    faces: list[Face] | None = Field(None, description="None: nobody looked; only photos of people are looked at")
+    same_person: bool | None = Field(None, description="None: not known; it takes recognition weights and three photos")
+    cropped: bool = False
+    restored: bool = False
+    masks: list[str] = []
+    dropped: str | None = Field(None, description="why this photo is not trained on")
+    notes: list[str] = []
+    url: str | None = None
+    seen: str | None = None
+    closeup: str | None = None
+
+
+class Check(BaseModel):
+    """What /photos/check answers: a verdict for each photo, and what holds for all of them."""
+
+    photos: list[Photo]
+    warnings: list[str]

@@ -1,0 +1,174 @@
+"""A prompt: the request, and the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from trainer.contract.fields import (
+    Address,
+    OptionalBool,
+    Request,
+    Text,
+    blank_is_none,
+    one_of,
+    optional_number,
+    optional_text,
+)
+from trainer.contract.states import Progress
+
+PromptStatus = Literal["queued", "rendering", "rendered", "failed", "canceled"]
+SCHEDULERS = (
+    "euler", "euler_a", "dpm++2m", "dpm++2m_karras", "dpm++sde", "dpm++sde_karras", "lcm", "tcd",
+)  # fmt: skip
+ASPECT_RATIOS = ("1:1", "16:9", "9:16", "21:9", "9:21", "3:2", "2:3", "5:4", "4:5", "4:3", "3:4")
+AR = {"1:1": "1:1", "portrait": "3:4", "16:9": "16:9", "landscape": "4:3"}  # the hosted service's older words
+CONTROLS = ("canny", "depth", "pose", "tile", "lineart")
+HOSTED_CONTROLS = (  # taken there, and not rendered here
+    "composition", "reference", "segroom", "ipadapter", "hed", "mlsd", "qr", "relight", "style", "blur", "gray",
+    "low_quality",
+)  # fmt: skip
+DENOISING_STRENGTH = 0.8  # the hosted service's default
+
+
+def _enlarged(value: Any) -> Any:
+    """The hosted service's older word for super-resolution says by how much."""
+    return True if isinstance(value, str) and value.strip().lower() in ("x2", "x4") else blank_is_none(value)
+
+
+class PromptRequest(Request):
+    """One prompt: what to render."""
+
+    text: Annotated[Text, Field(min_length=1, max_length=10_000)]
+    negative_prompt: optional_text(10_000) = None  # type: ignore[valid-type]
+    num_images: optional_number(1, 8) = None  # type: ignore[valid-type]
+    seed: optional_number(0, 2**32 - 1) = None  # type: ignore[valid-type]
+    steps: optional_number(1, 100) = None  # type: ignore[valid-type]
+    cfg_scale: optional_number(0, 15, float) = None  # type: ignore[valid-type]
+    w: optional_number(64, 2048) = None  # type: ignore[valid-type]
+    h: optional_number(64, 2048) = None  # type: ignore[valid-type]
+    callback: Address = None
+    aspect_ratio: one_of(ASPECT_RATIOS) = None  # type: ignore[valid-type]
+    ar: one_of(AR) = None  # type: ignore[valid-type]
+    scheduler: one_of(SCHEDULERS) = None  # type: ignore[valid-type]
+    use_lpw: OptionalBool = None
+    lora_scale: optional_number(-5, 5, float) = None  # type: ignore[valid-type]
+    style: optional_text(64) = None  # type: ignore[valid-type]
+    color_grading: optional_text(64) = None  # type: ignore[valid-type]
+    film_grain: OptionalBool = None
+    super_resolution: Annotated[bool | None, BeforeValidator(_enlarged)] = None
+    hires_fix: OptionalBool = None
+    inpaint_faces: OptionalBool = None
+    face_correct: OptionalBool = None
+    face_swap: OptionalBool = None
+    input_image: Any = Field(None, exclude=True)
+    input_image_url: optional_text(2048) = None  # type: ignore[valid-type]
+    mask_image: Any = Field(None, exclude=True)
+    mask_image_url: optional_text(2048) = None  # type: ignore[valid-type]
+    denoising_strength: optional_number(0, 1, float) = None  # type: ignore[valid-type]
+    controlnet: one_of((*CONTROLS, *HOSTED_CONTROLS)) = None  # type: ignore[valid-type]
+    controlnet_conditioning_scale: optional_number(0, 1, float) = None  # type: ignore[valid-type]
+    controlnet_txt2img: OptionalBool = None
+
+    @classmethod
+    def accepted(cls) -> tuple[str, ...]:
+        return ("prompt_expansion", "backend_version", "resolution")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> PromptRequest:
+        for name in ("w", "h"):
+            value = getattr(self, name)
+            if value is not None and value % 8:
+                raise ValueError(f"{name} must be a multiple of 8")
+        for name in ("input_image", "mask_image"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_url") is not None:
+                raise ValueError(f"{name} and {name}_url are two pictures; leave one of them out")
+        return self
+
+    @property
+    def has_input(self) -> bool:
+        """Whether it starts from a picture."""
+        return self.input_image is not None or self.input_image_url is not None
+
+    @property
+    def has_mask(self) -> bool:
+        return self.mask_image is not None or self.mask_image_url is not None
+
+
+PICTURES = ("input_image", "mask_image")  # of a prompt: files, in a request and in the prompt's folder
+# What a prompt's row has columns for; the rest is its `attributes`.
+COLUMNS = ("text", "negative_prompt", "num_images", "seed", "steps", "cfg_scale", "w", "h", "callback")
+
+
+def attributes_of(request: PromptRequest) -> dict[str, Any]:
+    """What was asked for beside the columns of a prompt's row; pictures are not among it."""
+    beside = {name for name in PromptRequest.model_fields if name not in (*COLUMNS, *PICTURES)}
+    return {name: value for name, value in request.model_dump(include=beside).items() if value is not None}
+
+
+def prompt_of(row: Mapping[str, Any]) -> PromptRequest:
+    """The request of a prompt's row in the store."""
+    beside = {name: value for name, value in row["attributes"].items() if name not in PICTURES}  # those are files now
+    return PromptRequest(**{name: row[name] for name in COLUMNS}, **beside)
+
+
+class Echo(BaseModel):
+    """What the hosted service's prompt object tells of attributes; of prompts older than they are here, too."""
+
+    super_resolution: bool = False
+    ar: optional_text(32) = "1:1"  # type: ignore[valid-type]
+    controlnet_conditioning_scale: optional_number(0, 1, float) = None  # type: ignore[valid-type]
+    controlnet_txt2img: bool = False
+    denoising_strength: optional_number(0, 1, float) = None  # type: ignore[valid-type]
+
+
+class Prompt(BaseModel):
+    """A prompt as every door answers it: the hosted service's keys in its order, then ours."""
+
+    id: int
+    callback: str | None
+    trained_at: str | None
+    started_training_at: str | None
+    created_at: str
+    updated_at: str
+    tune_id: int
+    text: str
+    negative_prompt: str | None
+    cfg_scale: float | None
+    steps: int | None
+    super_resolution: bool
+    ar: str
+    num_images: int
+    seed: int | None
+    controlnet_conditioning_scale: float | None
+    controlnet_txt2img: bool
+    denoising_strength: float | None
+    url: str
+    images: list[str]
+    w: int | None
+    h: int | None
+    aspect_ratio: str | None
+    scheduler: str | None
+    use_lpw: bool
+    lora_scale: float | None
+    style: str | None
+    color_grading: str | None
+    film_grain: bool
+    hires_fix: bool
+    inpaint_faces: bool
+    face_correct: bool
+    face_swap: bool
+    controlnet: str | None
+    input_image: str | None = Field(description="a link to it, also where it came from input_image_url")
+    mask_image: str | None
+    thumbnails: list[str]
+    contact_sheet: str | None
+    preview: str | None = Field(description="what it looks like so far, while it renders")
+    status: PromptStatus
+    progress: Progress
+    error: str | None
+    user_error: str | None
+    warnings: list[str]
+    tunes: list[int]

@@ -1,0 +1,34 @@
+"""The states of tunes and prompts, their progress and their callbacks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+TuneStatus = Literal["queued", "training", "trained", "failed", "canceled", "expired"]
+ENDED = ("trained", "rendered", "failed", "canceled", "expired")
+
+
+class Progress(BaseModel):
+    """Where a running tune is. `loss` is the mean of the last steps read; `seconds_per_step` a moving average."""
+
+    stage: str = "queued"
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    seconds_per_step: float | None = None
+
+
+class Callback(BaseModel):
+    """A callback: to whom, what has come of it so far, and when it is tried again (null: not any more)."""
+
+    id: int
+    kind: Literal["tune", "prompt", "prompts"]
+    prompt_id: int | None
+    url: str
+    created_at: str
+    attempts: int
+    answer: str | None
+    arrived_at: str | None
+    due_at: str | None

@@ -1,0 +1,152 @@
+"""A tune: the request, the change, the check of photos, and the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator
+
+from trainer.contract.errors import InvalidRequest, nearest, words
+from trainer.contract.fields import (
+    Address,
+    Characteristics,
+    ClassName,
+    ImageUrls,
+    OptionalBool,
+    Request,
+    Title,
+    blank_is_none,
+    optional_number,
+    optional_text,
+)
+from trainer.contract.photos import Photo
+from trainer.contract.prompts import Prompt, PromptRequest
+from trainer.contract.states import Progress, TuneStatus
+from trainer.names import BRANCHES, METHODS
+
+
+class TuneRequest(Request):
+    """The tune parameters, in the order of the product document; then ours."""
+
+    name: ClassName
+    title: Title
+    images: list[Any] = []
+    image_urls: ImageUrls = []
+    callback: Address = None
+    branch: optional_text(64) = None  # type: ignore[valid-type]
+    steps: optional_number(1, 10_000) = None  # type: ignore[valid-type]
+    token: optional_text(32) = None  # type: ignore[valid-type]
+    face_crop: OptionalBool = None
+    training_face_correct: OptionalBool = None
+    base_tune_id: optional_number(1, 2**53) = None  # type: ignore[valid-type]
+    model_type: optional_text(64) = None  # type: ignore[valid-type]
+    auto_extend: OptionalBool = None
+    preset: optional_text(64) = None  # type: ignore[valid-type]
+    characteristics: Characteristics = {}
+    prompts_attributes: list[PromptRequest] = []
+    args: optional_text(1000) = None  # type: ignore[valid-type]
+    prompts_callback: Address = None
+
+    @classmethod
+    def accepted(cls) -> tuple[str, ...]:
+        return ("resolution", "is_api")
+
+    @classmethod
+    def known_at(cls, loc: Sequence[int | str]) -> list[str]:
+        return (PromptRequest if loc[0] == "prompts_attributes" else cls).parameters()
+
+
+class TuneChange(Request):
+    """What can be changed of a tune that is there."""
+
+    title: Title = ""
+    name: ClassName = ""
+    auto_extend: OptionalBool = None
+    characteristics: Characteristics = {}
+
+
+class CheckRequest(Request):
+    """What a check of photos may be told: the tune parameters that decide what becomes of them."""
+
+    name: Annotated[ClassName | None, BeforeValidator(blank_is_none)] = None
+    images: list[Any] = []
+    image_urls: ImageUrls = []
+    branch: optional_text(64) = None  # type: ignore[valid-type]
+    face_crop: OptionalBool = None
+    training_face_correct: OptionalBool = None
+    base_tune_id: optional_number(1, 2**53) = None  # type: ignore[valid-type]
+    model_type: optional_text(64) = None  # type: ignore[valid-type]
+    preset: optional_text(64) = None  # type: ignore[valid-type]
+    args: optional_text(1000) = None  # type: ignore[valid-type]
+
+    @classmethod
+    def accepted(cls) -> tuple[str, ...]:
+        return tuple(
+            name for name in (*TuneRequest.model_fields, *TuneRequest.accepted()) if name not in cls.model_fields
+        )
+
+    def as_tune(self) -> TuneRequest:
+        """The tune that these photos would be for; a LoRA where nothing else is said."""
+        given = self.model_dump(exclude={"images"}, exclude_none=True)
+        if self.model_type == "faceid":  # which looks at them as a LoRA does
+            del given["model_type"]
+        return TuneRequest(**{"name": "photo", "title": "check", "model_type": "lora", **given})
+
+
+def check_branch(branch: str) -> str:
+    """The branch, if there is one of that name. Raises InvalidRequest."""
+    if branch not in BRANCHES:
+        raise InvalidRequest(
+            {"branch": [f"unknown branch {branch!r}{nearest(branch, BRANCHES)}; known: {words(BRANCHES)}"]}
+        )
+    return branch
+
+
+def check_model_type(model_type: str, branch: str, known: Sequence[str], why_not: Mapping[str, str]) -> None:
+    """Raises InvalidRequest unless a branch has the model type. why_not: the reasons for those that it has not."""
+    if model_type not in METHODS:
+        close = nearest(model_type, METHODS)
+        raise InvalidRequest({"model_type": [f"unknown model_type {model_type!r}{close}; known: {words(METHODS)}"]})
+    if model_type not in known:
+        why = f": {why_not[model_type]}" if model_type in why_not else ""
+        raise InvalidRequest({"model_type": [f"{branch} has no {model_type}{why}; it has {words(known)}"]})
+
+
+class Tune(BaseModel):
+    """A tune as every door answers it: the document's keys in its order, then ours."""
+
+    id: int
+    title: str
+    name: str
+    token: str | None
+    base_tune_id: int | None
+    args: str | None
+    steps: int | None
+    face_crop: bool | None
+    training_face_correct: bool
+    ckpt_url: str | None
+    ckpt_urls: list[str]
+    eta: str | None
+    trained_at: str | None
+    started_training_at: str | None
+    expires_at: str | None
+    created_at: str
+    branch: str
+    model_type: str | None
+    updated_at: str
+    url: str
+    orig_images: list[str]
+    callback: str | None
+    preset: str | None
+    characteristics: dict[str, str]
+    auto_extend: bool
+    status: TuneStatus
+    progress: Progress
+    error: str | None
+    warnings: list[str]
+    photos: list[Photo]
+    prompts: list[Prompt]
+
+
+Tune.model_rebuild()

@@ -1,0 +1,232 @@
+"""Weights of the small models that look at photos: what they are, where they come from, and that they are these.
+
+They lie in a folder of their own (setting `weights`), are fetched there once, and are told by their sha256. A machine
+without a network gets them by hand: the same names in that folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import uuid
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import httpx
+
+from trainer.contract.photos import Tell, untold
+from trainer.files import PARTIAL, fsync, write_whole
+from trainer.settings import Settings
+
+log = logging.getLogger("tunebooth.weights")
+FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
+CLIPSEG_FOLDER = "clipseg-rd64-refined"
+CLIPSEG_HUB = f"https://huggingface.co/CIDAS/{CLIPSEG_FOLDER}/resolve/main"
+FACEID_HUB = "https://huggingface.co/h94/IP-Adapter-FaceID/resolve/main"
+
+
+class Unavailable(Exception):
+    """Weights that cannot be had here, and why, in words for a user."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One file. sha256 None: its maker publishes none; then that of the first time is kept beside it."""
+
+    name: str
+    what: str
+    url: str
+    sha256: str | None
+    megabytes: float
+    licence: str
+
+
+DETECTOR = Weights(
+    "detection_mobilenet0.25_Final.pth",
+    "the face detector",
+    f"{FACEXLIB}/v0.1.0/detection_mobilenet0.25_Final.pth",
+    "2979b33ffafda5d74b6948cd7a5b9a7a62f62b949cef24e95fd15d2883a65220",
+    1.8,
+    "MIT (RetinaFace of biubug6, trained on WIDER FACE)",
+)
+RESTORER = Weights(
+    "GFPGANv1.4.pth",
+    "the face restorer",
+    "https://github.com/TencentARC/GFPGAN/releases/download/v1.3.0/GFPGANv1.4.pth",
+    "e2cd4703ab14f4d01fd1383a8a8b266f9a5833dacee8e6a79d3bf21a1b6be5ad",
+    349,
+    "Apache-2.0 (GFPGAN)",
+)
+UPSCALER = Weights(
+    "RealESRGAN_x4plus.pth",
+    "the model that enlarges pictures",
+    "https://github.com/xinntao/Real-ESRGAN/releases/download/v0.1.0/RealESRGAN_x4plus.pth",
+    "4fa0d38905f75ac06eb49a7951b426670021be3018265fd191d2125df9d682f1",
+    67,
+    "BSD-3-Clause (Real-ESRGAN)",
+)
+MATTING = Weights(
+    "matting_modnet_portrait.pth",
+    "the model that sets people apart from what is behind them",
+    f"{FACEXLIB}/v0.2.0/matting_modnet_portrait.pth",
+    None,
+    26,
+    "Apache-2.0 (MODNet)",
+)
+NAMER = "the model that finds things by their name"
+SEGMENTER = tuple(
+    Weights(f"{CLIPSEG_FOLDER}/{file}", NAMER, f"{CLIPSEG_HUB}/{file}", None, size, "Apache-2.0 (CLIPSeg)")
+    for file, size in [("config.json", 0.1), ("preprocessor_config.json", 0.1), ("vocab.json", 0.9),
+                       ("merges.txt", 0.5), ("tokenizer_config.json", 0.1), ("special_tokens_map.json", 0.1),
+                       ("model.safetensors", 603)]
+)  # fmt: skip
+# Never fetched: used where they are. The first is the field's (OpenCV Zoo); the second is what tests have.
+RECOGNIZERS = (
+    Weights(
+        "face_recognition_sface_2021dec.onnx",
+        "the face recognizer",
+        "https://github.com/opencv/opencv_zoo/raw/main/models/face_recognition_sface/face_recognition_sface_2021dec.onnx",
+        "0ba9fbfa01b5270c96627c4ef784da859931e02f04419c829e83484087c34e79",
+        39,
+        "Apache-2.0 (SFace, OpenCV Zoo)",
+    ),
+    Weights(
+        "mobilefacenet_112.onnx",
+        "the face recognizer",
+        "https://github.com/foamliu/MobileFaceNet/raw/a6cc9032a659b615f477833e1a70b5e7931bcccc/weights/MobileFaceNet.onnx",
+        "b7120c095d60094f28a4a54ba6a8bf51b297a6273fb40ef6350dfec1f63d9507",
+        4,
+        "Apache-2.0 (MobileFaceNet; trained on MS-Celeb-1M, which was withdrawn)",
+    ),
+)
+# What faceid tunes are made with: whose identities IP-Adapter FaceID was trained on.
+ARCFACE = Weights(
+    "w600k_r50.onnx",
+    "the face recognizer of faceid tunes",
+    "https://huggingface.co/public-data/insightface/resolve/main/models/buffalo_l/w600k_r50.onnx",
+    "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43",
+    174,
+    "non-commercial research only (InsightFace)",
+)
+FACEID_LICENCE = "research only, not for commercial use (IP-Adapter-FaceID; InsightFace)"
+FACEID = {  # by the branch whose pictures they put a face into
+    "sd15": Weights(
+        "ip-adapter-faceid_sd15.bin",
+        "the adapter that puts a face into pictures of Stable Diffusion 1.5",
+        f"{FACEID_HUB}/ip-adapter-faceid_sd15.bin",
+        "201344e22e6f55849cf07ca7a6e53d8c3b001327c66cb9710d69fd5da48a8da7",
+        97,
+        FACEID_LICENCE,
+    ),
+    "sdxl1": Weights(
+        "ip-adapter-faceid_sdxl.bin",
+        "the adapter that puts a face into pictures of SDXL",
+        f"{FACEID_HUB}/ip-adapter-faceid_sdxl.bin",
+        "f455fed24e207c878ec1e0466b34a969d37bab857c5faa4e8d259a0b4ff63d7e",
+        1071,
+        FACEID_LICENCE,
+    ),
+}
+
+
+def find(settings: Settings, *wanted: Weights) -> Path | None:
+    """The first of these files, if all of them lie in the folder. Raises Unavailable for one that is another file."""
+    if not all((settings.weights / one.name).is_file() for one in wanted):
+        return None
+    for one in wanted:
+        file = settings.weights / one.name
+        facts = file.stat()
+        if _sha256(file, facts.st_mtime_ns, facts.st_size) != (one.sha256 or _first_sha256(file)):
+            raise Unavailable(
+                f"{one.name} in the weights folder is not {one.what}: its sha256 is another one. Delete it, and the"
+                " file of that name and .sha256 where there is one, so that it is fetched again"
+            )
+    return settings.weights / wanted[0].name
+
+
+def find_recognizer(settings: Settings) -> Path | None:
+    """The face recognizer, where one lies in the folder."""
+    found = (find(settings, one) for one in RECOGNIZERS)
+    return next((file for file in found if file), None)
+
+
+def find_identifier(settings: Settings) -> Path | None:
+    """The face recognizer for faceid tunes, where one lies in the folder: ArcFace's, else that for other tunes.
+
+    Adapters know only identities of the one that they were trained with.
+    """
+    return find(settings, ARCFACE) or find_recognizer(settings)
+
+
+def obtain_identifier(settings: Settings, tell: Tell = untold) -> Path:
+    """ArcFace's, which is fetched; the one for other tunes only where that cannot be had. Raises Unavailable."""
+    if file := find(settings, ARCFACE):
+        return file
+    try:
+        return obtain(settings, ARCFACE, tell=tell)
+    except Unavailable:
+        if file := find_recognizer(settings):
+            return file
+        raise
+
+
+def obtain(settings: Settings, *wanted: Weights, tell: Tell = untold) -> Path:
+    """The first of these files; what is missing is fetched. Raises Unavailable."""
+    for one in wanted:
+        if not (settings.weights / one.name).is_file():
+            _fetch(settings, one, tell)
+    file = find(settings, *wanted)
+    assert file is not None, "all of them are there now"
+    return file
+
+
+def _fetch(settings: Settings, one: Weights, tell: Tell) -> None:
+    from huggingface_hub import constants  # the switch for being offline is that library's
+
+    by_hand = f"put {one.name} into the weights folder, from {one.url}"
+    if constants.is_offline_mode():
+        raise Unavailable(f"{one.what} is not here and HF_HUB_OFFLINE is set; {by_hand}")
+    log.info("fetching %s: %s, %g MB from %s, licence: %s", one.name, one.what, one.megabytes, one.url, one.licence)
+    target = settings.weights / one.name
+    partial = target.with_name(f"{target.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
+    digest, size = hashlib.sha256(), 0
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with httpx.stream("GET", one.url, follow_redirects=True, timeout=20.0) as response, partial.open("wb") as file:
+            response.raise_for_status()
+            for chunk in response.iter_bytes(2**20):
+                digest.update(chunk)
+                file.write(chunk)
+                size += len(chunk)
+                tell(f"{one.what} is fetched; its licence: {one.licence}", round(size / 1e6), round(one.megabytes))
+        if one.sha256 not in (None, digest.hexdigest()):
+            raise Unavailable(f"{one.what} arrived damaged: its sha256 is not the published one; {by_hand}")
+        fsync(partial)
+        _note_of(target).unlink(missing_ok=True)  # of what lay here before
+        partial.rename(target)
+    except httpx.HTTPError as problem:
+        raise Unavailable(f"{one.what} could not be fetched ({type(problem).__name__}); {by_hand}") from None
+    except OSError as problem:
+        raise Unavailable(f"{one.what} could not be stored ({problem.strerror}); {by_hand}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _first_sha256(file: Path) -> str:
+    """The sha256 that the file had when it was first used."""
+    note = _note_of(file)
+    if not note.exists():
+        facts = file.stat()
+        write_whole(note, _sha256(file, facts.st_mtime_ns, facts.st_size))
+    return note.read_text().strip()
+
+
+def _note_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
+
+
+@lru_cache(maxsize=64)
+def _sha256(file: Path, _changed: int, _size: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

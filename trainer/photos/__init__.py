@@ -1,0 +1,1 @@
+"""From uploaded files to photos that were analyzed; the networks run in a child process."""

@@ -1,0 +1,57 @@
+"""What the child process that analyzes photos is given and answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A face in a photo: box (left, top, right, bottom) and landmarks (eyes, nose, corners of the mouth) in pixels.
+
+    identity: a vector of length 1; None without recognition weights.
+    """
+
+    box: Box
+    score: float
+    landmarks: tuple[tuple[float, float], ...]
+    sharpness: float
+    identity: tuple[float, ...] | None = None
+
+    @property
+    def area(self) -> float:
+        left, top, right, bottom = self.box
+        return (right - left) * (bottom - top)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the child is to make of one photo, in `folder` (the tune's `dataset/`). Weights that are None: not that."""
+
+    photo: Path
+    folder: Path
+    name: str
+    faces: list[Found]
+    subject: list[Found]
+    closeup: bool = False
+    mask_face: bool = False
+    restorer: Path | None = None
+    strength: float = 1.0
+    matting: Path | None = None
+    segmenter: Path | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not (self.closeup or self.mask_face or self.restorer or self.matting or self.segmenter)
+
+
+@dataclass
+class Made:
+    """What the child has made of one photo."""
+
+    closeup: bool = False
+    restored: int = 0
+    masks: list[str] = field(default_factory=list)

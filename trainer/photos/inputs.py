@@ -1,0 +1,94 @@
+"""The pictures that prompts start from: uploads and URLs -> upright RGB files beside the prompts' own."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.contract.errors import InvalidRequest
+from trainer.contract.photos import Tell, Upload, untold
+from trainer.contract.prompts import PICTURES, PromptRequest
+from trainer.files import PARTIAL, fsync
+from trainer.photos.intake import Decoder
+from trainer.photos.urls import fetch_all
+from trainer.settings import Settings
+
+
+@contextmanager
+def taken_in(
+    settings: Settings,
+    decoder: Decoder,
+    requests: Sequence[PromptRequest],
+    within: str | None = None,
+    tell: Tell = untold,
+) -> Iterator[dict[int, Path]]:
+    """Fetch and decode the pictures of prompts; yields a folder with `input_image.*` and `mask_image.*` for each.
+
+    The folders, by the number of their request, are the caller's to `keep`; what is left of them at the end is removed.
+    within: the parameter that the requests are a list of; None: there is one, and its own parameters are told. Raises
+    InvalidRequest naming every bad picture.
+    """
+    wanted = [(number, name) for number, one in enumerate(requests) for name in PICTURES if of(one, name) is not None]
+    if not wanted:
+        yield {}
+        return
+    work = settings.outputs / "incoming" / f"{PARTIAL}{uuid.uuid4().hex[:12]}"
+    problems: dict[str, list[str]] = {}
+    try:
+        for number, name in wanted:
+            folder = work / str(number)
+            folder.mkdir(parents=True, exist_ok=True)
+            given = of(requests[number], name)
+            field = f"{name}_url" if isinstance(given, str) else name
+            try:
+                upload = _upload(settings, given, folder, tell)
+                decoder.decode(upload.path, folder / name, upload.name)
+            except InvalidRequest as invalid:
+                said = "; ".join(one for all_ in invalid.problems.values() for one in all_)
+            except ValueError as problem:
+                said = f"{upload.name} {problem}"
+            else:
+                said = ""
+            if said:
+                problems.setdefault(within or field, []).append(f"{number}.{field}: {said}" if within else said)
+            shutil.rmtree(folder / "fetched", ignore_errors=True)
+        if problems:
+            raise InvalidRequest(problems)
+        yield {number: work / str(number) for number, _ in wanted}
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def of(request: PromptRequest, name: str) -> Upload | str | None:
+    """A picture of a request: its file, or its address."""
+    given: Upload | str | None = getattr(request, name)
+    return getattr(request, f"{name}_url") if given is None else given
+
+
+def _upload(settings: Settings, given: Upload | str | None, folder: Path, tell: Tell) -> Upload:
+    if isinstance(given, str):
+        (folder / "fetched").mkdir()
+        return fetch_all(settings, [given], folder / "fetched", tell)[0]
+    assert given is not None, "only pictures that are there are taken in"
+    size = given.path.stat().st_size
+    if size > settings.max_image_mb * 2**20:
+        raise ValueError(f"has {size / 2**20:.1f} MB; at most {settings.max_image_mb} MB are allowed")
+    return given
+
+
+def keep(folder: Path, target: Path) -> None:
+    """Move a folder of pictures to where it stays."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)  # left by a crash before the commit, so that its number came again
+    for path in folder.iterdir():
+        fsync(path)
+    folder.rename(target)
+    fsync(target.parent)
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """A picture of a prompt, where it has one. folder: that of its pictures."""
+    return next(folder.glob(f"{name}.*"), None)

@@ -1,0 +1,165 @@
+"""Intake: uploads and URLs become upright 8-bit sRGB files, decoded in limited child processes.
+
+Decoders have bugs (reference: Pillow's own security handbook); a photo that breaks one costs that child, not the app.
+"""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from trainer.contract.errors import CannotLook, InvalidRequest
+from trainer.contract.photos import Photo, Tell, Upload, untold
+from trainer.files import PARTIAL
+from trainer.photos.child import Broke, Child, NotStarted
+from trainer.photos.decode import Decoded, alike
+from trainer.photos.urls import fetch_all
+from trainer.settings import Settings
+
+MAX_CAPTION_BYTES = 10_000
+SAME_PICTURE = "the very same picture as"  # begins why a photo that came twice is dropped
+CHILDREN = 2  # a photo each at a time; more would take the cores that train
+
+
+class Decoder:
+    """The child processes that decode photos, with limits of memory and time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._children = [Child("trainer.photos.decode", "decodes photos") for _ in range(CHILDREN)]
+        self._free: queue.LifoQueue[Child] = queue.LifoQueue()  # the one that worked last is the one that is awake
+        for child in self._children:
+            self._free.put(child)
+
+    def warm(self) -> None:
+        """Start the children, so that the first request need not wait for them."""
+        for child in self._children:
+            child.warm()
+
+    def close(self) -> None:
+        for child in self._children:
+            child.close()
+
+    def decode(self, source: Path, target: Path, name: str) -> Decoded:
+        """Write `source` as an upright RGB file, `target` with a suffix. Raises ValueError saying what is wrong."""
+        seconds, child = self._settings.decode_seconds, self._free.get()
+        try:
+            decoded: Decoded = child.run(
+                seconds, "decode", source, target, name, self._settings.max_megapixels * 1_000_000
+            )
+        except TimeoutError:
+            raise ValueError(f"could not be decoded within {seconds:g} s") from None
+        except MemoryError:
+            raise ValueError("needs too much memory to be decoded") from None
+        except NotStarted as problem:
+            raise CannotLook(str(problem)) from problem
+        except Broke:
+            raise ValueError("broke the decoder; it is damaged, or made to do so") from None
+        finally:
+            self._free.put(child)
+        return decoded
+
+
+@contextmanager
+def intake(
+    settings: Settings,
+    decoder: Decoder,
+    uploads: Sequence[Upload],
+    image_urls: list[str],
+    tell: Tell = untold,
+) -> Iterator[tuple[Path, list[Photo]]]:
+    """Fetch, check and convert all photos of a request; yields a folder with `images/` in it, and the verdicts.
+
+    The folder is the caller's to rename away; whatever is left of it at the end is removed. `.txt` files are captions,
+    paired with the photo of the same base name. A photo that came twice is kept once. Raises InvalidRequest naming
+    every bad file.
+    """
+    work = settings.outputs / "incoming" / f"{PARTIAL}{uuid.uuid4().hex[:12]}"
+    images, fetched = work / "images", work / "fetched"
+    images.mkdir(parents=True)
+    try:
+        if image_urls:
+            fetched.mkdir()
+            uploads = [*uploads, *fetch_all(settings, image_urls, fetched, tell)]
+        photos = _convert(settings, decoder, uploads, images, tell)
+        shutil.rmtree(fetched, ignore_errors=True)
+        yield work, photos
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _convert(settings: Settings, decoder: Decoder, uploads: Sequence[Upload], folder: Path, tell: Tell) -> list[Photo]:
+    captions = {PurePosixPath(u.name).stem: u for u in uploads if u.name.lower().endswith(".txt")}
+    pictures = [upload for upload in uploads if not upload.name.lower().endswith(".txt")]
+    if not pictures:
+        raise InvalidRequest({"images": ["must contain at least one image"]})
+    if len(pictures) > settings.max_images:
+        problem = f"must contain at most {settings.max_images} images, got {len(pictures)}"
+        raise InvalidRequest({"images": [problem]})
+    mine = [captions.pop(PurePosixPath(upload.name).stem, None) for upload in pictures]
+
+    def convert(number: int) -> Decoded | str:
+        """The photo of this number, or why it is refused."""
+        try:
+            return _take(settings, decoder, pictures[number], mine[number], folder / f"{number:03d}")
+        except ValueError as problem:
+            return f"{pictures[number].name} {problem}"
+
+    answers: list[Decoded | str] = []
+    with ThreadPoolExecutor(CHILDREN) as pool:
+        for answer in pool.map(convert, range(len(pictures))):
+            answers.append(answer)
+            tell("photos are decoded", len(answers), len(pictures))
+    problems = [answer for answer in answers if isinstance(answer, str)]
+    problems += [f"{upload.name} is a caption without an image of the same name" for upload in captions.values()]
+    if problems:
+        raise InvalidRequest({"images": problems})
+    return _name_duplicates([answer for answer in answers if isinstance(answer, Decoded)], folder)
+
+
+def _take(settings: Settings, decoder: Decoder, upload: Upload, caption: Upload | None, target: Path) -> Decoded:
+    size = upload.path.stat().st_size
+    if size == 0:
+        raise ValueError("is empty")
+    if size > settings.max_image_mb * 2**20:
+        raise ValueError(f"has {size / 2**20:.1f} MB; at most {settings.max_image_mb} MB are allowed")
+    decoded = decoder.decode(upload.path, target, upload.name)
+    if caption:
+        target.with_suffix(".txt").write_text(_caption(caption), "utf-8")
+    return decoded
+
+
+def _name_duplicates(decoded: list[Decoded], folder: Path) -> list[Photo]:
+    """Keep the same picture once, the first time it comes, and say which photos look almost alike."""
+    kept: list[Decoded] = []
+    for one in decoded:
+        photo = one.photo
+        if twin := next((other for other in kept if other.digest == one.digest), None):
+            photo.duplicate_of = twin.photo.name
+            photo.dropped = f"{SAME_PICTURE} {twin.photo.name}, which is trained"
+            (folder / photo.file).unlink()
+            caption, of_twin = ((folder / file).with_suffix(".txt") for file in (photo.file, twin.photo.file))
+            if caption.exists() and not of_twin.exists():
+                caption.rename(of_twin)
+            caption.unlink(missing_ok=True)
+            continue
+        if near := next((other for other in kept if alike(other.look, one.look)), None):
+            photo.duplicate_of = near.photo.name
+            photo.notes.append(f"looks almost like {near.photo.name}: another view would teach more")
+        kept.append(one)
+    return [one.photo for one in decoded]
+
+
+def _caption(upload: Upload) -> str:
+    data = upload.path.read_bytes()
+    if len(data) > MAX_CAPTION_BYTES:
+        raise ValueError(f"has a caption of more than {MAX_CAPTION_BYTES} bytes")
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise ValueError("has a caption that is not UTF-8 text") from None

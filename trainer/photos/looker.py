@@ -1,0 +1,352 @@
+"""What is seen in photos, and what is made of them before training: faces, closeups, restored faces, masks, verdicts.
+
+The looking itself happens in a child process (`faces.py`), so that a model that breaks costs no app, and so that photos
+can be checked while a tune trains. Here it is decided what is asked for, and what the answers mean. No torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.config.kinds import kind_of
+from trainer.config.train_config import TrainConfig
+from trainer.contract.errors import CannotLook, InvalidRequest
+from trainer.contract.photos import Face, Photo, Tell, untold
+from trainer.files import write_whole
+from trainer.library import weights
+from trainer.library.weights import Unavailable, Weights
+from trainer.names import IDENTITY_FILE
+from trainer.photos.child import Broke, Child, Closed, NotStarted
+from trainer.photos.found import Found, Made, Task
+from trainer.photos.subject import (
+    SAME,
+    STRANGER,
+    choose,
+    doubts,
+    drop_faceless,
+    drop_unusable,
+    mean,
+    not_people,
+    of_one_person,
+)
+from trainer.settings import Settings
+
+FIND_SECONDS = 60.0  # of one photo; a third of a second is usual
+PREPARE_SECONDS = 120.0  # and for each face that is restored some more
+RESTORE_SECONDS = 60.0  # three are usual on a CPU
+MADE = ("restored", "faces", "masks")  # folders of `dataset/`
+
+
+class Looker:
+    """The child process that looks at photos, and what is asked of it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._child = Child("trainer.photos.faces", "looks at photos")
+
+    def warm(self) -> None:
+        """Start the child: its imports take some seconds."""
+        self._child.warm()
+
+    def close(self) -> None:
+        self._child.close()
+
+    def prepare(
+        self,
+        folder: Path,
+        photos: Sequence[Photo],
+        config: TrainConfig,
+        name: str,
+        restore: bool,
+        tell: Tell = untold,
+        fetch: bool = True,
+    ) -> tuple[list[Photo], list[str]]:
+        """Look at the photos of `folder/images` and write `folder/dataset`; the verdicts, and warnings for all.
+
+        name: the class name. restore: `training_face_correct`. fetch: whether large weights that are missing are
+        fetched; else it is said that they would be. `tell` may raise, to stop between two photos. Raises CannotLook
+        where a photo breaks the child.
+        """
+        photos = [photo.model_copy(deep=True) for photo in photos]
+        kept = [photo for photo in photos if not photo.dropped]
+        people = kind_of(name) == "person"
+        warnings: list[str] = []
+        found: dict[str, list[Found]] = {}
+        if people:
+            found, warnings = self._find(folder / "images", kept, tell)
+        subjects = self._judge(kept, found, name, self._same())
+        for photo in kept:
+            if photo.same_person is False:
+                photo.notes.append(f"{STRANGER}: no closeup is made of this face")
+        if people and found:
+            warnings += drop_faceless(kept, config)
+        if restore and not people:
+            warnings.append(not_people("training_face_correct", name))
+        kept = [photo for photo in kept if not photo.dropped]
+        tools, said = self._tools(config, people, restore and bool(found), fetch, tell)
+        warnings += said
+        if not (people or tools or masks_of(config)):
+            return photos, warnings
+        for number, photo in enumerate(kept):
+            tell("photos are prepared", number, len(kept))
+            self._make(folder, photo, config, name, found.get(photo.file, []), subjects.get(photo.file, []), tools)
+        tell("photos are prepared", len(kept), len(kept))
+        return photos, warnings
+
+    def identify(
+        self, folder: Path, photos: Sequence[Photo], name: str, tell: Tell = untold
+    ) -> tuple[list[Photo], list[str]]:
+        """Look at the photos of `folder/images` and write who is on them to `folder/model/faceid.safetensors`.
+
+        That is the mean of the identities of the main faces, of length 1. Returns the verdicts and what to warn of;
+        photos without a face, and those of somebody else, are dropped. name: the class name. `tell` may raise, to stop
+        between two photos. Raises InvalidRequest where no photo shows who it is, CannotLook where nobody can look.
+        """
+        if not of_one_person(name):
+            raise InvalidRequest({"name": [f"a faceid is of one person (man, woman, ...), and {name} is not"]})
+        photos = [photo.model_copy(deep=True) for photo in photos]
+        kept = [photo for photo in photos if not photo.dropped]
+        try:
+            detector = weights.obtain(self._settings, weights.DETECTOR, tell=tell)
+            recognizer = weights.obtain_identifier(self._settings, tell)
+            self._child.start()
+        except (Unavailable, NotStarted) as problem:
+            raise CannotLook(f"nobody can look for faces: {problem}") from problem
+        same = SAME[recognizer.name]
+        found = self._look(folder / "images", kept, detector, recognizer, tell)
+        subjects = self._judge(kept, found, name, same)
+        warnings = drop_unusable(kept, subjects)
+        faces = {photo.file: subjects[photo.file][0] for photo in kept if not photo.dropped}
+        if not faces:
+            raise InvalidRequest({"images": [f"{photo.name}: {photo.dropped}" for photo in photos]})
+        warnings += doubts([photo for photo in kept if photo.file in faces], faces, same)
+        if recognizer.name != weights.ARCFACE.name:
+            warnings.append(
+                f"{weights.ARCFACE.name} cannot be had here, so {recognizer.name} said who it is: the published"
+                " adapters do not know its identities"
+            )
+        identity = mean([face.identity or () for face in faces.values()])
+        facts = {"recognizer": recognizer.name, "photos": str(len(faces))}
+        try:
+            self._child.run(FIND_SECONDS, "save_identity", identity, folder / "model" / IDENTITY_FILE, facts)
+        except (TimeoutError, Broke, NotStarted, OSError, ValueError) as problem:
+            told = str(problem) or type(problem).__name__
+            raise CannotLook(f"the identity could not be written: {told}") from problem
+        return photos, warnings
+
+    # Of pictures that were rendered, or that a prompt starts from
+
+    def faces(self, picture: Path, tell: Tell = untold) -> list[Found]:
+        """The faces of a picture, largest first. Raises CannotLook."""
+        with self._able("nobody can look for faces"):
+            detector = weights.obtain(self._settings, weights.DETECTOR, tell=tell)
+            found: list[Found] = self._child.run(FIND_SECONDS, "find", picture, detector, None)
+        return found
+
+    def restore(self, picture: Path, faces: Sequence[Found], strength: float, tell: Tell = untold) -> None:
+        """Restore these faces of a picture, in its file; strength: as `args restore_strength`. Raises CannotLook."""
+        with self._able("faces cannot be restored"):
+            restorer = weights.obtain(self._settings, weights.RESTORER, tell=tell)
+            seconds = FIND_SECONDS + RESTORE_SECONDS * len(faces)
+            self._child.run(seconds, "trainer.photos.restore:restore_all", picture, list(faces), restorer, strength)
+
+    def mask(self, picture: Path, words: str, tell: Tell = untold) -> bytes | None:
+        """A PNG of where the thing of this name is in a picture, white on black; None: nowhere. Raises CannotLook."""
+        with self._able("nobody can look for things by their names"):
+            segmenter = weights.obtain(self._settings, *weights.SEGMENTER, tell=tell)
+            png: bytes | None = self._child.run(
+                PREPARE_SECONDS, "trainer.photos.masks:mask_png", picture, words, segmenter
+            )
+        return png
+
+    @contextmanager
+    def _able(self, otherwise: str) -> Iterator[None]:
+        """What keeps the child from working, in words."""
+        try:
+            yield
+        except TimeoutError:
+            raise CannotLook(f"{otherwise}: it takes too long") from None
+        except Broke:
+            raise CannotLook(f"{otherwise}: the process that does it broke") from None
+        except (Unavailable, NotStarted, OSError, RuntimeError) as problem:
+            raise CannotLook(f"{otherwise}: {problem}") from problem
+
+    def show(self, folder: Path, photo: Photo, config: TrainConfig) -> None:
+        """Put pictures of what the trainer sees into a verdict, as data URLs."""
+        if photo.dropped:
+            return
+        with breaking(photo):
+            self._show(folder / "dataset", folder / "images" / photo.file, photo, config)
+
+    def _show(self, dataset: Path, whole: Path, photo: Photo, config: TrainConfig) -> None:
+        stem, mask = whole.stem, dataset / "masks" / config.mask
+        better = dataset / "restored" / f"{stem}.jpg"
+        photo.seen = self._preview(better if better.exists() else whole, mask / f"{stem}.png", config)
+        if photo.cropped:
+            closeup = dataset / "faces" / f"{stem}-face.jpg"
+            photo.closeup = self._preview(closeup, mask / f"{closeup.stem}.png", config)
+
+    def _preview(self, picture: Path, mask: Path, config: TrainConfig) -> str:
+        mask_file = mask if mask.exists() else None
+        jpeg = self._child.run(FIND_SECONDS, "preview", picture, mask_file, config.resolution[-1], config.buckets)
+        return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+
+    def _find(self, images: Path, photos: list[Photo], tell: Tell) -> tuple[dict[str, list[Found]], list[str]]:
+        """The faces of each photo by its file; nothing, and why, where there is no detector."""
+        try:
+            detector = weights.obtain(self._settings, weights.DETECTOR, tell=tell)
+            recognizer = weights.find_recognizer(self._settings)
+            self._child.start()
+        except (Unavailable, NotStarted) as problem:
+            return {}, [f"nobody looked for faces: {problem}"]
+        return self._look(images, photos, detector, recognizer, tell), []
+
+    def _look(
+        self, images: Path, photos: list[Photo], detector: Path, recognizer: Path | None, tell: Tell
+    ) -> dict[str, list[Found]]:
+        """The faces of each photo by its file."""
+        found = {}
+        for number, photo in enumerate(photos):
+            tell("faces are looked for", number, len(photos))
+            with breaking(photo):
+                found[photo.file] = self._child.run(FIND_SECONDS, "find", images / photo.file, detector, recognizer)
+        tell("faces are looked for", len(photos), len(photos))
+        return found
+
+    def _judge(
+        self, photos: list[Photo], found: dict[str, list[Found]], name: str, same: float | None
+    ) -> dict[str, list[Found]]:
+        """Put the faces into the verdicts; returns those of each photo that are the subject.
+
+        same: the likeness from which two faces are one person; None: nobody knows.
+        """
+        seen = [photo for photo in photos if photo.file in found]
+        subjects, known = choose(seen, [found[photo.file] for photo in seen], name, same)
+        for photo, faces, is_same in zip(seen, subjects, known, strict=True):
+            photo.faces = [
+                Face(
+                    box=tuple(round(side) for side in face.box),  # type: ignore[arg-type]
+                    score=round(face.score, 3),
+                    sharpness=round(face.sharpness, 1),
+                    main=face in faces and is_same is not False,
+                )
+                for face in found[photo.file]
+            ]
+            photo.same_person = is_same
+        return {
+            photo.file: [] if is_same is False else faces
+            for photo, faces, is_same in zip(seen, subjects, known, strict=True)
+        }
+
+    def _same(self) -> float | None:
+        recognizer = weights.find_recognizer(self._settings)
+        return SAME[recognizer.name] if recognizer else None
+
+    def _tools(
+        self, config: TrainConfig, people: bool, restore: bool, fetch: bool, tell: Tell
+    ) -> tuple[dict[str, Path], list[str]]:
+        """The weights that are needed beside the detector, by what they do, and what lacks."""
+        wanted: dict[str, tuple[Weights, ...]] = {}
+        if restore:
+            wanted["restorer"] = (weights.RESTORER,)
+        if "subject" in masks_of(config):
+            wanted |= {"matting": (weights.MATTING,)} if people else {"segmenter": weights.SEGMENTER}
+        lost = {
+            "restorer": "faces are not restored",
+            "matting": "no mask of the subject is made and the whole picture is trained",
+        }
+        lost["segmenter"] = lost["matting"]
+        tools, said = {}, []
+        for tool, files in wanted.items():
+            try:
+                file = (
+                    weights.obtain(self._settings, *files, tell=tell) if fetch else weights.find(self._settings, *files)
+                )
+                if file:
+                    tools[tool] = file
+                else:
+                    size = round(sum(one.megabytes for one in files))
+                    said.append(f"{files[0].what} is not here yet: {size} MB are fetched when a tune needs it")
+            except Unavailable as problem:
+                said.append(f"{lost[tool]}: {problem}")
+        return tools, said
+
+    def _make(
+        self,
+        folder: Path,
+        photo: Photo,
+        config: TrainConfig,
+        name: str,
+        faces: list[Found],
+        subject: list[Found],
+        tools: dict[str, Path],
+    ) -> None:
+        """Let the child make what is wanted of one photo, and put down what came of it."""
+        task = Task(
+            folder / "images" / photo.file,
+            folder / "dataset",
+            name,
+            faces,
+            subject,
+            closeup=config.face_set and bool(subject),
+            mask_face="face" in masks_of(config) and bool(subject),
+            strength=config.restore_strength,
+            **tools,
+        )
+        if not task.empty:
+            with breaking(photo):
+                made: Made = self._child.run(PREPARE_SECONDS + RESTORE_SECONDS * len(faces), "prepare", task)
+            put_down(photo, task, made)
+        for kind in sorted(masks_of(config) - set(photo.masks)):
+            photo.notes.append(f"no mask of the {kind}: the whole picture is trained")
+
+
+def begin_anew(dataset: Path) -> None:
+    """Remove what an earlier preparation made, which did not come to its end, and keep what a user has put there."""
+    dataset.mkdir(exist_ok=True)
+    note = dataset / "preparing.json"  # what was there before the first preparation
+    there = [file for kind in MADE for file in sorted((dataset / kind).rglob("*")) if file.is_file()]
+    if not note.exists():
+        write_whole(note, json.dumps([str(file.relative_to(dataset)) for file in there]))
+        return
+    kept = set(json.loads(note.read_text("utf-8")))
+    for file in there:
+        if str(file.relative_to(dataset)) not in kept:
+            file.unlink()
+
+
+@contextmanager
+def breaking(photo: Photo) -> Iterator[None]:
+    """What a photo may do to the child, in words that name it."""
+    try:
+        yield
+    except TimeoutError as problem:
+        raise CannotLook(f"{photo.name} took too long to look at; leave it out") from problem
+    except Broke as problem:
+        raise CannotLook(f"{photo.name} ended the process that looks at photos; leave it out") from problem
+    except NotStarted as problem:
+        raise CannotLook(str(problem)) from problem
+    except Closed:
+        raise
+    except Exception as problem:
+        raise CannotLook(f"{photo.name} could not be looked at: {str(problem) or type(problem).__name__}") from problem
+
+
+def put_down(photo: Photo, task: Task, made: Made) -> None:
+    """What was made of a photo, into its verdict."""
+    photo.cropped, photo.restored, photo.masks = made.closeup, made.restored > 0, made.masks
+    if task.closeup and not made.closeup:
+        photo.notes.append("the face is too small for a closeup")
+    if task.restorer and task.faces and not made.restored:
+        photo.notes.append("sharp and large enough: nothing to restore")
+    if made.restored:
+        photo.notes.append(f"{made.restored} face{'s' if made.restored > 1 else ''} restored")
+
+
+def masks_of(config: TrainConfig) -> set[str]:
+    """The masks that a configuration looks at."""
+    return ({config.mask} | ({"subject"} if config.mask_widen else set())) - {"none"}

@@ -1,0 +1,21 @@
+"""The face and mask networks, loaded once in the child process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+Array = np.ndarray[Any, np.dtype[Any]]
+LONG_SIDE = 1024  # px at which faces are looked for; a smaller photo is enlarged, at most to twice its size
+
+
+def load(model: nn.Module, file: Path, key: str | None = None) -> Any:
+    """Put weights into a model, all of them. key: under which the file has them."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = state[key] if key else state
+    model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,216 @@
+"""The one HTTP client for addresses that a user gives: what may be reached, how much, how long."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing, suppress
+from functools import cache
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from ipaddress import ip_network
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import httpx
+from ssrfguard import DEFAULT_DENIED, AddressTable, Block, Policy, Reach, SSRFGuardError
+from ssrfguard import httpx as guarded
+
+from trainer.contract.errors import InvalidRequest
+from trainer.contract.photos import Tell, Upload, untold
+from trainer.settings import Settings
+
+TOTAL_SECONDS = 20.0  # of all photos of a request together: the caller waits for the answer
+STALL_SECONDS = 10.0  # without a connection, or without a byte
+ANSWER_SECONDS = 15.0  # until whoever is called back has answered
+WAKE_SECONDS = 0.5  # what a thread gets to see that its connection was cut off
+MAX_REDIRECTS = 3
+PARALLEL = 8
+# Two addresses that ssrfguard's table lets through: Azure's metadata service, and IPv4 in an old IPv6 form.
+DENIED = AddressTable(
+    (
+        *DEFAULT_DENIED.blocks,
+        Block(ip_network("168.63.129.16/32"), "Azure platform services", "none", Reach.DENIED),
+        Block(ip_network("::ffff:0:0:0/96"), "IPv4-translated", "RFC2765", Reach.DENIED),
+    )
+)
+PHOTOS = Policy(denied_networks=DENIED)
+# Receivers listen on all sorts of ports, but mail and database servers do so below 1024.
+PORTS = frozenset({80, 443, *range(1024, 65_536)})
+LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+
+
+class Unreachable(Exception):
+    """Nothing answered: what can be told of it."""
+
+
+class _Unfit(Exception):
+    """Why a photo is not taken, in words of our own: no text of a library, which could name an inner address."""
+
+
+class _Deadline:
+    """The end of all fetches of a request. `cut` ends their connections: a timeout begins anew with every byte."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self._sockets: list[socket.socket] = []
+
+    def left(self) -> float:
+        return max(0.0, self._end - time.monotonic())
+
+    def check(self) -> None:
+        """Raise TimeoutError when the time is up."""
+        if not self.left():
+            raise TimeoutError
+
+    def trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """An httpcore trace: it notes every connection, and lets none begin when the time is up."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._sockets.append(info["return_value"].get_extra_info("socket"))
+        if event.startswith("connection."):
+            self.check()
+
+    def cut(self) -> None:
+        """End the time now, and wake every thread that waits for a byte."""
+        self._end = time.monotonic()
+        for one in list(self._sockets):
+            with suppress(OSError):  # it was closed already
+                one.shutdown(socket.SHUT_RDWR)
+
+
+def fetch_all(settings: Settings, urls: list[str], folder: Path, tell: Tell = untold) -> list[Upload]:
+    """Fetch photos into `folder`, in parallel. Raises InvalidRequest naming every URL that cannot be had."""
+    seconds = TOTAL_SECONDS
+    deadline = _Deadline(seconds)
+    pool = ThreadPoolExecutor(PARALLEL)
+    fetches = [
+        pool.submit(_fetch, settings, url, folder / f"url-{number:03d}", deadline) for number, url in enumerate(urls)
+    ]
+    try:
+        _await(fetches, deadline, tell)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        deadline.cut()
+        # Nothing wakes a thread that waits for a name server; when it comes back it ends before it writes anything.
+        wait([fetch for fetch in fetches if not fetch.cancelled()], WAKE_SECONDS)
+    late = f"did not arrive within {seconds:g} s"
+    answers = [fetch.result() if fetch.done() and not fetch.cancelled() else None for fetch in fetches]
+    problems = [
+        f"{url[:200]} {answer or late}"
+        for url, answer in zip(urls, answers, strict=True)
+        if not isinstance(answer, Upload)
+    ]
+    if problems:
+        raise InvalidRequest({"image_urls": problems})
+    return [answer for answer in answers if isinstance(answer, Upload)]
+
+
+def _await(fetches: list[Future[Upload | str | None]], deadline: _Deadline, tell: Tell) -> None:
+    """Wait until all have ended or the time is up, and tell of each that has ended."""
+    done, pending = 0, set(fetches)
+    while pending and deadline.left():
+        ended, pending = wait(pending, deadline.left(), FIRST_COMPLETED)
+        for _ in ended:
+            done += 1
+            tell("photos are fetched", done, len(fetches))
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """The certificates that are trusted. Reading them takes longer than many a photo, so it is done once."""
+    return httpx.create_ssl_context()
+
+
+def _client(settings: Settings, policy: Policy) -> httpx.Client:
+    """A client that takes no proxy from the environment and no cookie.
+
+    It follows no redirect of itself, because it would read the whole body of each, and unpack it.
+    """
+    options: dict[str, Any] = {
+        "timeout": STALL_SECONDS,
+        "headers": {"Accept-Encoding": "identity"},
+        "cookies": CookieJar(DefaultCookiePolicy(allowed_domains=())),
+        "trust_env": False,
+        "verify": _tls(),
+    }
+    if settings.private_urls == "allow":
+        return httpx.Client(**options)
+    client: httpx.Client = guarded.Client(policy=policy, **options)
+    return client
+
+
+def post(settings: Settings, url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, str | None]:
+    """Post to an address that a user gave; returns the status of the answer and its `Retry-After`.
+
+    No redirect is followed. Raises Unreachable.
+    """
+    deadline = _Deadline(ANSWER_SECONDS)
+    timer = threading.Timer(ANSWER_SECONDS, deadline.cut)
+    timer.daemon = True
+    timer.start()
+    loopback = LOOPBACK if settings.on_loopback else ()
+    policy = Policy(denied_networks=DENIED, allowed_networks=loopback, allowed_ports=PORTS)
+    try:
+        with _client(settings, policy) as client:
+            traced = {"trace": deadline.trace}
+            request = client.build_request("POST", url, content=body, headers=dict(headers), extensions=traced)
+            with closing(client.send(request, stream=True)) as response:
+                return response.status_code, response.headers.get("Retry-After")
+    except (SSRFGuardError, httpx.HTTPError, httpx.InvalidURL, ValueError, OverflowError, OSError):
+        # One text for what is refused and what cannot be reached, as for photos.
+        told = "cannot be reached" if deadline.left() else f"did not answer within {ANSWER_SECONDS:g} s"
+        raise Unreachable(told) from None
+    finally:
+        timer.cancel()
+
+
+def _fetch(settings: Settings, url: str, target: Path, deadline: _Deadline) -> Upload | str | None:
+    """The photo, or why it is not taken; None: the time was up."""
+    try:
+        if urlsplit(url).scheme not in ("http", "https"):
+            return "must begin with http:// or https://"
+        _download(settings, url, target, deadline)
+        deadline.check()  # a connection that was cut off can look like the end of a body
+    except _Unfit as unfit:
+        return str(unfit)
+    except (SSRFGuardError, httpx.HTTPError, httpx.InvalidURL, ValueError, OverflowError, OSError):
+        # One text for what is refused and what cannot be reached, so that this is no port scanner.
+        return "cannot be fetched" if deadline.left() else None
+    name = PurePosixPath(unquote(urlsplit(url).path)).name
+    return Upload(name or url[:80], target)
+
+
+def _download(settings: Settings, url: str, target: Path, deadline: _Deadline) -> None:
+    """Write what the URL leads to; every redirect goes through the same checks as the URL itself."""
+    with _client(settings, PHOTOS) as client:
+        seconds = min(STALL_SECONDS, deadline.left())
+        request = client.build_request("GET", url, timeout=seconds, extensions={"trace": deadline.trace})
+        for _ in range(MAX_REDIRECTS + 1):
+            with closing(client.send(request, stream=True)) as response:
+                if response.next_request is None:
+                    _write(settings, response, target, deadline)
+                    return
+                request = response.next_request
+    raise _Unfit(f"redirects more than {MAX_REDIRECTS} times")
+
+
+def _write(settings: Settings, response: httpx.Response, target: Path, deadline: _Deadline) -> None:
+    """Write the body as it comes, packed if it is, until it is too large."""
+    if response.status_code != httpx.codes.OK:
+        raise _Unfit(f"answers {response.status_code}")
+    limit = settings.max_image_mb * 2**20
+    too_large = _Unfit(f"is larger than {settings.max_image_mb} MB")
+    if int(response.headers.get("Content-Length", 0)) > limit:
+        raise too_large
+    size = 0
+    with target.open("wb") as file:
+        for chunk in response.iter_raw():
+            deadline.check()
+            size += len(chunk)
+            if size > limit:
+                raise too_large
+            file.write(chunk)

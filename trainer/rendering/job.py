@@ -1,0 +1,90 @@
+"""One prompt while it is rendered: what is loaded for it, and what it has come to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from trainer.branches.protocol import Branch
+from trainer.config.branch_file import RenderConfig
+from trainer.contract.report import Report
+from trainer.rendering.plan import Plan
+from trainer.rendering.preview import Preview
+
+RESAMPLING = Image.Resampling.LANCZOS
+Picture = Image.Image
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA to be put on the base: a file, or the `model/` of a tune, and how strongly."""
+
+    model: Path
+    weight: float
+    title: str
+
+
+@dataclass(frozen=True)
+class FaceID:
+    """A person to be drawn: the `model/` of a faceid tune, the weights of the base's adapter, and how strongly."""
+
+    folder: Path
+    adapter: Path
+    strength: float
+
+
+class Stopped(Exception):
+    """The report said to stop."""
+
+
+@dataclass
+class Job:
+    """One prompt on its way: what is loaded for it, and what it has come to."""
+
+    plan: Plan
+    defaults: RenderConfig
+    family: str  # the branch's name
+    branch: Branch
+    said: dict[str, Tensor]  # the prompt, encoded
+    face: FaceID | None
+    people: bool  # whether a model is of people
+    folder: Path  # of files on their way to the child that looks
+    report: Report
+    preview: Preview
+    warnings: list[str]
+    enlarged: tuple[Picture, Picture] | None = None  # the last picture that was, and what it became
+    done: int = 0  # steps of diffusion, counted for each picture
+    steps: int = 0  # those that are known of so far
+
+    def go_on(self) -> None:
+        """Tell where it is. Raises Stopped."""
+        if not self.report.step(min(self.done, self.steps), self.steps):
+            raise Stopped
+
+    def watch(
+        self, count: int, each: int, size: tuple[int, int], _pipeline: Any, step: int, _at: Any, now: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Called by a pipeline after each of `each` steps of `count` pictures. Raises Stopped."""
+        if not self.report.step(min(self.done + min(step + 1, each) * count, self.steps), self.steps):
+            raise Stopped
+        self.preview.show(now["latents"], size)
+        return now
+
+    def tell(self, what: str, _done: int = 0, _of: int = 0) -> None:
+        self.report.stage(what)
+
+    @contextmanager
+    def kept(self, picture: Picture) -> Iterator[Path]:
+        """A picture as a file, for the child that looks."""
+        file = self.folder / "looked-at.png"
+        picture.save(file, compress_level=1)
+        try:
+            yield file
+        finally:
+            file.unlink()

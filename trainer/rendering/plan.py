@@ -1,0 +1,153 @@
+"""What a prompt asks for, settled before anything is loaded: its text, its size, its seeds, and what it starts from."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from trainer.config import branch_file, looks
+from trainer.config.branch_file import RenderConfig
+from trainer.contract.flags import Flags, split
+from trainer.contract.prompts import AR, DENOISING_STRENGTH, PromptRequest, prompt_of
+from trainer.contract.references import references
+from trainer.photos import inputs
+from trainer.settings import Settings
+
+DEFAULT_SEED = 42  # the hosted service's, so that a prompt without a seed renders the same twice
+FIELD = re.compile(r"\{\{\s*([\w-]+)\s*\}\}")
+MOST_PX = 2048  # of a side, as w and h may be
+BLOCK_PX = 16  # sides that nobody has asked for are multiples of it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is settled of a prompt before anything is loaded. width, height: of what is drawn, in pixels."""
+
+    request: PromptRequest
+    text: str
+    negative: str | None
+    flags: Flags
+    seed: int
+    steps: int
+    cfg_scale: float
+    width: int
+    height: int
+    picture: Image.Image | None  # what it starts from, in its own size
+    mask: Image.Image | None
+    strength: float  # of the noise on it: 1 draws anew, 0 leaves it as it is
+    scheduler: str | None  # None: the base's own
+
+    @property
+    def seeds(self) -> list[int]:
+        return [(self.seed + i) % 2**63 for i in range(self.request.num_images or 1)]
+
+    @property
+    def enlarges(self) -> bool:
+        only = self.flags.only_upscale and self.picture is not None
+        return bool(self.request.super_resolution or self.flags.upscale_factor or only)
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn at all, and the picture not only worked on."""
+        return self.picture is None or not (self.flags.only_upscale or self.strength == 0)
+
+
+def make_plan(
+    prompt: dict[str, Any], tune: dict[str, Any], branch: str, folder: Path, settings: Settings
+) -> tuple[Plan, list[str]]:
+    """What a prompt's row means on a branch, and what to warn of. folder: of the pictures that it starts from."""
+    request, defaults = prompt_of(prompt), branch_file.render_config(settings.presets, branch)
+    text, asked, _ = split(references(request.text)[0])  # its warnings were told when the prompt came
+    text, warnings = fill(text, tune["characteristics"])
+    if asked.mask_prompt:
+        asked = replace(asked, mask_prompt=fill(asked.mask_prompt, tune["characteristics"])[0])
+    negative = request.negative_prompt
+    if request.style:
+        style = looks.styles(settings.presets)[request.style]
+        text = style.prompt.replace("{prompt}", text)
+        negative = ", ".join(part for part in (negative, style.negative) if part)
+    if not defaults.negative_prompt:
+        if request.negative_prompt:
+            warnings.append(f"negative_prompt has no effect on {branch}")
+        negative = None
+    if request.scheduler and not defaults.schedulers:
+        warnings.append(f"scheduler has no effect on {branch}, which has a sampler of its own")
+    picture = read(inputs.find(folder, "input_image"), "RGB")
+    width, height = size(request, picture.size if picture else None, defaults)
+    if defaults.fixed_size and (request.w or request.h) and (width, height) != (request.w, request.h):
+        warnings.append(f"{branch} renders {width} x {height} pixels, whatever w and h are")
+    elif (request.w or width, request.h or height) != (width, height):
+        warnings.append(f"{branch} renders {width} x {height} pixels: its sides are multiples of {defaults.multiple}")
+    cfg_scale = defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale
+    if negative and cfg_scale <= 1 and request.negative_prompt:
+        warnings.append(f"negative_prompt has no effect at cfg_scale {cfg_scale:g}; it takes more than 1")
+    plan = Plan(
+        request=request,
+        text=text,
+        negative=negative or None,
+        flags=asked,
+        seed=DEFAULT_SEED if request.seed is None else request.seed,
+        steps=request.steps or defaults.steps,
+        cfg_scale=cfg_scale,
+        width=width,
+        height=height,
+        picture=picture,
+        mask=read(inputs.find(folder, "mask_image"), "L"),
+        scheduler=request.scheduler if defaults.schedulers else None,
+        strength=DENOISING_STRENGTH if request.denoising_strength is None else request.denoising_strength,
+    )
+    return plan, warnings
+
+
+def read(file: Path | None, mode: str) -> Image.Image | None:
+    """A picture that a prompt starts from, which the decoding child has written."""
+    if file is None:
+        return None
+    with Image.open(file) as opened:
+        return opened.convert(mode)
+
+
+def fill(text: str, characteristics: dict[str, str]) -> tuple[str, list[str]]:
+    """Put characteristics in place of `{{name}}`, once and as plain text; a name that is missing becomes blank."""
+    missing = sorted({name for name in FIELD.findall(text) if name not in characteristics})
+    filled = FIELD.sub(lambda match: characteristics.get(match[1], ""), text)
+    return filled, [f"there is no characteristic {name!r}; it was left out of the prompt" for name in missing]
+
+
+def plain(text: str, characteristics: dict[str, str]) -> str:
+    """What a prompt says, without the models that it names and without flags."""
+    return fill(split(references(text)[0])[0], characteristics)[0]
+
+
+def size(request: PromptRequest, picture: tuple[int, int] | None, defaults: RenderConfig) -> tuple[int, int]:
+    """Width and height in pixels of what is drawn.
+
+    w and h win over the aspect ratio, that over the picture which the prompt starts from, and that over the base's own.
+    A base of one size keeps the asked aspect below it.
+    """
+    ratio = request.aspect_ratio or (AR[request.ar] if request.ar else None)
+    across, down = map(int, ratio.split(":")) if ratio else picture or (defaults.w, defaults.h)
+    width, height = request.w, request.h
+    if ratio or picture:
+        if width is None and height is None:
+            area = defaults.w * defaults.h
+            shares = across / down, down / across
+            width, height = (round(math.sqrt(area * share) / BLOCK_PX) * BLOCK_PX for share in shares)
+        elif width is None:
+            width = round((height or 0) * across / down)
+        elif height is None:
+            height = round(width * down / across)
+    step = defaults.multiple
+    width, height = (
+        min(MOST_PX, max(step, math.floor(side / step + 0.5) * step))
+        for side in (width or defaults.w, height or defaults.h)
+    )
+    if defaults.fixed_size:
+        scale = defaults.fixed_size / max(width, height)
+        width, height = (max(16, round(side * scale / 8) * 8) for side in (width, height))
+    return width, height

@@ -1,0 +1,67 @@
+"""Previews of a picture while it is rendered (TAESD)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderTiny
+
+from trainer.library import hub
+from trainer.rendering.pictures import preview_bytes
+from trainer.rendering.pipelines import log
+
+
+class Preview:
+    """What a prompt looks like so far, in a file that is there while it renders."""
+
+    SHARE = 0.02  # of the time may go into previews
+    FIRST_SECONDS = 0.05  # what the first one is reckoned to take
+
+    def __init__(self, file: Path, pipeline: Any, decoder: Any) -> None:
+        """decoder: a tiny one (`load_tiny_decoder`); None: nothing is shown."""
+        self._file = file
+        self._pipeline = pipeline
+        self._decoder = decoder
+        self._began = time.monotonic()
+        self._spent, self._cost = 0.0, self.FIRST_SECONDS
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.unlink(missing_ok=True)
+
+    def show(self, latents: torch.Tensor, size: tuple[int, int]) -> None:
+        """Draw the first of the latents (B, C, H/f, W/f), or packed ones (B, T, 4 C), where there is time for it.
+
+        size: width and height of the picture in pixels.
+        """
+        began = time.monotonic()
+        if self._decoder is None or self._spent + self._cost > self.SHARE * (began - self._began):
+            return
+        with torch.no_grad():
+            if latents.dim() == 3:
+                factor = self._pipeline.vae_scale_factor
+                latents = self._pipeline._unpack_latents(latents[:1], size[1], size[0], factor)
+            pixels = self._decoder.decode(latents[:1].to(self._decoder.device, self._decoder.dtype)).sample
+        picture = self._pipeline.image_processor.postprocess(pixels)[0]
+        self._file.parent.mkdir(exist_ok=True)
+        partial = self._file.with_suffix(".part")
+        partial.write_bytes(preview_bytes(picture))
+        partial.rename(self._file)
+        self._cost = time.monotonic() - began
+        self._spent += self._cost
+
+
+def load_tiny_decoder(repository: str, device: torch.device) -> Any:
+    """A decoder of previews (TAESD, https://github.com/madebyollin/taesd); None where it cannot be had."""
+    try:
+        folder = hub.fetch_model(repository)
+        decoder = AutoencoderTiny.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as problem:  # pictures come without it
+        log.info("there are no previews: %s cannot be had (%s)", repository, problem)
+        return None
+    return decoder.eval().requires_grad_(False).to(device)

@@ -1,0 +1,141 @@
+"""From rows to answers: tunes, prompts, photos and what the page shows of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.contract.photos import Photo
+from trainer.contract.prompts import COLUMNS, PICTURES, Echo, Prompt, PromptRequest
+from trainer.contract.states import Progress
+from trainer.contract.tunes import Tune
+from trainer.files import read_json_lines
+from trainer.names import FORMATS
+from trainer.photos.intake import SAME_PICTURE
+from trainer.studio.links import MODEL_LINK_SECONDS, make_link
+from trainer.studio.rows import Services, tune_folder
+from trainer.studio.store import Row
+
+MOMENT_FILES = FORMATS["bundled"], FORMATS["kohya"]  # of a model in mid-run: with its new words, where it has some
+CONTACT_SHEET = "sheet.jpg"
+BESIDE = tuple(name for name in Prompt.model_fields if name in PromptRequest.model_fields and name not in (
+    *COLUMNS, *PICTURES, *Echo.model_fields))  # fmt: skip
+FLAGS = ("use_lpw", "film_grain", "hires_fix", "inpaint_faces", "face_correct", "face_swap")  # false where not asked
+
+
+def readings(services: Services, tune_id: int) -> list[dict[str, Any]]:
+    """The log of a run: `step`, `loss` (mean of the last steps), `lr`, `peak_gib` and `seconds` of each line."""
+    log = tune_folder(services, tune_id) / "log.jsonl"
+    lines = read_json_lines(log) if log.exists() else []
+    return [line for line in lines if "loss" in line]
+
+
+def trained_pictures(services: Services, tune_id: int) -> list[dict[str, Any]]:
+    """The pictures as they are trained: `url`, `name`, `kind`, `caption`, `width`, `height` and `mask` of each."""
+    facts = tune_folder(services, tune_id) / "dataset" / "seen" / "seen.json"
+    try:
+        listed = json.loads(facts.read_text("utf-8"))
+    except FileNotFoundError:  # not made yet, or just being made anew
+        listed = []
+    return [one | {"url": make_link(services.settings, f"{tune_id}/dataset/seen/{one['file']}")} for one in listed]
+
+
+def saved_moments(services: Services, tune_id: int) -> list[dict[str, Any]]:
+    """The previews of a run: `step`, `url`, and `model`, the link to the model of that moment where it is kept."""
+    folder, found = tune_folder(services, tune_id), []
+    for picture in sorted((folder / "samples").glob("step-*.png")):
+        model = moment_of(folder / "checkpoints" / picture.stem)
+        found.append(
+            {
+                "step": int(picture.stem.removeprefix("step-")),
+                "url": make_link(services.settings, f"{tune_id}/samples/{picture.name}"),
+                "model": moment_link(services, model) if model else None,
+            }
+        )
+    return found
+
+
+def moment_link(services: Services, model: Path) -> str:
+    return make_link(
+        services.settings, model.relative_to(services.settings.outputs / "tunes").as_posix(), MODEL_LINK_SECONDS
+    )
+
+
+def tune_answer(services: Services, row: Row) -> Tune:
+    tune_id = row["id"]
+    models = [make_link(services.settings, f"{tune_id}/model/{f}", MODEL_LINK_SECONDS) for f in row["files"]]
+    if models:
+        kept = map(moment_of, sorted(tune_folder(services, tune_id).glob("checkpoints/step-??????"), reverse=True))
+        models += [moment_link(services, model) for model in kept if model]
+    photos = photo_answers(services, row)
+    prompts = [prompt_answer(services, p) for p in services.store.find("prompts", tune_id=tune_id, oldest_first=True)]
+    return Tune(
+        **{key: row[key] for key in Tune.model_fields if key in row and key not in ("photos", "progress")},
+        ckpt_url=models[0] if models else None,
+        ckpt_urls=models,
+        url=f"{services.settings.base_url}/tunes/{tune_id}.json",
+        orig_images=[photo.url for photo in photos if photo.url],
+        photos=photos,
+        progress=Progress(**row["progress"]),
+        prompts=prompts,
+    )
+
+
+def photo_answers(services: Services, row: Row) -> list[Photo]:
+    """The verdicts with links to the photos as they came and as they are trained."""
+    tune_id, photos = row["id"], [Photo(**photo) for photo in row["photos"]]
+    seen = {
+        (Path(one["file"]).stem.rpartition("-")[0]): one["url"] for one in reversed(trained_pictures(services, tune_id))
+    }
+    for photo in photos:
+        stem = Path(photo.file).stem
+        gone = row["status"] == "expired"
+        if not gone and (photo.dropped is None or not photo.dropped.startswith(SAME_PICTURE)):
+            photo.url = make_link(services.settings, f"{tune_id}/images/{photo.file}")
+        photo.seen, photo.closeup = seen.get(stem), seen.get(f"{stem}-face")
+    return photos
+
+
+def prompt_answer(services: Services, row: Row) -> Prompt:
+    tune_id, prompt_id = row["tune_id"], row["id"]
+    wanted = row["attributes"]
+    folder = f"{tune_id}/prompts/{prompt_id}"
+    told = {name: wanted.get(name) or (False if name in FLAGS else None) for name in BESIDE}
+    thumbs = [f"{Path(file).stem}.thumb.jpg" for file in row["files"]]
+    small = bool(thumbs) and (services.settings.outputs / "tunes" / folder / thumbs[0]).exists()  # older ones have none
+    preview = row["status"] == "rendering" and tune_folder(services, tune_id) / "previews" / f"{prompt_id}.jpg"
+    return Prompt(
+        **{key: row[key] for key in Prompt.model_fields if key in row and key != "progress"},
+        **Echo.model_validate(row["kept"] | wanted).model_dump(),
+        **told,
+        **{
+            name: make_link(services.settings, f"{tune_id}/inputs/{prompt_id}/{wanted[name]}")
+            if name in wanted
+            else None
+            for name in PICTURES
+        },
+        url=f"{services.settings.base_url}/prompts/{prompt_id}.json",
+        images=[make_link(services.settings, f"{folder}/{file}") for file in row["files"]],
+        thumbnails=[make_link(services.settings, f"{folder}/{file}") for file in (thumbs if small else row["files"])],
+        contact_sheet=make_link(services.settings, f"{folder}/{CONTACT_SHEET}") if small and len(thumbs) > 1 else None,
+        preview=(
+            # The step: a browser would keep the first one.
+            make_link(services.settings, f"{tune_id}/previews/{preview.name}") + f"&step={row['progress'].get('step')}"
+            if preview and preview.exists()
+            else None
+        ),
+        progress=Progress(**row["progress"]),
+        user_error=row["error"],
+        tunes=list(dict.fromkeys([tune_id, *(one[1] for one in row["named"] or [])])),
+    )
+
+
+def moment_of(folder: Path) -> Path | None:
+    """The file to hand out of a model in mid-run; None where it is not there (any more)."""
+    return next((folder / name for name in MOMENT_FILES if (folder / name).exists()), None)
+
+
+def here(row: Row) -> dict[str, str]:
+    """The formats that a tune's own files are in, and where these lie in its folder."""
+    return {name: f"model/{file}" for name, file in FORMATS.items() if file in row["files"]}

@@ -1,0 +1,94 @@
+"""Tunes that expire, where the setting `lifetime_days` says so: into the trash, and out of it a week later."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from trainer.clock import now, stamp
+from trainer.settings import Settings
+from trainer.studio.store import Row, Store
+
+log = logging.getLogger(__name__)
+LOOK_SECONDS = 60.0
+TRASH_SECONDS = 7 * 86_400.0
+
+
+def expiry(settings: Settings, begin: datetime) -> str | None:
+    """When a tune ends that was trained, or renewed, at `begin`; None: never."""
+    return stamp(begin + timedelta(days=settings.lifetime_days)) if settings.lifetime_days else None
+
+
+class Keeper:
+    """A thread that lets tunes expire, and empties the trash."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._settings = settings
+        self._store = store
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                expire_tunes(self._settings, self._store)
+                empty_trash(trash_of(self._settings))
+            except Exception:
+                log.exception("expired tunes are looked for again in a moment")
+            if self._stopping.wait(LOOK_SECONDS):
+                return
+
+
+def trash_of(settings: Settings) -> Path:
+    return settings.outputs / "trash"
+
+
+def expire_tunes(settings: Settings, store: Store) -> None:
+    """End the tunes whose time is over, or renew them (`auto_extend`). Nothing where tunes have no lifetime now."""
+    if not settings.lifetime_days:
+        return
+    for tune in store.find("tunes", status="trained"):
+        if tune["expires_at"] is None or tune["expires_at"] > now():
+            continue
+        if tune["auto_extend"]:
+            store.update("tunes", tune["id"], expires_at=expiry(settings, datetime.now(UTC)))
+        else:
+            expire(settings, store, tune)
+
+
+def expire(settings: Settings, store: Store, tune: Row) -> None:
+    """Move a tune's files to the trash; one that is in use, or that others stand on, stays for now."""
+    with store.transaction():
+        rendering = store.find("prompts", tune_id=tune["id"], status="rendering")
+        if rendering or store.find("exports", tune_id=tune["id"], status="exporting") or store.standing_on(tune["id"]):
+            return
+        store.end_prompts(tune["id"], "canceled")
+        for prompt in store.find("prompts", tune_id=tune["id"]):
+            store.update("prompts", prompt["id"], files=[])
+        store.update("tunes", tune["id"], status="expired", files=[])
+    folder = settings.outputs / "tunes" / str(tune["id"])
+    if folder.exists():
+        trash = trash_of(settings)
+        trash.mkdir(exist_ok=True)
+        folder.rename(trash / f"{tune['id']}-{int(time.time())}")
+    log.info("tune %s has expired; its files are in %s for a week", tune["id"], trash_of(settings))
+
+
+def empty_trash(trash: Path) -> None:
+    """Remove what has lain there for a week. The name says since when: ID-SECONDS."""
+    for folder in trash.glob("*-*") if trash.exists() else ():
+        since = folder.name.rpartition("-")[2]
+        if since.isdecimal() and int(since) + TRASH_SECONDS < time.time():
+            shutil.rmtree(folder, ignore_errors=True)

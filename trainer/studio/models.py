@@ -1,0 +1,99 @@
+"""Models to download and to build on: formats, links, base models, earlier tunes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.contract.errors import Conflict, InvalidRequest, NotFound, words
+from trainer.library import bases
+from trainer.names import MADE
+from trainer.studio.answers import here
+from trainer.studio.links import MODEL_LINK_SECONDS, make_link
+from trainer.studio.rows import EARLIER_LISTED, Services, row_of, tune_row
+
+
+def list_base_tunes(services: Services, branch: str | None = None) -> list[dict[str, Any]]:
+    """All base models, those of the models folder among them; `error` says why one cannot be used."""
+    return [
+        {
+            "id": base.id,
+            "title": base.title,
+            "branch": base.branch or None,
+            "repository": base.repository,
+            "error": base.error,
+            "stands_on": list(base.chain),
+        }
+        for base in bases.list_bases(services.settings)
+        if branch in (None, base.branch)
+    ]
+
+
+def model_link(services: Services, tune_id: int, format_: str | None = None) -> str | None:
+    """The link to a tune's model in a format; None while that is being made. Raises NotFound, InvalidRequest,
+    Conflict."""
+    row = row_of(services, "tunes", tune_id)
+    if row["status"] != "trained":
+        raise NotFound(f"tune {tune_id} has no model: it is {row['status']}")
+    paths = here(row)
+    if format_ in (None, ""):
+        return file_link(services, tune_id, f"model/{row['files'][0]}")
+    if format_ in paths:
+        return file_link(services, tune_id, paths[format_])
+    known = [*paths, *MADE[row["method"]]]
+    if format_ not in known:
+        raise InvalidRequest({"format": [f"tune {tune_id} can be had as {words(known)}, not as {format_!r}"]})
+    with services.store.transaction():
+        made = next(iter(services.store.find("exports", tune_id=tune_id, format=format_)), None)
+        if made is None:
+            services.store.add_export(tune_id, format_)
+        elif made["status"] == "failed":  # told once; who asks again, tries again
+            services.store.delete("exports", made["id"])
+    services.store.changed.set()
+    if made and made["status"] == "failed":
+        raise Conflict(f"tune {tune_id} could not be made into {format_}: {made['error']}")
+    return file_link(services, tune_id, f"exports/{made['files'][0]}") if made and made["files"] else None
+
+
+def file_link(services: Services, tune_id: int, path: str) -> str:
+    return make_link(services.settings, f"{tune_id}/{path}", MODEL_LINK_SECONDS)
+
+
+def model_formats(services: Services, tune_id: int) -> dict[str, tuple[str | None, str]]:
+    """What a trained tune can be had as: (link or None, state) of each format.
+
+    state: made, failed, exporting, queued or, where nobody has asked for it yet, nothing.
+    """
+    row = row_of(services, "tunes", tune_id)
+    if row["status"] != "trained":
+        return {}
+    links: dict[str, tuple[str | None, str]] = {}
+    links |= {name: (file_link(services, tune_id, path), "made") for name, path in here(row).items()}
+    asked = {one["format"]: one for one in services.store.find("exports", tune_id=tune_id)}
+    for name in MADE[row["method"]]:
+        one = asked.get(name, {"files": [], "status": ""})
+        link = file_link(services, tune_id, f"exports/{one['files'][0]}") if one["files"] else None
+        links[name] = link, "made" if link else one["status"]
+    return links
+
+
+def lineage(services: Services, tune_id: int) -> list[str]:
+    """The earlier tunes that a tune stands on, the nearest first."""
+    row = row_of(services, "tunes", tune_id)
+    titles: list[str] = []
+    while earlier := tune_row(services, row["base_id"]):
+        row = earlier
+        titles.append(f"{row['title']} (tune {row['id']}, {row['method']})")
+    return titles
+
+
+def earlier_tunes(services: Services) -> list[tuple[str, int]]:
+    """The trained tunes that another one can stand on: what to call them, and their ids; newest first."""
+    rows = services.store.find("tunes", status="trained", limit=EARLIER_LISTED)
+    usable = [row for row in rows if row["method"] != "faceid"]
+    return [(f"{row['title']} (tune {row['id']}, {row['branch']})", row["id"]) for row in usable]
+
+
+def rendering_tunes(services: Services) -> list[tuple[str, int]]:
+    """The tunes that prompts can be posted to: what to call them, and their ids; newest first."""
+    rows = services.store.find("tunes", status="trained", limit=EARLIER_LISTED)
+    return [(f"{row['title']} ({row['token'] or 'face'} {row['name']}, tune {row['id']})", row["id"]) for row in rows]

@@ -1,0 +1,111 @@
+"""The verbs of packs: list, get, create a tune, save."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.config import branch_file, looks
+from trainer.contract.errors import Conflict, InvalidRequest, NotFound, nearest, words
+from trainer.contract.fields import parse_request
+from trainer.contract.photos import Tell, Upload, untold
+from trainer.contract.prompts import PromptRequest, prompt_of
+from trainer.contract.tunes import Tune
+from trainer.files import write_whole
+from trainer.library import bases
+from trainer.studio import pack_file, packs
+from trainer.studio.pack_file import Pack
+from trainer.studio.prompt_rules import check_prompt
+from trainer.studio.prompts import create_prompt
+from trainer.studio.references import resolve
+from trainer.studio.rows import Mark, Services, row_of, tune_folder, tunes_by_id
+from trainer.studio.settle import token_for
+from trainer.studio.tunes import create_tune, get_tune
+
+
+def list_packs(services: Services) -> list[dict[str, Any]]:
+    """All packs, with their prompts for each class; `error` of one that cannot be read."""
+    told = []
+    for slug, table in all_pack_tables(services).items():
+        try:
+            pack = read_pack(slug, table)
+            told.append(packs.describe(pack, branch_file.default_token(services.settings.presets, pack.branch)))
+        except Conflict as problem:
+            told.append({"slug": slug, "error": str(problem)})
+    return told
+
+
+def get_pack(services: Services, slug: str) -> dict[str, Any]:
+    """Raises NotFound, Conflict."""
+    pack = pack_of(services, slug)
+    return packs.describe(pack, branch_file.default_token(services.settings.presets, pack.branch))
+
+
+def create_pack_tune(
+    services: Services,
+    slug: str,
+    data: Mapping[str, Any],
+    uploads: Sequence[Upload],
+    tell: Tell = untold,
+    mark: Mark | None = None,
+) -> tuple[Tune, bool]:
+    """Queue a tune with the settings and prompts of a pack, or with `tune_ids` its prompts on a tune that is there.
+
+    data: the tune parameters, which go over the pack's, and `prompt_attributes`, `prompt_ids`, `tune_ids`. Raises
+    NotFound, Conflict, InvalidRequest.
+    """
+    pack = pack_of(services, slug)
+    if tune_id := packs.asked_tune(data):
+        if uploads:
+            raise InvalidRequest({"images": ["has no effect with tune_ids, for nothing is trained; leave it out"]})
+        tune = row_of(services, "tunes", tune_id)
+        requests = packs.prompt_requests(pack, data, tune["name"], tune["token"])
+        for request in (parse_request(PromptRequest, one) for one in requests):  # before the first one is made
+            check_prompt(services, request)
+            resolve(services.settings, services.store, request.text, tune["branch"], tune)
+        for number, one in enumerate(requests):
+            create_prompt(services, tune_id, one, tell, mark and Mark(f"{mark.key} {number}", mark.digest))
+        return get_tune(services, tune_id), True
+    base_tune_id, branch = packs.asked_base(pack, data)
+    base = bases.resolve(services.settings, base_tune_id, branch, tunes_by_id(services))
+    return create_tune(
+        services, packs.tune_request(pack, data, base.branch, token_for(services, base)), uploads, tell, mark
+    )
+
+
+def save_pack(services: Services, tune_id: int, title: str | None = None) -> dict[str, Any]:
+    """Make a pack of a tune's settings and prompts. Raises NotFound, InvalidRequest."""
+    tune = row_of(services, "tunes", tune_id)
+    prompts = [prompt_of(row) for row in services.store.find("prompts", tune_id=tune_id, oldest_first=True)]
+    request = tune_folder(services, tune_id) / "request.json"
+    asked = json.loads(request.read_text("utf-8"))["args"] if request.exists() else None
+    title = title or tune["title"]
+    toml = pack_file.to_toml(title, tune, [prompt.model_dump(exclude_none=True) for prompt in prompts], asked)
+    folder = services.settings.outputs / "packs"
+    folder.mkdir(exist_ok=True)
+    with services.store.transaction():  # nobody else takes the name
+        slug = pack_file.free_slug(title, list(all_pack_tables(services)))
+        write_whole(folder / f"{slug}.toml", toml)
+    return get_pack(services, slug)
+
+
+def all_pack_tables(services: Services) -> dict[str, dict[str, Any] | str]:
+    """The program's packs, and those that were saved here."""
+    return looks.pack_tables(services.settings.presets / "packs", services.settings.outputs / "packs")
+
+
+def pack_of(services: Services, slug: str) -> Pack:
+    tables = all_pack_tables(services)
+    if slug not in tables:
+        raise NotFound(f"there is no pack {slug!r}{nearest(slug, tables)}; known: {words(tables)}")
+    return read_pack(slug, tables[slug])
+
+
+def read_pack(slug: str, table: dict[str, Any] | str) -> Pack:
+    if isinstance(table, str):
+        raise Conflict(table)
+    try:
+        return pack_file.load(table, slug)
+    except ValueError as problem:
+        raise Conflict(f"{slug}.toml: {problem}") from None

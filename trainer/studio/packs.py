@@ -1,0 +1,233 @@
+"""Packs: base, preset, model type and prompts for each class under one name, so that a client need not know them.
+
+A pack is a TOML in `presets/packs/` (`presets.py` reads it), its name is the pack's:
+
+    title = "Headshots"
+    description = "..."
+    branch = "flux1"                # and any other of PARAMETERS
+    classes = ["man", "person"]     # the class names that it has prompts for; person, animal (or pet) and style stand
+                                    # for their kind, "*" for everything
+    [defaults]                      # attributes that all prompts share
+    num_images = 4
+    [[prompts]]
+    text = "headshot of {subject}"  # {subject}: token and class name; {token}, {name}: one of them
+    classes = ["man"]               # not given: for all classes of the pack
+    seed = 7                        # over [defaults]
+
+`{{eye_color}}` is a characteristic of the tune, and stays as it is until the prompt is rendered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from trainer.config.kinds import kind_of
+from trainer.contract.errors import InvalidRequest, nearest, words
+from trainer.contract.fields import parse_request
+from trainer.contract.prompts import PromptRequest
+from trainer.contract.tunes import CheckRequest, TuneRequest
+from trainer.studio.pack_file import ANY, GENERAL, PLACE, Pack, in_words, is_for, over
+
+OF_THE_METHOD = ("preset", "args", "steps")  # they mean something else, or nothing, with another branch or model type
+Number = Annotated[int, Field(ge=1, lt=2**53)]
+
+
+class PackRequest(TuneRequest):
+    """The tune parameters, of which the pack knows some; then those of a pack."""
+
+    prompt_attributes: dict[str, Any] = Field({}, description="attributes over those of each prompt of the pack")
+    prompt_ids: list[Number] = Field([], description="only these prompts of the pack, by their `id`")
+    tune_ids: list[Number] = Field([], description="a trained tune to render with; nothing is trained then")
+
+
+OWN = ("prompt_attributes", "prompt_ids", "tune_ids")
+BESIDE_TUNE_IDS = (*OWN, "name", "title")  # a title has no use there; clients send it with every tune
+
+
+def class_of(pack: Pack, name: str) -> str | None:
+    """The pack's class whose prompts a class name gets; None: it has none for it.
+
+    It is the name itself in any case, else its last word (`old dog` is a dog, `dog house` is none), else the word for
+    its kind (person, animal or pet, style), else "*".
+    """
+    spoken = name.lower().split()
+    if not spoken:
+        return None
+    known = (" ".join(spoken), spoken[-1], *GENERAL.get(kind_of(spoken[-1]), ()), ANY)
+    return next((one for one in known if one in pack.classes), None)
+
+
+def fill(text: str, token: str | None, name: str) -> str:
+    """A prompt's text for a subject. token None: it has none, as a faceid."""
+    spoken = {"subject": " ".join(filter(None, (token, name))), "name": name, "token": token or ""}
+    return PLACE.sub(lambda match: spoken.get(match[1], match[0]), text)
+
+
+def prompts_for(
+    pack: Pack,
+    name: str,
+    token: str | None,
+    prompt_attributes: Mapping[str, Any] | None = None,
+    prompt_ids: Collection[int] = (),
+) -> list[dict[str, Any]]:
+    """The prompt requests of a pack for a class name, in its order.
+
+    prompt_attributes: go over those of each prompt; null or an empty text takes the pack's own away. prompt_ids: only
+    these, from 1 on; empty: all. Raises InvalidRequest for a class that the pack does not have, and for what is wrong
+    with the other two.
+    """
+    return list(numbered_prompts(pack, name, token, prompt_attributes or {}, prompt_ids).values())
+
+
+def numbered_prompts(
+    pack: Pack, name: str, token: str | None, prompt_attributes: Mapping[str, Any], prompt_ids: Collection[int]
+) -> dict[int, dict[str, Any]]:
+    """`prompts_for`, by their numbers in the pack."""
+    problems: dict[str, list[str]] = {}
+    upper: dict[str, Any] = {}
+    class_ = class_of(pack, name)
+    if class_ is None:
+        problems["name"] = [f"the pack {pack.title} has prompts for {words(pack.classes)}, not for {name!r}"]
+    try:
+        upper = asked_attributes(prompt_attributes)
+    except InvalidRequest as invalid:
+        problems |= invalid.problems
+    prompts = enumerate(pack.prompts, 1)
+    known = {number: prompt for number, prompt in prompts if class_ is not None and is_for(prompt, class_)}
+    if known and (wrong := [str(number) for number in prompt_ids if number not in known]):
+        told = f"the pack {pack.title} has for {name!r} the prompts {', '.join(map(str, known))}"
+        problems["prompt_ids"] = [f"{told}, not {', '.join(wrong)}"]
+    if problems:
+        raise InvalidRequest(problems)
+    return {
+        number: {"text": fill(prompt.text, token, name.strip())} | over(over(pack.defaults, prompt.attributes), upper)
+        for number, prompt in known.items()
+        if not prompt_ids or number in prompt_ids
+    }
+
+
+def asked_attributes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes that a request wants on each prompt, as the API takes them. Raises InvalidRequest."""
+    if "text" in given:
+        told = "text is each prompt's own; send prompts of yours as prompts_attributes"
+        raise InvalidRequest({"prompt_attributes": [told]})
+    try:
+        request = parse_request(PromptRequest, {"text": "{subject}", **given})
+    except InvalidRequest as invalid:
+        raise InvalidRequest({"prompt_attributes": list(in_words(invalid))}) from None
+    return {name: getattr(request, name, given[name]) for name in given}
+
+
+def describe(pack: Pack, token: str) -> dict[str, Any]:
+    """What GET /packs answers of a pack.
+
+    token: the one that its tunes get where nobody says. Prompts are listed for each class as they would be sent, with
+    their numbers (`id`) in the pack; {name} stands for the class name where the pack takes any.
+    """
+    own = pack.parameters.get("token") or token
+    token_ = None if pack.parameters.get("model_type") == "faceid" else own
+    return {
+        "slug": pack.slug,
+        "title": pack.title,
+        "description": pack.description,
+        **{key: pack.parameters.get(key) for key in ("branch", "model_type", "preset", "base_tune_id")},
+        "classes": list(pack.classes),
+        "prompts": {
+            one: [
+                {"id": number, **prompt}
+                for number, prompt in numbered_prompts(pack, "{name}" if one == ANY else one, token_, {}, ()).items()
+            ]
+            for one in pack.classes
+        },
+    }
+
+
+def check_names(data: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest for a field that POST /p/SLUG/tunes does not have."""
+    known = (*PackRequest.parameters(), *PackRequest.accepted())
+    unknown = {name: [f"unknown parameter{nearest(name, known)}"] for name in data if name not in known}
+    if unknown:
+        raise InvalidRequest(unknown)
+
+
+def own_fields(data: Mapping[str, Any]) -> PackRequest:
+    """Those of a pack, the others left empty. Raises InvalidRequest."""
+    own = {name: data[name] for name in OWN if name in data}
+    return parse_request(PackRequest, {"name": "person", "title": "pack", **own})
+
+
+def asked_base(pack: Pack, data: Mapping[str, Any]) -> tuple[int | None, str | None]:
+    """base_tune_id and branch of a tune: the request's where it says one of them, else the pack's.
+
+    Raises InvalidRequest for what is neither.
+    """
+    given = parse_request(CheckRequest, {key: data[key] for key in ("base_tune_id", "branch") if key in data})
+    if given.base_tune_id is not None:
+        return given.base_tune_id, given.branch
+    branch = given.branch or pack.branch
+    own = "base_tune_id" not in data and branch == pack.branch
+    return pack.parameters.get("base_tune_id") if own else None, branch
+
+
+def tune_request(pack: Pack, data: Mapping[str, Any], branch: str, token: str) -> dict[str, Any]:
+    """The data of POST /tunes for a request that names a pack.
+
+    The request's parameters go over the pack's; null or an empty text takes the pack's own away. On another branch the
+    pack's base, model type, preset, args and steps are left out, with another model type its preset, args and steps.
+    Prompts are the pack's, and then the request's. branch, token: those of the base that `asked_base` names. Raises
+    InvalidRequest for unknown fields, and where the pack has nothing for the class.
+    """
+    check_names(data)
+    own = own_fields(data)
+    if own.tune_ids:
+        raise InvalidRequest({"tune_ids": ["nothing is trained for a tune that is there already"]})
+    left_out = ["base_tune_id", "branch"]
+    if branch != pack.branch:
+        left_out += ["model_type", *OF_THE_METHOD]
+    elif data.get("model_type") not in (None, "", pack.parameters.get("model_type")):
+        left_out += OF_THE_METHOD
+    request = {key: value for key, value in pack.parameters.items() if key not in left_out}
+    request |= {key: value for key, value in data.items() if key not in (*OWN, "base_tune_id", "branch")}
+    base_tune_id, branch_asked = asked_base(pack, data)
+    request |= {"base_tune_id": base_tune_id, "branch": branch_asked}
+    request = {key: value for key, value in request.items() if value is not None and value != ""}
+    name, more = request.get("name"), request.get("prompts_attributes", [])
+    if isinstance(name, str) and name.strip() and isinstance(more, list):  # else POST /tunes says what is wrong
+        spoken = None if request.get("model_type") == "faceid" else str(request.get("token", token))
+        request["prompts_attributes"] = [
+            *prompts_for(pack, name, spoken, own.prompt_attributes, own.prompt_ids),
+            *more,
+        ]
+    return request
+
+
+def asked_tune(data: Mapping[str, Any]) -> int | None:
+    """The tune that a request with a pack renders with; None: it trains one. Raises InvalidRequest."""
+    check_names(data)
+    tune_ids = own_fields(data).tune_ids
+    if not tune_ids:
+        return None
+    if len(tune_ids) > 1:
+        told = f"takes one tune, got {len(tune_ids)}; send the request once for each"
+        raise InvalidRequest({"tune_ids": [told]})
+    blank: tuple[Any, ...] = (None, "", [], {})
+    needless = [name for name, value in data.items() if name not in BESIDE_TUNE_IDS and value not in blank]
+    if needless:
+        told = "has no effect with tune_ids, for nothing is trained; leave it out"
+        raise InvalidRequest({name: [told] for name in needless})
+    return tune_ids[0]
+
+
+def prompt_requests(pack: Pack, data: Mapping[str, Any], name: str, token: str | None) -> list[dict[str, Any]]:
+    """The data of POST /tunes/ID/prompts for a request with `tune_ids`, one for each prompt of the pack.
+
+    name, token: those of the tune. Raises InvalidRequest.
+    """
+    own = own_fields(data)
+    asked = data.get("name")
+    if asked and (not isinstance(asked, str) or asked.lower().split() != name.lower().split()):
+        raise InvalidRequest({"name": [f"the tune is of a {name}, not of {asked!r}; leave name out"]})
+    return prompts_for(pack, name, token, own.prompt_attributes, own.prompt_ids)

@@ -1,0 +1,119 @@
+"""What a prompt request may combine, what is warned of, and the row that it becomes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.config import looks
+from trainer.contract import flags
+from trainer.contract.errors import InvalidRequest, nearest
+from trainer.contract.photos import Upload
+from trainer.contract.prompts import COLUMNS, CONTROLS, HOSTED_CONTROLS, PICTURES, PromptRequest, attributes_of
+from trainer.contract.references import references
+from trainer.photos import inputs
+from trainer.studio.references import Named, as_row
+from trainer.studio.rows import Services, row_of, tune_folder
+from trainer.studio.store import Row
+
+API_NUM_IMAGES = 8  # the hosted service's default; the page asks for 4
+
+
+def check_prompt(services: Services, request: PromptRequest) -> None:
+    """Settle the names of looks, and refuse what does not go together. Raises InvalidRequest."""
+    problems: dict[str, list[str]] = {}
+    folder = services.settings.presets
+    for field, known in (("style", looks.styles(folder)), ("color_grading", looks.film_looks(folder))):
+        given = getattr(request, field)
+        name = next((name for name in known if given and name.lower() == given.strip().lower()), None)
+        if given and name is None:
+            told = f"there is no {given!r}{nearest(given, known)}; known: {', '.join(known)}"
+            problems[field] = [told]
+        setattr(request, field, name)
+    for field in PICTURES:
+        if not isinstance(getattr(request, field), Upload | None):
+            told = f"must be a file in multipart/form-data; an address goes into {field}_url"
+            problems[field] = [told]
+    if not request.has_input:
+        for field, given in (("mask_image", request.has_mask), ("controlnet", request.controlnet)):
+            if given:
+                problems[field] = ["needs input_image or input_image_url"]
+    if problems:
+        raise InvalidRequest(problems)
+
+
+def keep_pictures(services: Services, prompt_id: int, folder: Path, target: Path) -> None:
+    """Move the pictures that a prompt starts from to where they stay, and note their names."""
+    names = {path.stem: path.name for path in folder.iterdir()}
+    inputs.keep(folder, target)
+    attributes = row_of(services, "prompts", prompt_id)["attributes"]
+    services.store.update("prompts", prompt_id, attributes=attributes | names)
+
+
+def pictures_of(services: Services, tune_id: int, prompt_id: int) -> Path:
+    """Where the pictures lie that a prompt starts from."""
+    return tune_folder(services, tune_id) / "inputs" / str(prompt_id)
+
+
+def prompt_values(services: Services, tune_id: int, request: PromptRequest, named: Sequence[Named]) -> Row:
+    return {
+        "tune_id": tune_id,
+        **{name: getattr(request, name) for name in COLUMNS},
+        "num_images": request.num_images or API_NUM_IMAGES,
+        "attributes": attributes_of(request),
+        "named": as_row(named),
+        "kept": json.loads(json.dumps(request.ignored, default=lambda upload: upload.name)),
+        "warnings": prompt_warnings(request),
+    }
+
+
+def numbered(invalid: InvalidRequest, number: int) -> list[str]:
+    """What is wrong with one of several prompts, in words that say which."""
+    return [f"{number}.{field}: {message}" for field, all_ in invalid.problems.items() for message in all_]
+
+
+def prompt_warnings(request: PromptRequest) -> list[str]:
+    """What a prompt asks for and does not get, in words; what only its base can tell comes when it is rendered."""
+    told = [f"{name} is accepted and has no effect" for name in request.ignored]
+    _, asked, said = flags.split(request.text)
+    told += said
+    if request.face_swap:
+        told.append("face_swap is accepted and not done: there is no model for it whose licence allows its use")
+    if request.controlnet in HOSTED_CONTROLS:
+        told.append(f"controlnet {request.controlnet} is accepted and not done; there are {', '.join(CONTROLS)}")
+    drawn = not (request.has_input and (asked.only_upscale or request.denoising_strength == 0))
+    enlarged = request.super_resolution or asked.upscale_factor or asked.only_upscale
+    follows = request.controlnet in CONTROLS and drawn
+    masked = request.has_mask or (asked.mask_prompt and request.has_input)
+    anew = follows and request.controlnet_txt2img and not masked
+    lines = [one for one in references(request.text)[1] if one[0] == "lora"]
+    for name, lacks in {  # what has no effect, and why
+        "aspect_ratio": request.w and request.h and "beside w and h",
+        "ar": (request.aspect_ratio and "beside aspect_ratio") or (request.w and request.h and "beside w and h"),
+        "hires_fix": not enlarged and "without super_resolution",
+        "denoising_strength": (not request.has_input and "without input_image") or (anew and "with controlnet_txt2img"),
+        "mask_image": not drawn and "where nothing is drawn",
+        "controlnet": request.controlnet in CONTROLS and not drawn and "where nothing is drawn",
+        "controlnet_conditioning_scale": not follows and "without controlnet",
+        "controlnet_txt2img": (not follows and "without controlnet") or (masked and "beside a mask"),
+        "lora_scale": lines and "where the text says a weight",
+    }.items():
+        if lacks and getattr(request, name):
+            told.append(f"{name} has no effect {lacks}")
+    for name, lacks in {
+        "mask_prompt": (not request.has_input and "without input_image") or (request.has_mask and "beside mask_image"),
+        "only_upscale": not request.has_input and "without input_image",
+        "mask_negative": not (asked.mask_prompt and masked and not request.has_mask) and "without --mask_prompt",
+        "mask_invert": not masked and "without a mask",
+        "mask_dilate": not masked and "without a mask",
+        "mask_blur": not masked and "without a mask",
+        "hires_denoising_strength": not request.hires_fix and "without hires_fix",
+        "hires_cfg_scale": not request.hires_fix and "without hires_fix",
+        "face_inpaint_denoising": not request.inpaint_faces and "without inpaint_faces",
+        "control_guidance_start": not follows and "without controlnet",
+        "control_guidance_end": not follows and "without controlnet",
+    }.items():
+        if lacks and getattr(asked, name):
+            told.append(f"--{name} has no effect {lacks}")
+    return told

@@ -1,0 +1,156 @@
+"""The verbs of prompts: create, duplicate, get, list, delete."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.contract.errors import Conflict, InvalidRequest, NotFound
+from trainer.contract.fields import parse_request
+from trainer.contract.photos import Tell, Upload, untold
+from trainer.contract.prompts import PICTURES, Prompt, PromptRequest, prompt_of
+from trainer.files import discard
+from trainer.library import bases
+from trainer.library.bases import Base
+from trainer.photos import inputs
+from trainer.studio import pack_file
+from trainer.studio.answers import prompt_answer
+from trainer.studio.prompt_rules import check_prompt, keep_pictures, pictures_of, prompt_values
+from trainer.studio.references import GONE, Named, resolve
+from trainer.studio.rows import STOP_SECONDS, Mark, Services, find_marked, marks, row_of, tune_folder, tune_row
+from trainer.studio.store import Row
+
+
+def create_prompt(
+    services: Services, tune_id: int, data: Mapping[str, Any], tell: Tell = untold, mark: Mark | None = None
+) -> Prompt:
+    """Queue a prompt on a tune that has, or is getting, a model. Raises NotFound, InvalidRequest.
+
+    tune_id: the tune's, or that of a base with `<lora:NAME:WEIGHT>` or `<faceid:NAME:WEIGHT>` in the text.
+    """
+    base, tune = None, tune_row(services, tune_id)
+    if tune is None:
+        base = next((base for base in bases.list_bases(services.settings) if base.id == tune_id), None)
+        if base is None:
+            raise NotFound(f"there is no tune {tune_id}")
+    request = parse_request(PromptRequest, data)
+    check_prompt(services, request)
+    if tune is not None:
+        named = resolve(services.settings, services.store, request.text, tune["branch"], tune)
+    else:
+        assert base is not None
+        tune, named = tune_on_base(services, base, request.text)
+    if known := find_marked(services, "prompts", mark):
+        return prompt_answer(services, known)
+    with (
+        inputs.taken_in(services.settings, services.decoder, [request], None, tell) as pictures,
+        services.store.transaction(),
+    ):
+        if known := find_marked(services, "prompts", mark):
+            return prompt_answer(services, known)
+        tune = row_of(services, "tunes", tune["id"])  # it may be gone by now
+        if tune["status"] in GONE:
+            raise InvalidRequest({"tune_id": [f"tune {tune['id']} is {tune['status']}; it has no model"]})
+        asked = base.id if base and (tune["method"] == "faceid" or root_id(services, tune) != base.id) else None
+        values = prompt_values(services, tune["id"], request, named) | {"base_id": asked}
+        prompt_id = services.store.add_prompt(values | marks(mark))
+        if 0 in pictures:
+            keep_pictures(services, prompt_id, pictures[0], pictures_of(services, tune["id"], prompt_id))
+    services.store.changed.set()
+    return get_prompt(services, prompt_id)
+
+
+def tune_on_base(services: Services, base: Base, text: str) -> tuple[Row, list[Named]]:
+    """The tune that a prompt on a base belongs to, the first LoRA that it names, else its face; and all of them.
+
+    Raises InvalidRequest.
+    """
+    if base.error:
+        raise InvalidRequest({"tune_id": [f"{base.title}: {base.error}"]})
+    named = resolve(services.settings, services.store, text, base.branch, None)
+    in_order = sorted(named, key=lambda one: one.kind != "lora")
+    tune = next((row for one in in_order if (row := tune_row(services, one.id))), None)
+    if tune is None:
+        told = f"a prompt on base {base.id} names a tune: <lora:ID:WEIGHT>, or <faceid:ID:WEIGHT>"
+        raise InvalidRequest({"text": [told]})
+    return tune, named
+
+
+def root_id(services: Services, tune: Row) -> int:
+    """The base at the end of the chain of tunes that a tune stands on."""
+    while earlier := tune_row(services, tune["base_id"]):
+        tune = earlier
+    return int(tune["base_id"])
+
+
+def duplicate_prompt(
+    services: Services, prompt_id: int, data: Mapping[str, Any], tell: Tell = untold, mark: Mark | None = None
+) -> Prompt:
+    """Queue a prompt again, with other values where `data` has some. Raises NotFound, InvalidRequest."""
+    row = row_of(services, "prompts", prompt_id)
+    same = prompt_of(row).model_dump(exclude_none=True) | own_pictures(services, row)
+    for name in PICTURES:  # another picture comes in place of the one that was there
+        if name in data or f"{name}_url" in data:
+            same = {key: value for key, value in same.items() if key not in (name, f"{name}_url")}
+    same = {**still_good(row["kept"]), **same}
+    return create_prompt(services, row["base_id"] or row["tune_id"], pack_file.over(same, data), tell, mark)
+
+
+def own_pictures(services: Services, row: Row) -> dict[str, Any]:
+    """The pictures that a prompt starts from, as uploads in place of their addresses."""
+    folder = pictures_of(services, row["tune_id"], row["id"])
+    found = {name: inputs.find(folder, name) for name in PICTURES}
+    kept: dict[str, Any] = {name: Upload(path.name, path) for name, path in found.items() if path}
+    return kept | {f"{name}_url": None for name in kept}
+
+
+def delete_prompt(services: Services, prompt_id: int, tune_id: int | None = None) -> None:
+    """Remove a prompt and its pictures; one that renders is stopped first. Raises NotFound, Conflict.
+
+    tune_id: the tune that it must be of.
+    """
+    deadline = time.monotonic() + STOP_SECONDS
+    while True:
+        with services.store.transaction():
+            row = row_of(services, "prompts", prompt_id)
+            if tune_id not in (None, row["tune_id"]):
+                raise NotFound(f"tune {tune_id} has no prompt {prompt_id}")
+            if row["status"] != "rendering":
+                services.store.delete("prompts", prompt_id)
+                break
+            services.store.update("prompts", prompt_id, cancel=1)
+        if time.monotonic() > deadline:
+            raise Conflict(f"prompt {prompt_id} does not stop; try again later")
+        time.sleep(0.1)
+    discard(tune_folder(services, row["tune_id"]) / "prompts" / str(prompt_id))
+    discard(pictures_of(services, row["tune_id"], prompt_id))
+
+
+def get_prompt(services: Services, prompt_id: int) -> Prompt:
+    """Raises NotFound."""
+    return prompt_answer(services, row_of(services, "prompts", prompt_id))
+
+
+def list_prompts(services: Services, tune_id: int | None = None, limit: int = 20, offset: int = 0) -> list[Prompt]:
+    """Newest first. Raises NotFound for an unknown tune."""
+    if tune_id is not None:
+        row_of(services, "tunes", tune_id)
+    return [
+        prompt_answer(services, row)
+        for row in services.store.find("prompts", tune_id=tune_id, limit=limit, offset=offset)
+    ]
+
+
+def still_good(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What was kept of an older prompt, when nobody rendered it, as far as it is a request now."""
+    good = {}
+    for name, value in kept.items():
+        if name in (*PICTURES, "controlnet"):  # which would need the picture
+            continue
+        try:
+            parse_request(PromptRequest, {"text": "a", name: value})
+        except InvalidRequest:
+            continue
+        good[name] = value
+    return good

@@ -1,0 +1,133 @@
+"""`<lora:NAME:WEIGHT>` and `<faceid:NAME:WEIGHT>` in a prompt -> the models that they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.contract.errors import InvalidRequest
+from trainer.contract.references import references
+from trainer.library import bases
+from trainer.library.bases import Base
+from trainer.settings import Settings
+from trainer.studio.store import Row, Store
+
+ADAPTERS = ("lora", "pti")  # model types that lie on a base
+GONE = ("failed", "canceled", "expired")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model in a prompt. kind: lora or faceid. id: of a tune, or of a LoRA file in the models folder."""
+
+    kind: str
+    id: int
+    weight: float
+
+
+def resolve(settings: Settings, store: Store, text: str, branch: str | None, own: Row | None) -> list[Named]:
+    """The models that a text names, in its order.
+
+    own: the row of the tune that the prompt is posted to. branch: of the base; None: not known, for the request is
+    refused for it anyway. Raises InvalidRequest for whatever cannot be found, or is not for this base, by its name.
+    """
+    found: list[Named] = []
+    problems = []
+    for kind, name, weight in references(text)[1]:
+        try:
+            row = (_lora if kind == "lora" else _face)(settings, store, name, branch, own)
+            if any((one.kind, one.id) == (kind, row) for one in found):
+                raise ValueError("it is named twice; once is enough")
+            found.append(Named(kind, row, weight))
+        except ValueError as problem:
+            problems.append(f"<{kind}:{name}>: {problem}")
+    faces = sum(one.kind == "faceid" for one in found)
+    if faces > 1:
+        problems.append(f"names {faces} faces; one is possible")
+    if problems:
+        raise InvalidRequest({"text": problems})
+    return found
+
+
+def of_row(settings: Settings, store: Store, prompt: Row, tune: Row, branch: str) -> list[Named]:
+    """The models of a prompt in the store. Raises InvalidRequest where it was never looked up, and cannot be now."""
+    if prompt["named"] is None:
+        return resolve(settings, store, prompt["text"], branch, tune)
+    return [Named(*one) for one in prompt["named"]]
+
+
+def as_row(named: Sequence[Named]) -> list[list[Any]]:
+    """As the store keeps them."""
+    return [[one.kind, one.id, one.weight] for one in named]
+
+
+def _lora(settings: Settings, store: Store, name: str, branch: str | None, own: Row | None) -> int:
+    """The number of a LoRA by that, by its tune's token or title, or by the name of its file. Raises ValueError."""
+    if own and name in (str(own["id"]), own["token"], own["title"]):
+        if own["method"] == "faceid":
+            raise ValueError(f"tune {own['id']} is a face: write <faceid:{own['id']}:1>")
+        return int(own["id"])
+    if number := _number(name):
+        if row := store.get("tunes", number):
+            _check(row, branch)
+            return number
+        tunes: list[Row] = []
+    else:
+        called = [*store.find("tunes", token=name), *store.find("tunes", title=name)]
+        rows = {row["id"]: row for row in called}
+        tunes = [row for row in rows.values() if row["method"] in ADAPTERS and row["status"] not in GONE]
+        tunes = [row for row in tunes if branch in (None, row["branch"])]
+    files = [base for base in bases.list_bases(settings) if base.model and name in _names(base)]
+    if len(tunes) + len(files) > 1:
+        told = [f"{row['id']} ({row['title']})" for row in tunes] + [f"{base.id} ({base.title})" for base in files]
+        raise ValueError(f"several are called so: {', '.join(told)}; write the number of the one that is meant")
+    if files:
+        if files[0].error:
+            raise ValueError(files[0].error)
+        if branch not in (None, files[0].branch):
+            raise ValueError(f"it is of branch {files[0].branch}, not {branch}")
+        return files[0].id
+    if not tunes:
+        raise ValueError("there is no LoRA of this number, token or title, and no such file in the models folder")
+    return int(tunes[0]["id"])
+
+
+def _names(base: Base) -> tuple[str, ...]:
+    assert base.model is not None, "only LoRA files are asked for"
+    return str(base.id), base.title, base.model.name, base.model.stem
+
+
+def _check(row: Row, branch: str | None) -> None:
+    """Raise ValueError for a tune that is no LoRA for this branch."""
+    number = row["id"]
+    if row["method"] == "faceid":
+        raise ValueError(f"tune {number} is a face: write <faceid:{number}:1>")
+    if row["method"] not in ADAPTERS:
+        raise ValueError(f"tune {number} is a whole model, which nothing lies on: post the prompt to it")
+    if row["status"] in GONE:
+        raise ValueError(f"tune {number} is {row['status']}; it has no model")
+    if branch not in (None, row["branch"]):
+        raise ValueError(f"tune {number} is of branch {row['branch']}, not {branch}")
+
+
+def _face(_settings: Settings, store: Store, name: str, branch: str | None, own: Row | None) -> int:
+    """The number of a faceid tune by that, or by its title. Raises ValueError."""
+    if own and own["method"] == "faceid" and name in (str(own["id"]), own["title"]):
+        return int(own["id"])
+    number = _number(name)
+    rows = [store.get("tunes", number)] if number else store.find("tunes", title=name)
+    faces: list[Mapping[str, Any]] = [row for row in rows if row and row["method"] == "faceid"]
+    if not faces:
+        raise ValueError(f"there is no faceid tune {name}")
+    if len(faces) > 1:
+        raise ValueError(f"several are called so: {', '.join(str(one['id']) for one in faces)}; write the number")
+    if faces[0]["status"] != "trained":
+        raise ValueError(f"it is {faces[0]['status']}")
+    if branch not in (None, faces[0]["branch"]):
+        raise ValueError(f"it is of branch {faces[0]['branch']}, not {branch}")
+    return int(faces[0]["id"])
+
+
+def _number(name: str) -> int | None:
+    return int(name) if name.isascii() and name.isdecimal() and len(name) <= 18 else None

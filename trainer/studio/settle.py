@@ -1,0 +1,126 @@
+"""A tune request with every default filled in: base, preset, model type, hyper-parameters, warnings."""
+
+from __future__ import annotations
+
+from trainer.config import branch_file, kinds, resolve, train_config
+from trainer.contract.errors import InvalidRequest, nearest, words
+from trainer.contract.tunes import TuneRequest, check_model_type
+from trainer.library import bases
+from trainer.library.bases import Base
+from trainer.names import FORMATS
+from trainer.photos.subject import not_people, of_one_person
+from trainer.studio.rows import Services, tune_row, tunes_by_id
+from trainer.studio.store import Row
+
+FEW_PHOTOS = 4
+HOSTED_PRESETS = ("flux-lora-focus", "flux-lora-portrait", "flux-lora-fast")
+
+
+def list_presets(services: Services) -> list[str]:
+    return branch_file.list_presets(services.settings.presets)
+
+
+def settle(services: Services, request: TuneRequest, photos: int) -> Row:
+    """Fix everything that has a default, and refuse what does not go together; all problems at once."""
+    base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services))
+    asked_preset, warnings = request.preset, request_warnings(services, request, photos, base)
+    problems: dict[str, list[str]] = {}
+    known_presets = (*list_presets(services), *HOSTED_PRESETS)
+    if base.branch == "fast":
+        preset = None
+    elif asked_preset is not None and asked_preset not in list_presets(services):
+        known = words(list_presets(services)) or "none"
+        hint = nearest(asked_preset, known_presets)
+        problems["preset"] = [f"there is no preset {asked_preset!r} for {base.branch}{hint}; known: {known}"]
+        preset = None
+    else:
+        preset = asked_preset
+    folder, branch = services.settings.presets, base.branch
+    asked_type = request.model_type or branch_file.default_model_type(folder, branch)
+    method, args = branch_file.method_of(folder, branch, asked_type), None
+    if method != asked_type:
+        warnings.append(f"{branch} trains {method} where {asked_type} is asked, as the hosted service does")
+    try:
+        check_model_type(method, branch, branch_file.model_types(folder, branch), branch_file.why_not(folder, branch))
+        if method == "checkpoint" and FORMATS["embeddings"] in (tune_row(services, base.id) or {}).get("files", []):
+            told = f"tune {base.id} has new words, and a checkpoint has no place for them; train lora or pti on it"
+            problems["base_tune_id"] = [told]
+        if method == "pti" and (request.token or "").lower() in request.name.lower().split():
+            problems["token"] = [f"{request.token} is a word of the class name: every {request.name} would be meant"]
+        if method == "faceid":
+            problems |= faceid_problems(request)
+        else:
+            config = resolve.resolve(
+                folder,
+                branch=branch,
+                model_type=method,
+                preset=preset,
+                name=request.name,
+                photos=photos,
+                steps=request.steps,
+                args=request.args,
+                face_crop=request.face_crop,
+                face_crop_default=services.settings.face_crop,
+            )
+            args = train_config.as_args(config)
+    except InvalidRequest as invalid:
+        problems |= invalid.problems
+    if problems:
+        raise InvalidRequest(problems)
+    return {
+        "title": request.title,
+        "name": request.name.strip(),
+        "token": None if method == "faceid" else request.token or token_for(services, base),
+        "branch": base.branch,
+        "model_type": request.model_type,
+        "method": method,
+        "preset": asked_preset,
+        "base_tune_id": request.base_tune_id,
+        "base_id": base.id,
+        "steps": request.steps,
+        "args": args,
+        "face_crop": request.face_crop,
+        "training_face_correct": bool(request.training_face_correct),
+        "auto_extend": bool(request.auto_extend),
+        "callback": request.callback,
+        "prompts_callback": request.prompts_callback,
+        "characteristics": request.characteristics,
+        "warnings": warnings,
+    }
+
+
+def token_for(services: Services, base: Base) -> str:
+    """That of the earlier tune which the base is, else the branch's."""
+    earlier = tune_row(services, base.id)
+    return (earlier and earlier["token"]) or branch_file.default_token(services.settings.presets, base.branch)
+
+
+def request_warnings(services: Services, request: TuneRequest, photos: int, base: Base) -> list[str]:
+    """What was asked for and is not done, in words."""
+    told = [f"{name} is accepted and has no effect" for name in request.ignored]
+    told += branch_file.branch_warnings(services.settings.presets, base.branch)
+    if photos < FEW_PHOTOS:
+        told.append(f"{photos} photos are few: with {FEW_PHOTOS} or more a tune learns its subject better")
+    if base.branch == "fast":
+        if request.base_tune_id not in (None, base.id):
+            told.append(f"branch fast has a base of its own: base_tune_id {request.base_tune_id} is not used")
+        if request.preset is not None:
+            told.append(f"branch fast has settings of its own: preset {request.preset} is not used")
+    if request.face_crop and kinds.kind_of(request.name) != "person":
+        told.append(not_people("face_crop", request.name))
+    if request.model_type == "faceid":
+        asked = [name for name in ("steps", "token", "training_face_correct", "preset") if getattr(request, name)]
+        told += [f"{name} has no effect: faceid trains nothing" for name in asked]
+    if request.auto_extend and not services.settings.lifetime_days:
+        told.append("auto_extend has no effect: tunes do not expire here")
+    return told
+
+
+def faceid_problems(request: TuneRequest) -> dict[str, list[str]]:
+    """What a request for a faceid cannot have, in words."""
+    problems = {}
+    if not of_one_person(request.name):
+        problems["name"] = [f"faceid is of one person (man, woman, boy, girl, child, ...), not of {request.name}"]
+    if request.args:
+        problems["args"] = ["faceid trains nothing, so there is nothing to set; leave args out"]
+    return problems

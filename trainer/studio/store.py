@@ -1,0 +1,320 @@
+"""SQLite: tunes, prompts and the queue. The only importer of the database library; no business rules.
+
+The web side and the worker meet here. Each thread has its own connection.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from trainer.clock import now
+from trainer.studio.migrations import MIGRATIONS
+
+Table = Literal["tunes", "prompts", "exports"]
+Row = dict[str, Any]
+JSON_COLUMNS = ("characteristics", "photos", "files", "progress", "warnings", "kept", "attributes", "named")
+RUNNING: dict[Table, str] = {"tunes": "training", "prompts": "rendering", "exports": "exporting"}
+
+
+class InUse(Exception):
+    """Another process works on this outputs folder."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work: a tune to train, one of its prompts to render, or one of its exports to make."""
+
+    id: int
+    tune_id: int
+    prompt_id: int | None
+    attempts: int
+    export_id: int | None = None
+
+    @property
+    def target(self) -> tuple[Table, int]:
+        """The row that says what is to be done, and how it ends."""
+        if self.export_id is not None:
+            return "exports", self.export_id
+        return ("tunes", self.tune_id) if self.prompt_id is None else ("prompts", self.prompt_id)
+
+
+class Store:
+    """The database of one outputs folder, held by one process at a time."""
+
+    def __init__(self, outputs: Path) -> None:
+        """Open, or make, `outputs/tunebooth.db`. Raises InUse where another process has it."""
+        self._lock_file = (outputs / ".lock").open("a+")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock_file.seek(0)
+            raise InUse(f"{outputs} is in use by process {self._lock_file.read().strip()}") from None
+        self._lock_file.truncate(0)
+        self._lock_file.write(str(os.getpid()))
+        self._lock_file.flush()
+        self._path = outputs / "tunebooth.db"
+        self._local = threading.local()
+        self._writing = threading.Lock()  # one writer at a time; waiting here is fair, SQLite's own busy wait is not
+        self.changed = threading.Event()  # set when there may be something to do
+        try:
+            self._migrate()
+        except sqlite3.OperationalError:
+            raise  # a full disk, say
+        except sqlite3.DatabaseError as problem:
+            raise self._damaged(str(problem)) from problem
+
+    def close(self) -> None:
+        self._lock_file.close()
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        if not hasattr(self._local, "db"):
+            db = sqlite3.connect(self._path, isolation_level=None, timeout=10)
+            db.row_factory = sqlite3.Row
+            # WAL of SQLite 3.7.0 to 3.51.2 can corrupt the file when two connections race (sqlite.org/wal.html).
+            safe_wal = sqlite3.sqlite_version_info >= (3, 51, 3)
+            db.executescript(
+                f"PRAGMA journal_mode={'WAL' if safe_wal else 'DELETE'};"
+                f"PRAGMA synchronous={'FULL' if safe_wal else 'EXTRA'};"
+                "PRAGMA foreign_keys=ON; PRAGMA trusted_schema=OFF;"
+            )
+            self._local.db = db
+        return cast(sqlite3.Connection, self._local.db)
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing. Nested use joins the outer transaction."""
+        if self._db.in_transaction:
+            yield self._db
+            return
+        with self._writing:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.commit()
+            except BaseException:
+                self._db.rollback()
+                raise
+
+    def _migrate(self) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise RuntimeError(f"{self._path} was made by a newer version of Tunebooth; upgrade to open it")
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            self._db.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
+        check = self._db.execute("PRAGMA integrity_check").fetchone()[0]
+        if check != "ok":
+            raise self._damaged(check)
+
+    def _damaged(self, how: str) -> RuntimeError:
+        return RuntimeError(f"{self._path} is damaged ({how}); put back a copy, or move it away to start anew")
+
+    def add_tune(self, values: Mapping[str, Any]) -> int:
+        """Insert a tune and its job, both or neither; its prompts follow in the caller's `transaction()`."""
+        with self.transaction() as db:
+            tune_id = self._insert("tunes", values)
+            db.execute("INSERT INTO jobs (tune_id) VALUES (?)", (tune_id,))
+        return tune_id
+
+    def add_ready_tune(self, values: Mapping[str, Any], **ended: Any) -> int:
+        """Insert a tune that needs no training; `ended` is how it ended. Its callback is noted, as of any that ends."""
+        with self.transaction():
+            tune_id = self._insert("tunes", values)
+            self.update("tunes", tune_id, status="trained", **ended)
+        return tune_id
+
+    def add_prompt(self, values: Mapping[str, Any]) -> int:
+        """Insert a prompt and its job, both or neither."""
+        with self.transaction() as db:
+            prompt_id = self._insert("prompts", values)
+            db.execute("INSERT INTO jobs (tune_id, prompt_id) VALUES (?, ?)", (values["tune_id"], prompt_id))
+        return prompt_id
+
+    def add_export(self, tune_id: int, format_: str) -> None:
+        """Insert an export and its job, both or neither."""
+        with self.transaction() as db:
+            export_id = self._insert("exports", {"tune_id": tune_id, "format": format_})
+            db.execute("INSERT INTO jobs (tune_id, export_id) VALUES (?, ?)", (tune_id, export_id))
+
+    def _insert(self, table: Table, values: Mapping[str, Any]) -> int:
+        moment = now()
+        row = _encode({**values, "status": "queued", "created_at": moment, "updated_at": moment})
+        marks = ", ".join("?" * len(row))
+        with self.transaction() as db:
+            cursor = db.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", list(row.values()))
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def update(self, table: Table, row_id: int, **values: Any) -> None:
+        """Change columns of one row; `updated_at` follows."""
+        row = _encode({**values, "updated_at": now()})
+        with self.transaction() as db:
+            db.execute(f"UPDATE {table} SET {', '.join(f'{k} = ?' for k in row)} WHERE id = ?", [*row.values(), row_id])
+
+    def get(self, table: Table, row_id: int) -> Row | None:
+        if not 0 < row_id < 2**63:  # SQLite has no such number
+            return None
+        row = self._db.execute(f"SELECT * FROM {table} WHERE id = ?", (row_id,)).fetchone()
+        return _decode(row) if row else None
+
+    def find(
+        self,
+        table: Table,
+        *,
+        limit: int = -1,
+        offset: int = 0,
+        before_id: int | None = None,
+        oldest_first: bool = False,
+        **equal: Any,
+    ) -> list[Row]:
+        """Rows whose columns equal the given values (None: any), newest first."""
+        wanted = {key: value for key, value in equal.items() if value is not None}
+        conditions = [f"{key} = ?" for key in wanted] + (["id < ?"] if before_id is not None else [])
+        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        values = [*wanted.values(), *([before_id] if before_id is not None else []), limit, offset]
+        rows = self._db.execute(
+            f"SELECT * FROM {table} {where} ORDER BY id {'ASC' if oldest_first else 'DESC'} LIMIT ? OFFSET ?", values
+        )
+        return [_decode(row) for row in rows]
+
+    def delete(self, table: Table, row_id: int) -> None:
+        """Remove a tune with its prompts, or one prompt, and their jobs and callbacks."""
+        with self.transaction() as db:
+            db.execute(f"DELETE FROM {table} WHERE id = ?", (row_id,))
+
+    def claim(self) -> Job | None:
+        """The oldest job, marked as running; None where there is nothing to do.
+
+        A job that a killed process left behind is simply the oldest one again.
+        """
+        with self.transaction() as db:
+            row = db.execute("SELECT * FROM jobs ORDER BY id LIMIT 1").fetchone()
+            if row is None:
+                return None
+            job = Job(**row)
+            db.execute("UPDATE jobs SET attempts = attempts + 1 WHERE id = ?", (job.id,))
+            table, row_id = job.target
+            db.execute(
+                f"UPDATE {table} SET status = ?, started_training_at = COALESCE(started_training_at, ?), updated_at = ?"
+                " WHERE id = ?",
+                (RUNNING[table], now(), now(), row_id),
+            )
+        return job
+
+    def made_headway(self, job: Job) -> None:
+        """A state is on disk: a crash after this is a new crash, not the same one again."""
+        with self.transaction() as db:
+            db.execute("UPDATE jobs SET attempts = 1 WHERE id = ?", (job.id,))
+
+    def put_back(self, job: Job) -> None:
+        """A job that was stopped because the app ends waits again, at its old place; that was no crash."""
+        table, row_id = job.target
+        with self.transaction() as db:
+            self.update(table, row_id, status="queued")
+            db.execute("UPDATE jobs SET attempts = 0 WHERE id = ?", (job.id,))
+
+    def cancel_wanted(self, table: Table, row_id: int) -> bool:
+        """Whether someone asked to stop; also when the row is gone. One indexed read, cheap enough for every step."""
+        row = self._db.execute(f"SELECT cancel FROM {table} WHERE id = ?", (row_id,)).fetchone()
+        return row is None or bool(row[0])
+
+    def finish(self, job: Job, status: str, **values: Any) -> None:
+        """Record how a job ended and take it off the queue, in one transaction.
+
+        The prompts of a tune that did not get trained end with it.
+        """
+        table, row_id = job.target
+        with self.transaction() as db:
+            self.update(table, row_id, status=status, cancel=0, **values)
+            db.execute("DELETE FROM jobs WHERE id = ?", (job.id,))
+            if table == "tunes" and status != "trained":
+                self.end_prompts(job.tune_id, "canceled" if status == "canceled" else "failed")
+
+    def end_prompts(self, tune_id: int, status: str) -> None:
+        with self.transaction() as db:
+            db.execute("DELETE FROM jobs WHERE tune_id = ? AND prompt_id IS NOT NULL", (tune_id,))
+            db.execute(
+                "UPDATE prompts SET status = ?, error = ?, updated_at = ? WHERE tune_id = ? AND status = 'queued'",
+                (status, "the tune was not trained", now(), tune_id),
+            )
+
+    def take_off_queue(self, tune_id: int) -> bool:
+        """Remove a tune's job before it runs. False: it runs already, or has ended."""
+        with self.transaction() as db:
+            queued = db.execute("SELECT 1 FROM tunes WHERE id = ? AND status = 'queued'", (tune_id,)).fetchone()
+            if queued:
+                db.execute("DELETE FROM jobs WHERE tune_id = ? AND prompt_id IS NULL AND export_id IS NULL", (tune_id,))
+                self.update("tunes", tune_id, status="canceled")
+                self.end_prompts(tune_id, "canceled")
+            return queued is not None
+
+    def requeue_tune(self, tune_id: int) -> None:
+        """Put a tune that ended without a model, and its prompts, at the end of the queue."""
+        with self.transaction() as db:
+            self.update("tunes", tune_id, status="queued", cancel=0, error=None, progress={}, eta=None)
+            db.execute("INSERT INTO jobs (tune_id) VALUES (?)", (tune_id,))
+            # They will all have ended once more.
+            db.execute("DELETE FROM callbacks WHERE tune_id = ? AND kind = 'prompts'", (tune_id,))
+            for prompt in self.find("prompts", tune_id=tune_id, oldest_first=True):
+                if prompt["status"] in ("failed", "canceled"):
+                    self.update("prompts", prompt["id"], status="queued", error=None)
+                    db.execute("INSERT INTO jobs (tune_id, prompt_id) VALUES (?, ?)", (tune_id, prompt["id"]))
+
+    def recover(self) -> None:
+        """At start: what a stopped process was working on waits again, at its old place in the queue."""
+        with self.transaction() as db:
+            for table, running in RUNNING.items():
+                db.execute(f"UPDATE {table} SET status = 'queued' WHERE status = ?", (running,))
+
+    # Callbacks
+
+    def callbacks(self, tune_id: int) -> list[Row]:
+        """All of a tune and its prompts, newest first."""
+        found = self._db.execute("SELECT * FROM callbacks WHERE tune_id = ? ORDER BY id DESC", (tune_id,))
+        return [dict(row) for row in found]
+
+    def due_callbacks(self, moment: str) -> list[Row]:
+        """Those that are to be posted by now, oldest first."""
+        found = self._db.execute("SELECT * FROM callbacks WHERE due_at <= ? ORDER BY due_at, id", (moment,))
+        return [dict(row) for row in found]
+
+    def note_attempt(self, callback_id: int, answer: str, *, arrived: bool, due_at: str | None) -> None:
+        """What came of posting a callback. due_at: when it is tried again; None: not any more."""
+        with self.transaction() as db:
+            db.execute(
+                "UPDATE callbacks SET attempts = attempts + 1, answer = ?, due_at = ?, arrived_at = ? WHERE id = ?",
+                (answer, due_at, now() if arrived else None, callback_id),
+            )
+
+    def send_callbacks_again(self, tune_id: int) -> int:
+        """Begin anew with the callbacks of a tune and its prompts; returns how many there are."""
+        with self.transaction() as db:
+            again = "UPDATE callbacks SET attempts = 0, arrived_at = NULL, due_at = ? WHERE tune_id = ?"
+            return db.execute(again, (now(), tune_id)).rowcount
+
+    def standing_on(self, tune_id: int) -> list[Row]:
+        """The tunes that were, or are to be, trained on this one, and have not expired; oldest first."""
+        found = self._db.execute(
+            "SELECT * FROM tunes WHERE base_id = ? AND status != 'expired' ORDER BY id", (tune_id,)
+        )
+        return [_decode(row) for row in found]
+
+    def queue_length(self) -> int:
+        return int(self._db.execute("SELECT COUNT(*) FROM jobs").fetchone()[0])
+
+
+def _encode(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: json.dumps(value) if key in JSON_COLUMNS else value for key, value in values.items()}
+
+
+def _decode(row: sqlite3.Row) -> Row:
+    return {key: json.loads(row[key]) if key in JSON_COLUMNS else row[key] for key in row.keys()}  # noqa: SIM118

@@ -1,0 +1,304 @@
+"""The verbs of tunes: create, get, list, cancel, resume, change, delete; and the check of photos."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trainer.clock import stamp
+from trainer.config import kinds, train_config
+from trainer.config.train_config import TrainConfig
+from trainer.contract.errors import Conflict, InvalidRequest, words
+from trainer.contract.fields import Request, parse_request
+from trainer.contract.photos import Check, Photo, Tell, Upload, untold
+from trainer.contract.states import ENDED, Callback
+from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
+from trainer.files import discard, fsync
+from trainer.library import bases
+from trainer.names import FORMATS
+from trainer.photos import inputs
+from trainer.photos.intake import intake
+from trainer.studio.answers import tune_answer
+from trainer.studio.expiry import expiry
+from trainer.studio.prompt_rules import check_prompt, keep_pictures, numbered, prompt_values
+from trainer.studio.references import resolve
+from trainer.studio.rows import STOP_SECONDS, Mark, Services, find_marked, marks, row_of, tune_folder, tunes_by_id
+from trainer.studio.settle import settle
+from trainer.studio.store import Row
+
+R = TypeVar("R", bound=Request)
+
+
+def create_tune(
+    services: Services,
+    data: Mapping[str, Any],
+    uploads: Sequence[Upload],
+    tell: Tell = untold,
+    mark: Mark | None = None,
+) -> tuple[Tune, bool]:
+    """Queue a tune; False beside it: it was there already, by its mark or its title (setting `idempotency`).
+
+    data: the tune parameters but `images`, whose files are the uploads. Raises InvalidRequest with all problems;
+    nothing is kept then.
+    """
+    request, count, problems = _parse(services, TuneRequest, data, uploads)
+    if known := find_marked(services, "tunes", mark):
+        return tune_answer(services, known), False
+    if existing := same_title(services, request.title):
+        return existing, False
+    if len(request.prompts_attributes) > services.settings.max_prompts:
+        problems["prompts_attributes"] = [f"must contain at most {services.settings.max_prompts} prompts"]
+    values: Row = {"branch": None}
+    try:
+        values = settle(services, request, max(1, count))
+    except InvalidRequest as invalid:
+        problems |= invalid.problems
+    own = {"id": 0, "title": request.title, "token": request.token or "ohwx", "method": ""} | values  # no id yet
+    for number, prompt in enumerate(request.prompts_attributes):
+        try:
+            check_prompt(services, prompt)
+            resolve(services.settings, services.store, prompt.text, values["branch"], own)
+        except InvalidRequest as invalid:
+            problems.setdefault("prompts_attributes", []).extend(numbered(invalid, number))
+    fetches = request.image_urls or any(prompt.has_input for prompt in request.prompts_attributes)
+    if problems and (fetches or "images" in problems):
+        raise InvalidRequest(problems)  # nothing is fetched for a request that is refused anyway
+    try:
+        with (
+            intake(services.settings, services.decoder, uploads, request.image_urls, tell) as (work, photos),
+            inputs.taken_in(
+                services.settings, services.decoder, request.prompts_attributes, "prompts_attributes", tell
+            ) as pictures,
+        ):
+            if problems:
+                raise InvalidRequest({})
+            if values["method"] == "faceid":
+                photos, said = services.looker.identify(work, photos, request.name, tell)
+                values["warnings"] = [*values["warnings"], *said]
+                return _insert(services, request, values, work, photos, pictures, mark)
+            different = sum(not photo.dropped for photo in photos)
+            if different != count:  # a photo that came twice is trained once
+                values = settle(services, request, different)
+            return _insert(services, request, values, work, photos, pictures, mark)
+    except InvalidRequest as invalid:
+        raise InvalidRequest(problems | invalid.problems) from None
+
+
+def check_photos(services: Services, data: Mapping[str, Any], uploads: Sequence[Upload], tell: Tell = untold) -> Check:
+    """The verdicts that a tune with these parameters would give its photos; nothing is kept.
+
+    data: tune parameters but `images`; none of them is needed, but without `name` nobody looks for faces. Raises
+    InvalidRequest with all problems, CannotLook.
+    """
+    request, count, problems = _parse(services, CheckRequest, data, uploads)
+    if problems:
+        raise InvalidRequest(problems)
+    if request.name and kinds.kind_of(request.name) == "person":
+        services.looker.warm()  # while the photos are fetched and decoded
+    values = settle(services, request.as_tune(), count)
+    config = TrainConfig(**train_config.parse_args(values["args"]))
+    with intake(services.settings, services.decoder, uploads, request.image_urls, tell) as (work, photos):
+        warnings = values["warnings"]
+        if request.name:
+            restore = bool(request.training_face_correct)
+            photos, said = services.looker.prepare(work, photos, config, request.name, restore, tell, fetch=False)
+            warnings = [*warnings, *said]
+        else:
+            warnings = [*warnings, "without a class name (`name`) nobody looks for faces"]
+        left = sum(not photo.dropped for photo in photos)
+        if left != count:  # what is said of their number
+            of_left = settle(services, request.as_tune(), max(1, left))["warnings"]
+            warnings = [*of_left, *warnings[len(values["warnings"]) :]]
+        for number, photo in enumerate(photos):
+            tell("pictures are drawn", number, len(photos))
+            services.looker.show(work, photo, config)
+        tell("pictures are drawn", len(photos), len(photos))
+        return Check(photos=photos, warnings=warnings)
+
+
+def _parse(
+    services: Services, model: type[R], data: Mapping[str, Any], uploads: Sequence[Upload]
+) -> tuple[R, int, dict[str, list[str]]]:
+    """The request, how many photos come with it, and what is wrong with their number. Raises InvalidRequest."""
+    problems: dict[str, list[str]] = {}
+    urls = data.get("image_urls")
+    count = sum(not u.name.lower().endswith(".txt") for u in uploads) + (len(urls) if isinstance(urls, list) else 0)
+    if count == 0:
+        problems["images"] = ["must contain at least one image"]
+    if count > services.settings.max_images:
+        problems["images"] = [f"must contain at most {services.settings.max_images} images, got {count}"]
+    try:
+        return parse_request(model, data), count, problems
+    except InvalidRequest as invalid:
+        raise InvalidRequest(problems | invalid.problems) from None
+
+
+def get_tune(services: Services, tune_id: int) -> Tune:
+    """Raises NotFound."""
+    return tune_answer(services, row_of(services, "tunes", tune_id))
+
+
+def list_tunes(
+    services: Services,
+    limit: int = 20,
+    offset: int = 0,
+    before_id: int | None = None,
+    title: str | None = None,
+    branch: str | None = None,
+    model_type: str | None = None,
+) -> list[Tune]:
+    """Newest first."""
+    rows = services.store.find(
+        "tunes", limit=limit, offset=offset, before_id=before_id, title=title, branch=branch, model_type=model_type
+    )
+    return [tune_answer(services, row) for row in rows]
+
+
+def cancel_tune(services: Services, tune_id: int) -> Tune:
+    """Stop a tune: at once while it waits, within one step while it trains. Raises NotFound, Conflict."""
+    row = row_of(services, "tunes", tune_id)
+    if row["status"] in ENDED:
+        raise Conflict(f"tune {tune_id} is {row['status']} already")
+    if not services.store.take_off_queue(tune_id):
+        services.store.update("tunes", tune_id, cancel=1)
+    return get_tune(services, tune_id)
+
+
+def resume_tune(services: Services, tune_id: int) -> Tune:
+    """Queue a tune again that was canceled or has failed; it goes on from its state. Raises NotFound, Conflict."""
+    row = row_of(services, "tunes", tune_id)
+    if row["status"] not in ("canceled", "failed"):
+        raise Conflict(f"tune {tune_id} is {row['status']}; only a canceled or failed one can be resumed")
+    services.store.requeue_tune(tune_id)
+    services.store.changed.set()
+    return get_tune(services, tune_id)
+
+
+def change_tune(services: Services, tune_id: int, data: Mapping[str, Any]) -> Tune:
+    """Change a tune's title, class name, auto_extend or characteristics. Raises NotFound, InvalidRequest."""
+    with services.store.transaction():
+        row = row_of(services, "tunes", tune_id)
+        request = parse_request(TuneChange, data)
+        changes = {name: value for name in request.model_fields_set if (value := getattr(request, name)) is not None}
+        problems: dict[str, list[str]] = {}
+        if not changes:
+            problems["tune"] = [f"must have at least one of {words(TuneChange.model_fields)}"]
+        name = request.name or row["name"]
+        if name != row["name"] and row["status"] != "queued":
+            told = f"tune {tune_id} is {row['status']}, and its class name is part of what was trained"
+            problems["name"] = [told]
+        elif kinds.kind_of(name) != kinds.kind_of(row["name"]):
+            problems["name"] = [f"{name} is trained with other settings than {row['name']}; make a new tune"]
+        holder = same_title(services, changes["title"]) if "title" in changes else None
+        if holder and holder.id != tune_id:
+            problems["title"] = [f"tune {holder.id} has this title"]
+        if problems:
+            raise InvalidRequest(problems)
+        services.store.update("tunes", tune_id, **changes)
+        return get_tune(services, tune_id)
+
+
+def delete_tune(services: Services, tune_id: int) -> None:
+    """Remove a tune with its prompts and files; a running one is stopped first. Raises NotFound, Conflict.
+
+    One that others stand on stays.
+    """
+    row_of(services, "tunes", tune_id)
+    deadline = time.monotonic() + STOP_SECONDS
+    while True:
+        with services.store.transaction():
+            if others := services.store.standing_on(tune_id):
+                named = ", ".join(f"{other['id']} ({other['title']})" for other in others)
+                raise Conflict(f"tune {tune_id} is what others stand on: {named}; delete those first")
+            services.store.take_off_queue(tune_id)
+            if not _busy(services, tune_id):
+                services.store.delete("tunes", tune_id)
+                break
+        if time.monotonic() > deadline:
+            raise Conflict(f"tune {tune_id} does not stop; try again later")
+        time.sleep(0.1)
+    discard(tune_folder(services, tune_id))
+
+
+def _busy(services: Services, tune_id: int) -> bool:
+    """Whether the worker is at the tune or at one of its prompts, which are then asked to stop."""
+    busy = False
+    if row_of(services, "tunes", tune_id)["status"] == "training":
+        services.store.update("tunes", tune_id, cancel=1)
+        busy = True
+    for prompt in services.store.find("prompts", tune_id=tune_id, status="rendering"):
+        services.store.update("prompts", prompt["id"], cancel=1)
+        busy = True
+    return busy or bool(services.store.find("exports", tune_id=tune_id, status="exporting"))
+
+
+def list_callbacks(services: Services, tune_id: int) -> list[Callback]:
+    """Those of a tune and its prompts, newest first; none of a tune that is not there."""
+    return [Callback(**{key: row[key] for key in Callback.model_fields}) for row in services.store.callbacks(tune_id)]
+
+
+def send_callbacks_again(services: Services, tune_id: int) -> list[Callback]:
+    """Post all callbacks of a tune and its prompts once more. Raises NotFound, Conflict."""
+    row_of(services, "tunes", tune_id)
+    if not services.store.send_callbacks_again(tune_id):
+        raise Conflict(f"tune {tune_id} has no callback to send: none was asked for, or nothing has ended yet")
+    return list_callbacks(services, tune_id)
+
+
+def _insert(
+    services: Services,
+    request: TuneRequest,
+    values: Row,
+    work: Path,
+    photos: list[Photo],
+    pictures: Mapping[int, Path],
+    mark: Mark | None,
+) -> tuple[Tune, bool]:
+    with services.store.transaction():
+        if known := find_marked(services, "tunes", mark):  # made by somebody else meanwhile
+            return tune_answer(services, known), False
+        if existing := same_title(services, request.title):
+            return existing, False
+        base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services))
+        if base.id != values["base_id"]:  # it was deleted while the photos came
+            raise InvalidRequest({"base_tune_id": [f"{request.base_tune_id} is no base any more"]})
+        photos_told = [photo.model_dump() for photo in photos]
+        values = {**values, **marks(mark), "photos": photos_told}
+        if values["method"] == "faceid":
+            moment = datetime.now(UTC)
+            tune_id = services.store.add_ready_tune(
+                values,
+                files=[FORMATS["faceid"]],
+                started_training_at=stamp(moment),
+                trained_at=stamp(moment),
+                expires_at=expiry(services.settings, moment),
+                progress={"stage": "trained"},
+            )
+        else:
+            tune_id = services.store.add_tune(values)
+        own = row_of(services, "tunes", tune_id)
+        for number, prompt in enumerate(request.prompts_attributes):
+            named = resolve(services.settings, services.store, prompt.text, own["branch"], own)
+            prompt_id = services.store.add_prompt(prompt_values(services, tune_id, prompt, named))
+            if number in pictures:
+                keep_pictures(services, prompt_id, pictures[number], work / "inputs" / str(prompt_id))
+        (work / "request.json").write_text(request.model_dump_json(exclude={"images"}, indent=1))
+        target = tune_folder(services, tune_id)
+        target.parent.mkdir(exist_ok=True)
+        discard(target)  # left by a crash between the rename and the commit, so that its number came again
+        for path in work.rglob("*"):
+            fsync(path)
+        work.rename(target)
+        fsync(target.parent)
+    services.store.changed.set()
+    return get_tune(services, tune_id), True
+
+
+def same_title(services: Services, title: str) -> Tune | None:
+    if not services.settings.idempotency:
+        return None
+    found = services.store.find("tunes", title=title, limit=1)
+    return tune_answer(services, found[0]) if found else None

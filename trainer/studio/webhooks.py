@@ -1,0 +1,144 @@
+"""Callbacks: what has ended is posted to the address that the request gave, at least once, also over restarts.
+
+The store notes a callback together with the end itself. It is tried until it arrives or a day has passed. Where the
+answer is lost on the way, it is posted again with the same `webhook-id`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import logging
+import random
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from trainer import __version__
+from trainer.clock import now, stamp
+from trainer.contract.errors import NotFound
+from trainer.photos.urls import Unreachable, post
+from trainer.settings import webhook_key
+from trainer.studio import prompts, tunes
+from trainer.studio.rows import Services
+from trainer.studio.store import Row
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 1.0
+AT_ONCE = 4  # one receiver that hangs must not hold up the others
+# Seconds until the next try, after the first, second ... one: a day and some hours in all, as Standard Webhooks has it.
+DELAYS = (5, 30, 120, 600, 1800, 3600, 7200, 14_400, 21_600, 39_600)
+JITTER = 0.1  # of a delay, so that a receiver that comes back is not met by all at once
+MOST_SECONDS = 86_400.0
+GONE = 410  # the receiver wants nothing more (Standard Webhooks)
+
+
+class Postman:
+    """A thread that looks for callbacks that are due, and a few that post them."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._stopping = threading.Event()
+        self._under_way: set[int] = set()
+        self._thread = threading.Thread(target=self._run, name="postman", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Post nothing more; what is under way may arrive without our knowing, and is then posted again."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(POLL_SECONDS):
+            try:
+                self._post_due()
+            except Exception:
+                log.exception("callbacks are looked for again in a moment")
+
+    def _post_due(self) -> None:
+        for callback in self._services.store.due_callbacks(now()):
+            if len(self._under_way) >= AT_ONCE:
+                return
+            if callback["id"] not in self._under_way:
+                self._under_way.add(callback["id"])
+                threading.Thread(target=self._post, args=(callback,), daemon=True).start()
+
+    def _post(self, callback: Row) -> None:
+        try:
+            attempt(self._services, callback)
+        except Exception:
+            log.exception("callback %s was not posted", callback["id"])
+        finally:
+            self._under_way.discard(callback["id"])
+
+
+def attempt(services: Services, callback: Row) -> None:
+    """Post a callback once, and note what came of it."""
+    try:
+        body = json.dumps(entity(services, callback)).encode()
+    except NotFound:
+        return  # it was deleted meanwhile, and the callback with it
+    retry_after: str | None = None
+    try:
+        status, retry_after = post(services.settings, callback["url"], body, headers(services, callback["id"], body))
+        answer, arrived, over = f"answered {status}", 200 <= status < 300, status == GONE
+    except Unreachable as problem:
+        answer, arrived, over = str(problem), False, False
+    delay = None if arrived or over else next_delay(callback["attempts"], retry_after)
+    due_at = None if delay is None else stamp(datetime.now(UTC) + timedelta(seconds=delay))
+    services.store.note_attempt(callback["id"], answer, arrived=arrived, due_at=due_at)
+
+
+def entity(services: Services, callback: Row) -> dict[str, Any]:
+    """What is posted: as `GET` would answer it now, so that its links are fresh. Raises NotFound."""
+    if callback["kind"] == "tune":
+        return {"tune": tunes.get_tune(services, callback["tune_id"]).model_dump()}
+    if callback["kind"] == "prompt":
+        return {"prompt": prompts.get_prompt(services, callback["prompt_id"]).model_dump()}
+    return {"prompts": [prompt.model_dump() for prompt in tunes.get_tune(services, callback["tune_id"]).prompts]}
+
+
+def headers(services: Services, callback_id: int, body: bytes) -> dict[str, str]:
+    """Those of Standard Webhooks (standardwebhooks.com); signed where there is a secret."""
+    name, moment = f"tunebooth-{callback_id}", str(int(time.time()))
+    made = {
+        "Content-Type": "application/json",
+        "User-Agent": f"Tunebooth/{__version__}",
+        "webhook-id": name,
+        "webhook-timestamp": moment,
+    }
+    if secret := services.settings.webhook_secret:
+        signed = f"{name}.{moment}.".encode() + body
+        digest = hmac.new(webhook_key(secret), signed, hashlib.sha256).digest()
+        made["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
+    return made
+
+
+def next_delay(attempts: int, retry_after: str | None) -> float | None:
+    """Seconds until the next try after so many before this one; None: it was the last.
+
+    A receiver may ask for more patience (`Retry-After`, RFC 9110 10.2.3), up to a day.
+    """
+    if attempts >= len(DELAYS):
+        return None
+    delay = DELAYS[attempts] * (1 + JITTER * random.random())  # noqa: S311  # no secret
+    return max(delay, min(asked_seconds(retry_after), MOST_SECONDS))
+
+
+def asked_seconds(retry_after: str | None) -> float:
+    """What `Retry-After` says, a number or a date, in seconds from now; 0 where it says nothing that can be read."""
+    if not retry_after:
+        return 0.0
+    if retry_after.strip().isdecimal():
+        return float(retry_after)
+    try:
+        return (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0

@@ -1,0 +1,155 @@
+"""The training loop. It knows no model family and no model type."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.branches.protocol import Branch
+from trainer.config.train_config import TrainConfig
+from trainer.contract.report import Report
+from trainer.training import optimizers
+from trainer.training.dataset import Dataset
+from trainer.training.optimizers import Adafactor
+from trainer.training.states import Diverged, Parameters, go_back, resume, save
+
+READ_LOSS_EVERY = 10  # reading a number from the device waits for it
+MAX_HALVINGS = 2  # of the learning rate, where the loss stops being a number
+
+
+def train(
+    branch: Branch,
+    groups: list[dict[str, Any]],
+    data: Dataset,
+    config: TrainConfig,
+    report: Report,
+    states: Path,
+    look: Callable[[int], None] = lambda step: None,
+    look_at: Collection[int] = (),
+    after_step: Callable[[], None] = lambda: None,
+) -> bool:
+    """Run `config.steps` optimizer steps, going on from the newest whole state in `states`.
+
+    groups: parameter groups of `Method.attach`. look(n) is called when n steps are done, for each n in `look_at`, where
+    all is finite and the report has said to go on, also right after resuming: previews live there. after_step is called
+    after each step, for what a model type wants of its weights. Returns False when
+    the report said to stop: the state is saved then. A loss that is not finite goes back to the last state and halves
+    the learning rate, twice at most; then Diverged is raised, which names the pictures of that step. No state with a
+    non-finite value is ever written.
+    """
+    params: Parameters = {
+        name: param for group in groups for name, param in zip(group["names"], group["params"], strict=True)
+    }
+    optimizer = optimizers.make(groups, config.optimizer, config.weight_decay, config.seed)
+    beginning = {name: param.detach().to("cpu", copy=True) for name, param in params.items()}
+    done, halvings = resume(states, optimizer, params, config) or (0, 0)
+    report.resumed(done)
+    readings: list[Tensor] = []  # loss and gradient norm of each step since the last reading, (2,) each
+    keep_going = report.step(done, config.steps)
+    if done in look_at and keep_going:
+        look(done)
+    while done < config.steps and keep_going:
+        rate = lr_scale(done, config) * 0.5**halvings
+        for group, described in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] = described["lr"] * rate if done < described.get("until", config.steps) else 0.0
+        readings.append(step_once(branch, data, config, done, optimizer, list(params.values())))
+        after_step()
+        done += 1
+        last, save_now = done == config.steps, done % config.save_every == 0
+        mean = None
+        try:
+            if last or save_now or done % READ_LOSS_EVERY == 0:
+                mean = read(readings, done)
+            elif done in look_at:
+                check(readings, done)
+            keep_going = report.step(done, config.steps, mean, config.lr * rate)
+            if last or save_now or not keep_going:
+                read(readings, done)
+                save(states, done, optimizer, params, config, halvings)
+                report.saved(done)
+        except Diverged as problem:
+            named = f"the pictures of that step were {', '.join(data.names(problem.step))}"
+            if halvings == MAX_HALVINGS:
+                raise Diverged(f"{problem}, at falling learning rates; {named}", problem.step) from None
+            readings.clear()
+            halvings += 1
+            done = go_back(states, optimizer, params, config, beginning)
+            rate = config.lr * 0.5**halvings
+            report.warn(f"{problem}: it went back to step {done} and on at the learning rate {rate:.3g}; {named}")
+            report.resumed(done)
+            keep_going = True
+            continue
+        if done in look_at and keep_going:
+            look(done)
+    return done == config.steps
+
+
+def step_once(
+    branch: Branch,
+    data: Dataset,
+    config: TrainConfig,
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    params: list[torch.nn.Parameter],
+) -> Tensor:
+    """One optimizer step; returns loss and gradient norm, (2,), on the device. Nothing here waits for the device."""
+    total = torch.zeros((), device=branch.device)
+    norm = total
+    for batch in data.batches(branch, step):
+        losses = branch.loss(batch.latents, batch.cond, batch.noise, batch.timesteps, config, batch.mask)
+        loss = losses.sum() * batch.share
+        if batch.last and isinstance(optimizer, Adafactor):
+            # Each gradient is used and freed as soon as it is whole; the updates are clipped one by one.
+            with optimizers.released(optimizer, params) as squared:
+                loss.backward()  # type: ignore[no-untyped-call]
+            norm = squared.sqrt()
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+        total = total + loss.detach()
+    if not isinstance(optimizer, Adafactor):
+        norm = torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return torch.stack([total, norm])
+
+
+def read(readings: list[Tensor], step: int) -> float | None:
+    """The mean loss of the steps since the last reading, which are then forgotten. None: there were none.
+
+    step: how many steps are done. Raises Diverged where a loss or a gradient is not finite.
+    """
+    if not readings:
+        return None
+    values = check(readings, step)
+    readings.clear()
+    return float(values[:, 0].mean())
+
+
+def check(readings: list[Tensor], step: int) -> Tensor:
+    """The readings as (N, 2) in ordinary memory. Raises Diverged where one is not finite."""
+    values = torch.stack(readings).cpu()
+    broken = (~torch.isfinite(values).all(dim=1)).nonzero()
+    if len(broken):
+        first = step - len(values) + int(broken[0])
+        what = "loss" if not math.isfinite(values[int(broken[0]), 0]) else "gradient"
+        raise Diverged(f"the {what} was not a finite number in step {first + 1}", first)
+    return values
+
+
+def lr_scale(step: int, config: TrainConfig) -> float:
+    """Factor of the learning rate for step 0, 1, ...: a linear warm-up, then the schedule down to 0 (or constant)."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    shapes: dict[str, Callable[[], float]] = {
+        "constant": lambda: 1.0,
+        "linear": lambda: 1.0 - progress,
+        "cosine": lambda: 0.5 * (1.0 + math.cos(math.pi * progress)),
+        "polynomial": lambda: float((1.0 - progress) ** config.power),
+    }
+    return shapes[config.schedule]()

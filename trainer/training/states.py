@@ -1,0 +1,123 @@
+"""States to resume from: written whole, checked, and rolled back when a run diverges."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.config.train_config import TrainConfig
+from trainer.files import discard, whole_folder
+
+STATES_KEPT = 2
+SCHEMA = 2
+# Words that came after it: a state without them is of a run that had them so.
+SINCE = {
+    "optimizer": "adamw", "trained_dtype": "float32", "on_top": "continue", "tokens": 0, "token_lr": 0.0,
+    "token_share": 0.0,
+}  # fmt: skip
+Parameters = dict[str, torch.nn.Parameter]
+
+
+class Diverged(Exception):
+    """The loss, or a weight, is no longer a finite number. `step` is the first step that shows it, from 0."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+def go_back(
+    states: Path,
+    optimizer: torch.optim.Optimizer,
+    params: Parameters,
+    config: TrainConfig,
+    beginning: dict[str, Tensor],
+) -> int:
+    """Put the newest state back, or the beginning where there is none; returns its step."""
+    optimizer.state.clear()
+    if found := resume(states, optimizer, params, config):
+        return found[0]
+    with torch.no_grad():
+        for name, param in params.items():
+            param.copy_(beginning[name])
+    return 0
+
+
+def save(
+    states: Path,
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    params: Parameters,
+    config: TrainConfig,
+    halvings: int = 0,
+) -> None:
+    """Write `states/step-000123/`: weights and moments, then a manifest with their digest. Keeps the newest two."""
+    tensors: dict[str, Tensor] = {}
+    for name, param in params.items():
+        tensors[f"weight/{name}"] = param.detach().cpu().contiguous()
+        for key, value in optimizer.state[param].items():
+            tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise Diverged(f"a weight was not a finite number after step {step}", step - 1)
+    with whole_folder(states / f"step-{step:06d}") as folder:
+        file = folder / "state.safetensors"
+        save_file(tensors, file)
+        facts = {"schema": SCHEMA, "step": step, "sha256": sha256(file), "halvings": halvings}
+        facts |= {"torch": torch.__version__, "config": config.model_dump(mode="json")}
+        (folder / "manifest.json").write_text(json.dumps(facts))
+    # What lies beyond this step could not be resumed from; kept, it would push out the states that can.
+    whole = [folder for folder in sorted(states.glob("step-??????")) if folder.name <= f"step-{step:06d}"]
+    for folder in states.glob("step-??????"):
+        if folder not in whole[-STATES_KEPT:]:
+            discard(folder)
+
+
+def resume(
+    states: Path, optimizer: torch.optim.Optimizer, params: Parameters, config: TrainConfig
+) -> tuple[int, int] | None:
+    """Load the newest state that is whole and of this configuration.
+
+    Returns its step and how often the learning rate had been halved; None where there is no such state.
+    """
+    wanted = config.model_dump(mode="json")
+    for folder in sorted(states.glob("step-??????"), reverse=True):
+        file, facts = folder / "state.safetensors", manifest(folder)
+        expected = {"schema": SCHEMA, "step": int(folder.name.removeprefix("step-"))}
+        same_run = expected.items() <= facts.items() and SINCE | facts.get("config", {}) == wanted
+        if not same_run or not file.exists() or facts.get("sha256") != sha256(file):
+            continue
+        with safe_open(file, "pt") as tensors, torch.no_grad():
+            moments: dict[str, list[str]] = {}
+            for key, _, name in (key.partition("/") for key in tensors.keys()):  # noqa: SIM118
+                if key != "weight":
+                    moments.setdefault(name, []).append(key)
+            for name, param in params.items():
+                param.copy_(tensors.get_tensor(f"weight/{name}"))
+                # None where a layer never had a gradient, as the last one of SDXL's first encoder, whose output nobody
+                # reads.
+                optimizer.state[param] = {
+                    key: tensors.get_tensor(f"{key}/{name}").to(param.device) for key in moments.get(name, [])
+                }
+        return int(facts["step"]), int(facts["halvings"])
+    return None
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """What a state says about itself; nothing where that cannot be read."""
+    try:
+        facts = json.loads((folder / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

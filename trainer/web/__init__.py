@@ -1,0 +1,1 @@
+"""REST, the Gradio API, MCP and the page. Never imports torch."""

@@ -1,0 +1,224 @@
+"""The Gradio API: one function for each endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi.concurrency import run_in_threadpool
+from gradio.utils import get_upload_folder
+
+from trainer.contract.errors import CannotLook, Conflict, InvalidRequest, NotFound
+from trainer.contract.photos import Upload
+from trainer.contract.prompts import PICTURES, PromptRequest
+from trainer.contract.tunes import CheckRequest, Tune, TuneRequest
+from trainer.studio import models, settle
+from trainer.studio import prompts as prompt_verbs
+from trainer.studio import tunes as tune_verbs
+from trainer.studio.rows import Services
+from trainer.web.progress import WATCH_SECONDS, busy, teller
+
+
+def endpoints(services: Services) -> list[Callable[..., Any]]:
+    """The functions that gradio_client calls. Types are told, not enforced, by Gradio: `schema` checks them."""
+
+    @spoken
+    async def submit_tune(
+        name: str = "",
+        title: str = "",
+        images: list[gr.FileData] | None = None,
+        image_urls: list[str] | None = None,
+        callback: str | None = None,
+        branch: str | None = None,
+        steps: int | None = None,
+        token: str | None = None,
+        face_crop: bool | None = None,
+        training_face_correct: bool | None = None,
+        base_tune_id: int | None = None,
+        model_type: str | None = None,
+        auto_extend: bool | None = None,
+        preset: str | None = None,
+        characteristics: dict[str, str] | None = None,
+        prompts_attributes: list[dict[str, Any]] | None = None,
+        args: str | None = None,
+        prompts_callback: str | None = None,
+    ) -> dict[str, Any]:
+        """Create a tune and answer at once."""
+        given = locals()
+        values = {key: given[key] for key in TuneRequest.parameters() if given[key] is not None}
+        uploads = [_upload(image) for image in values.pop("images", [])]
+        tune, _ = await run_in_threadpool(tune_verbs.create_tune, services, values, uploads, teller(gr.Progress()))
+        return tune.model_dump()
+
+    @spoken
+    async def check_photos(
+        images: list[gr.FileData] | None = None,
+        image_urls: list[str] | None = None,
+        name: str | None = None,
+        branch: str | None = None,
+        preset: str | None = None,
+        face_crop: bool | None = None,
+        training_face_correct: bool | None = None,
+        base_tune_id: int | None = None,
+        model_type: str | None = None,
+        args: str | None = None,
+    ) -> dict[str, Any]:
+        """A verdict for each photo, as a tune with these parameters would give it; nothing is kept."""
+        given = locals()
+        values = {key: given[key] for key in CheckRequest.parameters() if given[key] is not None}
+        uploads = [_upload(image) for image in values.pop("images", [])]
+        return (
+            await run_in_threadpool(tune_verbs.check_photos, services, values, uploads, teller(gr.Progress()))
+        ).model_dump()
+
+    async def submit_and_wait(*positional: Any, **named: Any) -> dict[str, Any]:
+        tune = Tune(**await submit_tune(*positional, **named))
+        progress = gr.Progress()
+        while busy(tune):
+            where = tune.progress
+            loss = "" if where.loss is None else f", loss {where.loss:.4f}"
+            share = where.step / where.steps if where.steps else 0.0
+            steps = f": step {where.step} of {where.steps}" if where.steps else ""
+            progress(share, f"{where.stage}{steps}{loss}")
+            await asyncio.sleep(WATCH_SECONDS)
+            tune = await run_in_threadpool(tune_verbs.get_tune, services, tune.id)
+        if tune.status == "failed":
+            raise gr.Error(tune.error or "the tune failed", print_exception=False)
+        return tune.model_dump()
+
+    create_tune = functools.wraps(submit_tune)(spoken(submit_and_wait))  # the same parameters, written once
+    create_tune.__name__ = "create_tune"
+    create_tune.__doc__ = "Create a tune and wait for it and its prompts; it goes on when the caller leaves."
+
+    @spoken
+    async def get_tune(tune_id: int) -> dict[str, Any]:
+        """One tune with its prompts."""
+        return (await run_in_threadpool(tune_verbs.get_tune, services, tune_id)).model_dump()
+
+    @spoken
+    async def list_tunes(
+        limit: int = 20,
+        offset: int = 0,
+        title: str | None = None,
+        branch: str | None = None,
+        model_type: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """Tunes, newest first."""
+        tunes = await run_in_threadpool(tune_verbs.list_tunes, services, limit, offset, None, title, branch, model_type)
+        return [tune.model_dump() for tune in tunes]
+
+    @spoken
+    async def cancel_tune(tune_id: int) -> dict[str, Any]:
+        """Stop a tune, within one step; its state is kept for resume_tune."""
+        return (await run_in_threadpool(tune_verbs.cancel_tune, services, tune_id)).model_dump()
+
+    @spoken
+    async def resume_tune(tune_id: int) -> dict[str, Any]:
+        """Queue a canceled or failed tune again; it goes on from its last state."""
+        return (await run_in_threadpool(tune_verbs.resume_tune, services, tune_id)).model_dump()
+
+    @spoken
+    async def delete_tune(tune_id: int) -> dict[str, str]:
+        """Remove a tune, its prompts and its files."""
+        await run_in_threadpool(tune_verbs.delete_tune, services, tune_id)
+        return {"message": "Tune successfully deleted"}
+
+    @spoken
+    async def create_prompt(
+        tune_id: int,
+        text: str,
+        negative_prompt: str | None = None,
+        num_images: int | None = None,
+        seed: int | None = None,
+        steps: int | None = None,
+        cfg_scale: float | None = None,
+        w: int | None = None,
+        h: int | None = None,
+        callback: str | None = None,
+        aspect_ratio: str | None = None,
+        ar: str | None = None,
+        scheduler: str | None = None,
+        use_lpw: bool | None = None,
+        lora_scale: float | None = None,
+        style: str | None = None,
+        color_grading: str | None = None,
+        film_grain: bool | None = None,
+        super_resolution: bool | None = None,
+        hires_fix: bool | None = None,
+        inpaint_faces: bool | None = None,
+        face_correct: bool | None = None,
+        face_swap: bool | None = None,
+        input_image: gr.FileData | None = None,
+        input_image_url: str | None = None,
+        mask_image: gr.FileData | None = None,
+        mask_image_url: str | None = None,
+        denoising_strength: float | None = None,
+        controlnet: str | None = None,
+        controlnet_conditioning_scale: float | None = None,
+        controlnet_txt2img: bool | None = None,
+    ) -> dict[str, Any]:
+        """Render a prompt with a tune."""
+        given = locals()
+        values = {key: given[key] for key in PromptRequest.parameters() if given[key] is not None}
+        values |= {name: _upload(values[name], name) for name in PICTURES if name in values}
+        tell = teller(gr.Progress())
+        return (await run_in_threadpool(prompt_verbs.create_prompt, services, tune_id, values, tell)).model_dump()
+
+    @spoken
+    async def get_prompt(prompt_id: int) -> dict[str, Any]:
+        """One prompt with its pictures."""
+        return (await run_in_threadpool(prompt_verbs.get_prompt, services, prompt_id)).model_dump()
+
+    @spoken
+    async def list_prompts(tune_id: int | None = None, limit: int = 20, offset: int = 0) -> list[dict[str, Any]]:
+        """Prompts, newest first."""
+        prompts = await run_in_threadpool(prompt_verbs.list_prompts, services, tune_id, limit, offset)
+        return [prompt.model_dump() for prompt in prompts]
+
+    @spoken
+    async def delete_prompt(prompt_id: int) -> dict[str, str]:
+        """Remove a prompt and its pictures."""
+        await run_in_threadpool(prompt_verbs.delete_prompt, services, prompt_id)
+        return {"message": "Prompt successfully deleted"}
+
+    @spoken
+    async def list_base_tunes(branch: str | None = None) -> list[dict[str, Any]]:
+        """Base models that a tune can start from."""
+        return await run_in_threadpool(models.list_base_tunes, services, branch)
+
+    @spoken
+    async def list_presets() -> list[str]:
+        """Names for the parameter preset."""
+        return await run_in_threadpool(settle.list_presets, services)
+
+    return [
+        create_tune, submit_tune, get_tune, list_tunes, cancel_tune, resume_tune, delete_tune,
+        create_prompt, get_prompt, list_prompts, delete_prompt, list_base_tunes, list_presets, check_photos,
+    ]  # fmt: skip
+
+
+def spoken(endpoint: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """Our own errors reach the client as `gr.Error` texts, others do not."""
+
+    @functools.wraps(endpoint)
+    async def wrapped(*positional: Any, **named: Any) -> Any:
+        try:
+            return await endpoint(*positional, **named)
+        except (InvalidRequest, NotFound, Conflict, CannotLook) as problem:
+            raise gr.Error(str(problem), print_exception=False) from None
+
+    return wrapped
+
+
+def _upload(image: Any, name: str = "images") -> Upload:
+    if not isinstance(image, dict) or not image.get("path"):
+        raise InvalidRequest({name: ["must be files: handle_file('photo.jpg') of gradio_client makes one"]})
+    path = Path(str(image["path"])).resolve()
+    # Gradio itself checks only what says that it is a file of its; anything else would be any file of this machine.
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
+        raise InvalidRequest({name: ["must be files that were uploaded: handle_file('photo.jpg') does that"]})
+    return Upload(Path(str(image.get("orig_name") or path)).name, path)

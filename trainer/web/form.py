@@ -1,0 +1,341 @@
+"""The forms of the page: create a tune, more pictures."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from trainer.config import branch_file, looks
+from trainer.config.kinds import default_caption
+from trainer.contract.errors import CannotLook, InvalidRequest, NotFound
+from trainer.contract.photos import Upload
+from trainer.contract.prompts import ASPECT_RATIOS, CONTROLS, PICTURES, SCHEDULERS
+from trainer.contract.tunes import CheckRequest
+from trainer.names import BRANCHES, METHODS
+from trainer.studio import models, pack_verbs, prompts, settle, tunes
+from trainer.studio.rows import Services
+from trainer.web import html
+from trainer.web.progress import teller
+
+PAGE_NUM_IMAGES = 4
+OWN = ("branch's own", "")  # the choice that leaves a parameter null
+PROMPT_FIELDS = (  # of a prompt, beside its text, in the order in which they are placed
+    "num_images", "seed", "aspect_ratio", "style", "steps", "cfg_scale", "w", "h", "negative_prompt", "scheduler",
+    "color_grading", "super_resolution", "hires_fix", "film_grain", "inpaint_faces", "face_correct", "use_lpw",
+)  # fmt: skip
+PACK_FIELDS = ("branch", "model_type", "preset", "base_tune_id")  # that a pack sets in the form
+START_FIELDS = (  # of a prompt that starts from a picture
+    "input_image", "mask_image", "denoising_strength", "controlnet", "controlnet_conditioning_scale",
+    "controlnet_txt2img",
+)  # fmt: skip
+
+
+def picture_fields(services: Services) -> dict[str, Any]:
+    """Fields for PROMPT_FIELDS, placed where this is called. Numbers are texts: an empty gr.Number turns into 0 when
+    its accordion is opened."""
+    folder = services.settings.presets
+    fields: dict[str, Any] = {}
+
+    def choose(name: str, label: str, known: Iterable[str], own: str = "none") -> None:
+        fields[name] = gr.Dropdown(choices=[(own, ""), *known], value="", label=label, min_width=110)
+
+    def write(name: str, label: str, placeholder: str = "") -> None:
+        fields[name] = gr.Textbox(label=label, placeholder=placeholder, min_width=100)
+
+    with gr.Row():
+        fields["num_images"] = gr.Slider(1, 8, PAGE_NUM_IMAGES, step=1, label="Pictures of each prompt")
+        write("seed", "Seed", "42")
+    with gr.Row():
+        choose("aspect_ratio", "Aspect ratio", ASPECT_RATIOS, "base's own")
+        choose("style", "Style", looks.styles(folder))
+    with gr.Row():
+        for name, label in (("steps", "Sampling steps"), ("cfg_scale", "cfg_scale"), ("w", "Width"), ("h", "Height")):
+            write(name, label)
+    write("negative_prompt", "Negative prompt")
+    with gr.Row():
+        choose("scheduler", "Scheduler", SCHEDULERS, "base's own")
+        choose("color_grading", "Film", looks.film_looks(folder))
+    for row in (
+        (("super_resolution", "Enlarge"), ("hires_fix", "and add detail"), ("film_grain", "Film grain")),
+        (("inpaint_faces", "Redraw faces"), ("face_correct", "Restore faces"), ("use_lpw", "Weights (word:1.2)")),
+    ):
+        with gr.Row():
+            for name, label in row:
+                fields[name] = gr.Checkbox(label=label, min_width=110)
+    assert tuple(fields) == PROMPT_FIELDS
+    return fields
+
+
+class PromptForm:
+    """More pictures of a tune that is there."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self.tune = gr.Dropdown(choices=[], label="Tune", elem_id="prompt-tune")
+        text = gr.Textbox(label="Prompt", lines=3, placeholder="ohwx dog in the snow", elem_id="prompt-text")
+        self.button = gr.Button("Render", variant="primary", size="lg", elem_id="render")
+        self.note = gr.HTML(elem_id="prompt-note")
+        shared = picture_fields(services)
+        with gr.Accordion("Start from a picture", open=False):
+            with gr.Row():
+                pictures = [
+                    gr.File(label=label, file_types=["image"], height=110, elem_id=f"prompt-{name}")
+                    for name, label in (("input_image", "Picture"), ("mask_image", "Mask: white is drawn anew"))
+                ]
+            strength = gr.Textbox(label="Denoising strength: 0 keeps the picture, 1 draws anew", placeholder="0.8")
+            with gr.Row():
+                kind = gr.Dropdown(choices=[("none", ""), *CONTROLS], value="", label="ControlNet")
+                scale = gr.Textbox(label="Its strength", placeholder="1")
+            anew = gr.Checkbox(label="Take only its outline (controlnet_txt2img)")
+        start = dict(zip(START_FIELDS, (*pictures, strength, kind, scale, anew), strict=True))
+        self._fields = {"text": text, **shared, **start}
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [self.tune, *self._fields.values()]
+
+    def choices(self) -> Any:
+        """The tunes there are now that have a model."""
+        return gr.update(choices=models.rendering_tunes(self._services))
+
+    def submit(self, tune_id: int | None, *values: Any) -> str:
+        """Queue the prompt; returns what is wrong."""
+        data = {name: value for name, value in zip(self._fields, values, strict=True) if value not in (None, False)}
+        for name in PICTURES:
+            if name in data:
+                data[name] = Upload(Path(data[name]).name, Path(data[name]))
+        try:
+            if not tune_id:
+                raise InvalidRequest({"tune": ["choose the tune that is to be drawn"]})
+            prompt = prompts.create_prompt(self._services, int(tune_id), data, teller(gr.Progress()))
+            gr.Info(f"prompt {prompt.id} is queued", duration=4)
+        except NotFound as gone:
+            return note([str(gone)])
+        except InvalidRequest as invalid:
+            return note([f"{field}: {'; '.join(told)}" for field, told in invalid.problems.items()])
+        return ""
+
+
+class Form:
+    """The fields of the page, each under the parameter's own name, each with room for what is wrong with it."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self.fields: dict[str, Any] = {}
+        self._notes: dict[str, gr.HTML] = {}
+        self._folds: list[tuple[gr.Accordion, tuple[str, ...]]] = []
+        add = self._add
+        add("images", gr.File, label="Photos", file_count="multiple", file_types=["image", ".txt"], height=140)
+        self.thumbnails = gr.HTML(elem_id="thumbnails")
+        self.fields["images"].change(
+            self.dropped,
+            self.fields["images"],
+            self.thumbnails,
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        with gr.Row():
+            add("name", gr.Textbox, label="Class name", placeholder="man, woman, dog, toy, style")
+            add("title", gr.Textbox, label="Title", placeholder="made up when left empty")
+        with gr.Row():
+            add("branch", gr.Dropdown, choices=list(BRANCHES), value="fast", label="Branch")
+            add("model_type", gr.Dropdown, choices=[OWN, *METHODS], value="lora", label="Model type")
+        with gr.Row():
+            add("preset", gr.Dropdown, choices=[OWN], value="", label="Preset")
+            add("token", gr.Textbox, label="Token", placeholder="ohwx (sd15: sks)")
+            self.pack = gr.Dropdown(choices=[("none", "")], value="", label="Pack", elem_id="pack", min_width=110)
+        with self._fold("Captions", "captions"):
+            gr.Markdown(
+                "What each photo is called while it is trained. Write what is not the subject: place, light, clothes."
+            )
+            self._captions = gr.Dataframe(
+                headers=["photo", "caption"], column_count=2, type="array", interactive=True, static_columns=[0],
+                show_label=False, elem_id="captions",
+            )  # fmt: skip
+            self._automatic = gr.State("")
+        named = [self.fields[name] for name in ("images", "name", "token", "branch")]
+        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        captions = [self._captions, self._automatic]
+        gr.on([field.change for field in named], self.caption, [*named, *captions], captions, **quiet)
+        add(
+            "prompts_attributes",
+            gr.Textbox,
+            label="Prompts, one on each line",
+            lines=3,
+            placeholder="ohwx dog in the snow",
+        )
+        with gr.Row():
+            self.checker = gr.Button("Check photos", size="lg", elem_id="check", scale=1)
+            self.button = gr.Button("Create tune", variant="primary", size="lg", elem_id="create", scale=2)
+        self._other = gr.HTML()
+        with self._fold("Characteristics", "characteristics"):
+            gr.Markdown("`{{eye_color}}` in a prompt becomes the value of the key `eye_color`.")
+            table = {"headers": ["key", "value"], "value": [["", ""], ["", ""]], "column_count": 2, "type": "array"}
+            add("characteristics", gr.Dataframe, interactive=True, show_label=False, **table)
+        with self._fold("Pictures", "prompts_attributes"):
+            self._prompt_fields = list(picture_fields(self._services).values())
+        with self._fold("Advanced", "base_tune_id", "steps", "args", "face_crop", "image_urls", "callback"):
+            add("base_tune_id", gr.Dropdown, choices=[("branch's own", 0)], value=0, label="Base tune")
+            with gr.Row():
+                add("steps", gr.Textbox, label="Training steps", placeholder="as the preset says")
+                add("args", gr.Textbox, label="Args", placeholder="rank=32 lr=2e-4 seed=7")
+            choices = [("as set up", ""), ("yes", "true"), ("no", "false")]
+            add("face_crop", gr.Dropdown, choices=choices, value="", label="Face crop")
+            with gr.Row():
+                add("training_face_correct", gr.Checkbox, label="Restore faces")
+                add("auto_extend", gr.Checkbox, label="Renew at expiry")
+            add("image_urls", gr.Textbox, label="Image URLs, one on each line", lines=2)
+            add("callback", gr.Textbox, label="Callback URL")
+            add("prompts_callback", gr.Textbox, label="Callback URL when all prompts are rendered")
+
+    def _add(self, name: str, component: type[Any], **options: Any) -> None:
+        """Place a field, with room for what is wrong with it right below."""
+        with gr.Column(min_width=160, elem_classes="tb-field"):
+            self.fields[name] = component(elem_id=f"field-{name}", **options)
+            self._notes[name] = gr.HTML(elem_id=f"note-{name}")
+
+    def _fold(self, label: str, *names: str) -> gr.Accordion:
+        """A part that is folded up until it is opened, or until something is wrong with one of its fields."""
+        self._folds.append((gr.Accordion(label, open=False), names))
+        return self._folds[-1][0]
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [*self.fields.values(), *self._prompt_fields, self._captions, self._automatic, self.pack]
+
+    def take_pack(self, slug: str) -> list[Any]:
+        """The settings of a pack, put into the form, where they can be changed."""
+        if not slug:
+            return [gr.skip() for _ in PACK_FIELDS]
+        pack = pack_verbs.get_pack(self._services, slug)
+        return [pack[name] or (0 if name == "base_tune_id" else "") for name in PACK_FIELDS]
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [*self._notes.values(), self._other, *(fold for fold, _ in self._folds)]
+
+    def choices(self) -> tuple[Any, Any]:
+        """The bases and presets there are now: files may have been added since the start."""
+        found = models.list_base_tunes(self._services)
+        bases = [(f"{b['title']} ({'cannot be used' if b['error'] else b['branch']})", b["id"]) for b in found]
+        named = [OWN, *((name, name) for name in settle.list_presets(self._services))]
+        earlier = models.earlier_tunes(self._services)
+        return gr.update(choices=[("branch's own", 0), *earlier, *bases]), gr.update(choices=named)
+
+    def dropped(self, paths: list[str] | None) -> str:
+        """The photos that were dropped, small; and the process that looks at them is started meanwhile."""
+        if paths:
+            self._services.looker.warm()
+        return thumbnails(paths)
+
+    def check(self, *values: Any) -> list[Any]:
+        """Show a verdict for each photo; then as `submit`."""
+        data, uploads = self._read(values)
+        asked = {name: data[name] for name in CheckRequest.parameters() if name in data}
+        try:
+            verdicts = html.verdicts(tunes.check_photos(self._services, asked, uploads, teller(gr.Progress())))
+            return [verdicts, *self._told({})]
+        except InvalidRequest as invalid:
+            return [gr.skip(), *self._told(invalid.problems)]
+        except CannotLook as problem:
+            return [gr.skip(), *self._told({"images": [str(problem)]})]
+
+    def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], list[Upload]]:
+        """What stands in the fields, and the files."""
+        data = dict(zip(self.fields, values, strict=False))
+        uploads = [Upload(Path(path).name, Path(path)) for path in data.pop("images") or []]
+        data["base_tune_id"] = data["base_tune_id"] or None
+        data["image_urls"] = str(data["image_urls"] or "").split()
+        return data, uploads
+
+    def submit(self, *values: Any) -> list[Any]:
+        """Create the tune; returns what is wrong beside each field, what is wrong elsewhere, and what to unfold."""
+        data, uploads = self._read(values)
+        *_, rows, automatic, pack = values
+        shared = dict(zip(PROMPT_FIELDS, values[len(self.fields) : -3], strict=True))
+        name = str(data["name"] or "").strip()
+        data["title"] = self._unique_title(str(data["title"] or "").strip(), name)
+        lines = str(data["prompts_attributes"] or "").splitlines()
+        data["prompts_attributes"] = [{"text": line.strip(), **shared} for line in lines if line.strip()]
+        written = [row for row in data["characteristics"] or [] if any(str(cell or "").strip() for cell in row)]
+        data["characteristics"] = {str(key or "").strip(): str(value or "").strip() for key, value in written}
+        problems: dict[str, list[str]] = {}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                uploads = with_captions(uploads, rows, automatic, Path(folder))
+                if pack:
+                    usual = {"num_images": PAGE_NUM_IMAGES}
+                    changed = {name: value for name, value in shared.items() if value and value != usual.get(name)}
+                    # An empty field would take the pack's own away; those of PACK_FIELDS show it.
+                    given = {name: value for name, value in data.items() if name in PACK_FIELDS or value}
+                    data = given | {"prompt_attributes": changed}
+                    tune, _ = pack_verbs.create_pack_tune(self._services, pack, data, uploads, teller(gr.Progress()))
+                else:
+                    tune, _ = tunes.create_tune(self._services, data, uploads, teller(gr.Progress()))
+            gr.Info(f"{tune.title} is queued", duration=4)
+        except InvalidRequest as invalid:
+            problems = invalid.problems
+        return self._told(problems)
+
+    def _told(self, problems: dict[str, list[str]]) -> list[Any]:
+        """What is wrong beside each field, what is wrong elsewhere, and what to unfold."""
+        if problems:
+            gr.Warning("The form needs a look: what is wrong is said beside the field.", duration=6)
+        other = [f"{field}: {'; '.join(told)}" for field, told in problems.items() if field not in self._notes]
+        unfold = [gr.update(open=True) if set(names) & set(problems) else gr.skip() for _, names in self._folds]
+        return [*(note(problems.get(name, [])) for name in self._notes), note(other), *unfold]
+
+    def caption(
+        self, paths: list[str] | None, name: str, token: str, branch: str, rows: list[list[str]], automatic: str
+    ) -> tuple[list[list[str]], str]:
+        """A row for each photo: what was written there, else the text file that came along, else the automatic one."""
+        token = (token or "").strip() or branch_file.default_token(self._services.settings.presets, branch)
+        now = default_caption(token, name.strip()) if (name or "").strip() else ""
+        written = {photo: caption for photo, caption in rows or [] if caption and caption != automatic}
+        files = [Path(path) for path in paths or []]
+        texts = {file.stem: file for file in files if file.suffix.lower() == ".txt"}
+        table = []
+        for photo in (file for file in files if file.suffix.lower() != ".txt"):
+            text = texts.get(photo.stem)
+            given = text.read_text("utf-8", errors="replace").strip() if text else now
+            table.append([photo.name, written.get(photo.name, given)])
+        return table, now
+
+    def _unique_title(self, title: str, name: str) -> str:
+        title = title or f"{name or 'tune'} {datetime.now(UTC):%Y-%m-%d %H:%M}"
+        number, unique = 1, title
+        while tunes.list_tunes(self._services, limit=1, title=unique):
+            number += 1
+            unique = f"{title} ({number})"
+        return unique
+
+
+def with_captions(uploads: list[Upload], rows: list[list[str]], automatic: str, folder: Path) -> list[Upload]:
+    """The uploads with a text file for each caption that was written; it takes the place of one that came along."""
+    written = {Path(photo).stem: caption for photo, caption in rows or [] if caption and caption.strip() != automatic}
+    kept = [one for one in uploads if not (one.name.lower().endswith(".txt") and Path(one.name).stem in written)]
+    for stem in {Path(one.name).stem for one in kept} & written.keys():
+        file = folder / f"{stem}.txt"
+        file.write_text(written[stem], "utf-8")
+        kept.append(Upload(file.name, file))
+    return kept
+
+
+def note(messages: list[str]) -> str:
+    return "".join(f'<p class="tb-note" role="alert">{escape(message)}</p>' for message in messages)
+
+
+def thumbnails(paths: list[str] | None) -> str:
+    """The photos that were dropped, small, in the order of the list."""
+    pictures = [path for path in paths or [] if not path.lower().endswith(".txt")]
+    images = "".join(
+        f'<img src="/gradio_api/file={escape(path)}" alt="{escape(Path(path).name)}">' for path in pictures
+    )
+    return f'<div class="tb-photos">{images}</div>' if images else ""

@@ -1,0 +1,286 @@
+"""The outermost ASGI layer: who may come in, how much they may send, and what they see until the page is up."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from trainer.settings import LOOPBACK, Settings, digest_of
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+log = logging.getLogger("tunebooth")
+COOKIE = "tunebooth_key"
+WRONG_KEYS, WRONG_SECONDS = 10, 60.0  # so many of an address within such a time, and it has to wait
+MOST_ADDRESSES = 10_000
+MOST_HEADER_BYTES, MOST_URL_BYTES = 2**16, 2**13  # of which the server itself limits only some
+OPEN_PATHS = "/files/"  # their links carry a signature
+
+
+class TooLarge(Exception):
+    """The body is longer than it may be."""
+
+
+class Body:
+    """A request's body that ends with TooLarge after `limit` bytes, whatever its Content-Length said."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive = receive
+        self._left = limit
+
+    @property
+    def too_large(self) -> bool:
+        return self._left < 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self.too_large:
+            raise TooLarge
+        return message
+
+
+class Strangers:
+    """Counts the wrong keys that come from each address, so that nobody can try many.
+
+    An address that has had the right key is never shut out: behind a proxy it is everybody's.
+    """
+
+    def __init__(self) -> None:
+        self._wrong: dict[str, list[float]] = {}  # when, in seconds
+        self._known: set[str] = set()
+
+    def note(self, address: str, right: bool) -> None:
+        if right:
+            self._wrong.pop(address, None)
+            if len(self._known) < MOST_ADDRESSES:
+                self._known.add(address)
+        elif address not in self._known:
+            if len(self._wrong) >= MOST_ADDRESSES:
+                self._wrong.pop(next(iter(self._wrong)))
+            self._wrong[address] = [*self._wrong.get(address, []), time.monotonic()][-WRONG_KEYS:]
+
+    def must_wait(self, address: str) -> int:
+        """Seconds until an address may send a key again."""
+        wrong = self._wrong.get(address, [])
+        left = wrong[0] + WRONG_SECONDS - time.monotonic() if len(wrong) == WRONG_KEYS else 0.0
+        return max(0, math.ceil(left))
+
+
+class Guard:
+    """Answers `/health` and a waiting page at once; lets everything else through when the app has been loaded."""
+
+    def __init__(
+        self, settings: Settings, load: Callable[[], Any], begin: Callable[[], None], unload: Callable[[], None]
+    ) -> None:
+        """load: builds the inner app (a FastAPI one); begin: called once it is up; unload: ends what they started."""
+        self._settings = settings
+        self._load = load
+        self._begin = begin
+        self._unload = unload
+        self._inner: Any = None
+        self._ready = asyncio.Event()
+        self._end = asyncio.Event()
+        self.failed: BaseException | None = None
+        self._key, made_now = settings.required_key()
+        self._strangers = Strangers()
+        if made_now:
+            print(f"Tunebooth: the API key, shown this once: {made_now}", file=sys.stderr, flush=True)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        # Web sockets are not served: nothing here speaks them.
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        inner = asyncio.create_task(self._run_inner())
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        self._end.set()
+        await inner
+        if self._inner is not None:
+            await asyncio.to_thread(self._unload)
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _run_inner(self) -> None:
+        """Load the app while `/health` answers already, and keep its own lifespan open until the end."""
+        try:
+            app = await asyncio.to_thread(self._load)
+        except BaseException as error:
+            log.exception("Tunebooth cannot start")
+            self.failed = error
+            self._ready.set()
+            return
+        async with app.router.lifespan_context(app):
+            self._inner = app
+            self._ready.set()
+            try:
+                await asyncio.to_thread(self._begin)
+            except Exception as error:
+                log.exception("Tunebooth cannot work; it only answers")
+                self.failed = error
+            await self._end.wait()
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        path, method = scope["path"], scope["method"]
+        address = (scope.get("client") or ("", 0))[0]
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+            await _json(send, 431, {"error": f"the headers are larger than {MOST_HEADER_BYTES} bytes"})
+        elif len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MOST_URL_BYTES:
+            await _json(send, 414, {"error": f"the address is longer than {MOST_URL_BYTES} bytes"})
+        elif path == "/health":
+            health = {"status": "failed" if self.failed else "ok", "ready": self._inner is not None}
+            await _json(send, 200, health)
+        elif refusal := self._stranger(headers):
+            await _json(send, 403, {"error": refusal})
+        elif path == "/login" and method == "POST":
+            await self._login(address, receive, send)
+        elif not (self._key is None or path.startswith(OPEN_PATHS) or self._has_key(address, headers)):
+            if seconds := self._strangers.must_wait(address):
+                await _too_many(send, seconds)
+            elif method == "GET" and "text/html" in headers.get("accept", ""):
+                await _html(send, 401, LOGIN_PAGE)
+            else:
+                await _json(send, 401, {"error": "a key is needed: send Authorization: Bearer KEY"})
+        elif self._inner is None and path == "/" and not self.failed:
+            await _html(send, 200, WAITING_PAGE)
+        else:
+            await self._pass_on(scope, headers, receive, send)
+
+    async def _pass_on(self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send) -> None:
+        """Hand a request to the app, once it is there, with a limit on its body."""
+        limit = self._settings.max_body_mb * 2**20
+        too_large = {"error": f"the request is larger than {self._settings.max_body_mb} MB"}
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > limit:
+            await _json(send, 413, too_large)
+            return
+        await self._ready.wait()
+        if self._inner is None:
+            await _json(send, 503, {"error": "Tunebooth could not start; its log says why"})
+            return
+        body, started = Body(receive, limit), False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            if not body.too_large or started:  # what the app makes of TooLarge (500) is not the answer
+                started = True
+                await send(message)
+
+        try:
+            await self._inner(scope, body.receive, watched_send)
+        except TooLarge:
+            if started:
+                raise
+        if body.too_large and not started:
+            await _json(send, 413, too_large)
+
+    def _stranger(self, headers: dict[str, str]) -> str | None:
+        """Why a request comes from where it should not: another site's page, or a name that was pointed here."""
+        host = headers.get("host", "")
+        public = urlsplit(self._settings.base_url)
+        if self._settings.on_loopback and _hostname(host) not in (*LOOPBACK, public.hostname):
+            return f"the Host header names {host!r}; this app is reached as {self._settings.base_url}"
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc not in (host, public.netloc):
+            return f"requests from pages of {origin!r} are refused"
+        return None
+
+    def _has_key(self, address: str, headers: dict[str, str]) -> bool:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        # By hand: http.cookies stumbles over what other apps on this host have set, and cookies know no ports.
+        cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
+        sent = token.strip() if scheme.lower() == "bearer" else unquote(cookies.get(COOKIE, ""))
+        return bool(sent) and self._right_key(address, sent)
+
+    def _right_key(self, address: str, sent: str) -> bool:
+        """Whether it is the key, and it may be tried now."""
+        if self._strangers.must_wait(address):
+            return False
+        right = self._is_key(sent)
+        self._strangers.note(address, right)
+        return right
+
+    def _is_key(self, sent: str) -> bool:
+        return self._key is None or hmac.compare_digest(digest_of(sent), self._key)
+
+    async def _login(self, address: str, receive: Receive, send: Send) -> None:
+        """Take the key from the sign-in page and give the browser a cookie for it."""
+        body, more = b"", True
+        while more and len(body) < 4096:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        key = parse_qs(body.decode("latin-1")).get("key", [""])[0]
+        if not self._right_key(address, key):
+            if seconds := self._strangers.must_wait(address):
+                await _too_many(send, seconds)
+                return
+            problem = "<p class=problem>That is not the key.</p>"
+            await _html(send, 401, LOGIN_PAGE.replace("<!--problem-->", problem))
+            return
+        # A Space shows the app in a frame of another site, which only takes a cookie marked for that.
+        framed = "SameSite=None; Secure; Partitioned" if self._settings.base_url.startswith("https") else "SameSite=Lax"
+        cookie = f"{COOKIE}={quote(key)}; HttpOnly; Path=/; Max-Age=2592000; {framed}"
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 303,
+                "headers": [(b"location", b"/"), (b"set-cookie", cookie.encode())],
+            }
+        )
+        await send({"type": "http.response.body", "body": b""})
+
+
+def _hostname(host: str) -> str | None:
+    return urlsplit(f"//{host}").hostname
+
+
+async def _json(send: Send, status: int, content: dict[str, Any], *headers: tuple[bytes, bytes]) -> None:
+    await _answer(send, status, b"application/json", json.dumps(content).encode(), *headers)
+
+
+async def _too_many(send: Send, seconds: int) -> None:
+    told = {"error": f"{WRONG_KEYS} wrong keys within a minute; wait {seconds} s"}
+    await _json(send, 429, told, (b"retry-after", str(seconds).encode()))
+
+
+async def _html(send: Send, status: int, content: str) -> None:
+    await _answer(send, status, b"text/html; charset=utf-8", content.encode())
+
+
+async def _answer(send: Send, status: int, kind: bytes, body: bytes, *more: tuple[bytes, bytes]) -> None:
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), (b"cache-control", b"no-store")]
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, *more]})
+    await send({"type": "http.response.body", "body": body})
+
+
+STYLE = """<meta charset=utf-8><meta name=viewport content="width=device-width"><title>Tunebooth</title><style>
+body{font:16px system-ui,sans-serif;display:grid;place-content:center;height:100vh;margin:0;text-align:center;
+background:#fafaf9;color:#292524}@media(prefers-color-scheme:dark){body{background:#18181b;color:#e7e5e4}}
+h1{font-weight:650;margin:0 0 .5em}.bar{width:14em;height:4px;border-radius:2px;background:#8884;overflow:hidden}
+.bar i{display:block;width:40%;height:100%;background:#e8590c;animation:slide 1.2s infinite alternate ease-in-out}
+@keyframes slide{to{transform:translateX(150%)}}
+input,button{font:inherit;padding:.5em .8em;border-radius:6px;border:1px solid #8886}
+button{background:#e8590c;color:#fff;border:0}.problem{color:#e03131}</style>"""
+WAITING_PAGE = f"""<!doctype html>{STYLE}<main><h1>Tunebooth</h1><p>Getting ready&hellip;</p>
+<div class=bar><i></i></div></main>
+<script>(async function wait(){{try{{const h=await(await fetch('/health')).json();
+if(h.ready||h.status!='ok')return location.reload()}}catch(e){{}}setTimeout(wait,300)}})()</script>"""
+LOGIN_PAGE = f"""<!doctype html>{STYLE}<main><h1>Tunebooth</h1><!--problem--><form method=post action=/login>
+<p>The app showed the key at its first start, or it is TUNEBOOTH_KEY.</p>
+<input type=password name=key placeholder=Key autofocus> <button>Open</button></form></main>"""

@@ -1,0 +1,63 @@
+"""The Gradio endpoints as MCP tools, at `/mcp`: for language models, so answers are JSON and photos come by address.
+
+Gradio's own MCP server answers with Python's text of a dict.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, get_type_hints
+
+from fastapi import FastAPI
+from mcp.server.fastmcp import FastMCP
+from mcp.server.transport_security import TransportSecuritySettings
+
+log = logging.getLogger(__name__)
+# A tool's caller has no files; a path that it gave would be one of this machine.
+FILES = ("images", "input_image", "mask_image")
+
+
+def mount(app: FastAPI, endpoints: list[Callable[..., Any]], spoken: type[Exception]) -> None:
+    """Serve the endpoints as tools. spoken: the error whose text is for the caller; any other is masked."""
+    server = FastMCP(
+        "Tunebooth",
+        stateless_http=True,
+        json_response=True,
+        streamable_http_path="/mcp",
+        transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),  # the guard does that
+    )
+    for endpoint in endpoints:
+        server.add_tool(tool(endpoint, spoken))
+    app.router.routes.extend(server.streamable_http_app().routes)  # no mount: that would answer only /mcp/
+    outer = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(running: Any) -> AsyncIterator[Any]:
+        async with outer(running) as state, server.session_manager.run():
+            yield state
+
+    app.router.lifespan_context = lifespan
+
+
+def tool(endpoint: Callable[..., Any], spoken: type[Exception]) -> Callable[..., Any]:
+    """An endpoint without its files."""
+
+    @functools.wraps(endpoint)
+    async def called(**named: Any) -> Any:
+        try:
+            return await endpoint(**named)
+        except spoken:
+            raise
+        except Exception:
+            log.exception("the tool %s failed", endpoint.__name__)
+            raise RuntimeError("internal error") from None
+
+    hints = get_type_hints(endpoint)
+    signature = inspect.signature(endpoint)
+    taken = [one.replace(annotation=hints[name]) for name, one in signature.parameters.items() if name not in FILES]
+    called.__signature__ = signature.replace(parameters=taken, return_annotation=hints["return"])  # type: ignore[attr-defined]
+    return called

@@ -1,0 +1,103 @@
+"""What /docs shows of the REST API: bodies, examples and error answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, RootModel
+from starlette.exceptions import HTTPException
+
+from trainer.contract.errors import CannotLook, Conflict, InvalidRequest, NotFound
+from trainer.contract.prompts import PromptRequest
+from trainer.contract.tunes import CheckRequest, TuneChange, TuneRequest
+from trainer.studio.packs import PackRequest
+from trainer.web.bodies import Malformed
+
+
+class Error(BaseModel):
+    """Every refusal but 422."""
+
+    error: str
+
+
+class Problems(RootModel[dict[str, list[str]]]):
+    """What is wrong with each field."""
+
+
+class Done(BaseModel):
+    message: str
+
+
+PHOTO_URLS = [f"https://example.com/rex-{number}.jpg" for number in range(1, 5)]
+EXAMPLES: dict[type[BaseModel], dict[str, Any]] = {  # of bodies, for whoever reads the OpenAPI page
+    TuneRequest: {
+        "title": "Rex - 1234-6789", "name": "dog", "branch": "fast", "image_urls": PHOTO_URLS,
+        "characteristics": {"colour": "brown"},
+        "prompts_attributes": [{"text": "ohwx dog, {{colour}}, on a beach", "num_images": 2}],
+    },
+    TuneChange: {"title": "Rex, retired", "characteristics": {"colour": "grey"}},
+    CheckRequest: {"name": "dog", "image_urls": PHOTO_URLS},
+    PromptRequest: {"text": "ohwx dog in the snow", "num_images": 2, "seed": 7},
+    PackRequest: {"title": "Rex for the shop", "name": "dog", "branch": "fast", "image_urls": PHOTO_URLS},
+}  # fmt: skip
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Error, "description": "The body cannot be read"},
+    401: {"model": Error, "description": "A key is needed"},
+    403: {"model": Error, "description": "From another site's page, or under a name that is not this app's"},
+    404: {"model": Error, "description": "There is no such thing"},
+    405: {"model": Error, "description": "Not with this method"},
+    409: {"model": Error, "description": "Not in this state"},
+    413: {"model": Error, "description": "The body is too large"},
+    414: {"model": Error, "description": "The address is too long"},
+    415: {"model": Error, "description": "The body is of another type"},
+    422: {"model": Problems, "description": "What is wrong with each field, all at once"},
+    429: {"model": Error, "description": "Too many wrong keys"},
+    431: {"model": Error, "description": "The headers are too large"},
+    503: {"model": Error, "description": "Not possible at the moment"},
+}
+
+
+def add_error_answers(app: FastAPI) -> None:
+    def error(status: int) -> Any:
+        return lambda _request, problem: JSONResponse({"error": str(problem)}, status)
+
+    def invalid(_request: Request, problem: Exception) -> JSONResponse:
+        assert isinstance(problem, InvalidRequest)
+        return JSONResponse(problem.problems, 422)
+
+    def http(_request: Request, problem: Exception) -> JSONResponse:
+        assert isinstance(problem, HTTPException)
+        return JSONResponse({"error": str(problem.detail)}, problem.status_code, headers=problem.headers)
+
+    def arguments(_request: Request, problem: Exception) -> JSONResponse:
+        assert isinstance(problem, RequestValidationError)
+        if any(entry["loc"][0] == "path" for entry in problem.errors()):
+            return JSONResponse({"error": "there is nothing of that id"}, 404)
+        return JSONResponse({str(entry["loc"][-1]): [entry["msg"]] for entry in problem.errors()}, 422)
+
+    app.add_exception_handler(InvalidRequest, invalid)
+    app.add_exception_handler(NotFound, error(404))
+    app.add_exception_handler(Conflict, error(409))
+    app.add_exception_handler(CannotLook, error(503))
+    app.add_exception_handler(Malformed, error(400))
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, arguments)
+    app.add_exception_handler(Exception, lambda _request, _problem: JSONResponse({"error": "internal error"}, 500))
+
+
+def body_schema(root: str, model: type[BaseModel]) -> dict[str, Any]:
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+    body = {"type": "object", "required": [root], "properties": {root: schema}, "additionalProperties": False}
+    wrapped = json.loads(
+        json.dumps(body).replace('"#/$defs/PromptRequest"', '"#/properties/tune/properties/prompts_attributes/items"')
+    )
+    if "PromptRequest" in definitions:
+        wrapped["properties"][root]["properties"]["prompts_attributes"]["items"] = definitions["PromptRequest"]
+    kinds: dict[str, Any] = {kind: {"schema": wrapped} for kind in ("application/json", "multipart/form-data")}
+    kinds["application/json"]["example"] = {root: EXAMPLES[model]}
+    return kinds

@@ -1,0 +1,20 @@
+"""Progress of a Gradio call, from the store to the browser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.contract.photos import Tell
+from trainer.contract.states import ENDED
+from trainer.contract.tunes import Tune
+
+WATCH_SECONDS = 1.0
+
+
+def busy(tune: Tune) -> bool:
+    return tune.status not in ENDED or any(prompt.status not in ENDED for prompt in tune.prompts)
+
+
+def teller(progress: Any) -> Tell:
+    """Tell a Gradio progress bar how far a request has come."""
+    return lambda what, done, of: progress((done, of), what)

@@ -1,0 +1,230 @@
+"""REST: routes, bodies and errors. No rules."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi import Path as UrlPath
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from trainer import __version__
+from trainer.contract.errors import NotFound
+from trainer.contract.photos import Check, untold
+from trainer.contract.prompts import PICTURES, Prompt, PromptRequest
+from trainer.contract.states import Callback
+from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
+from trainer.studio import models, pack_verbs, prompts, settle, tunes
+from trainer.studio.links import open_link
+from trainer.studio.pack_file import SLUG
+from trainer.studio.packs import PackRequest
+from trainer.studio.rows import Services
+from trainer.web.bodies import read_body, read_mark, sent, sent_tune
+from trainer.web.openapi import REFUSALS, Done, add_error_answers, body_schema
+
+Slug = Annotated[str, UrlPath(pattern=f"^{SLUG.pattern}$")]
+SqlInteger = Annotated[int, Query(ge=0, lt=2**63)]
+CALLS = ("/tunes", "/prompts", "/photos/", "/gallery/", "/presets", "/packs", "/p/")  # begin their paths
+
+
+def create_app(services: Services) -> FastAPI:
+    """All REST routes over the shared verbs."""
+    app = FastAPI(title="Tunebooth", version=__version__, redirect_slashes=False, responses=REFUSALS)
+    app.add_middleware(JsonSuffix)
+    add_error_answers(app)
+
+    tune_body = {"requestBody": {"content": body_schema("tune", TuneRequest)}}
+    prompt_body = {"requestBody": {"content": body_schema("prompt", PromptRequest)}}
+
+    @app.post("/tunes", status_code=201, response_model=Tune, responses={200: {"model": Tune}}, openapi_extra=tune_body)
+    async def create_tune(request: Request) -> JSONResponse:
+        """Create a tune and queue it. 200 where the title has one already."""
+        async with sent_tune(request, services) as (data, uploads):
+            mark = await run_in_threadpool(read_mark, request, data, uploads)
+            tune, created = await run_in_threadpool(tunes.create_tune, services, data, uploads, untold, mark)
+        return JSONResponse(tune.model_dump(), 201 if created else 200)
+
+    @app.post("/photos/check", openapi_extra={"requestBody": {"content": body_schema("tune", CheckRequest)}})
+    async def check_photos(request: Request) -> Check:
+        """A verdict for each photo, as a tune with these parameters would give it; nothing is kept."""
+        async with sent_tune(request, services) as (data, uploads):
+            return await run_in_threadpool(tunes.check_photos, services, data, uploads)
+
+    @app.get("/tunes")
+    def list_tunes(
+        limit: Annotated[int, Query(ge=1, le=120)] = 20,
+        offset: SqlInteger = 0,
+        before_id: SqlInteger | None = None,
+        title: str | None = None,
+        branch: str | None = None,
+        model_type: str | None = None,
+    ) -> list[Tune]:
+        """Tunes, newest first."""
+        return tunes.list_tunes(services, limit, offset, before_id, title, branch, model_type)
+
+    @app.get("/tunes/{tune_id}")
+    def get_tune(tune_id: int) -> Tune:
+        return tunes.get_tune(services, tune_id)
+
+    @app.patch("/tunes/{tune_id}", openapi_extra={"requestBody": {"content": body_schema("tune", TuneChange)}})
+    async def change_tune(tune_id: int, request: Request) -> Tune:
+        """Change title, class name, auto_extend or characteristics."""
+        data = await read_body(request, "tune", 0, None)
+        return await run_in_threadpool(tunes.change_tune, services, tune_id, data)
+
+    @app.delete("/tunes/{tune_id}")
+    def delete_tune(tune_id: int) -> Done:
+        """Remove a tune, its prompts and its files; a running one is stopped first."""
+        tunes.delete_tune(services, tune_id)
+        return Done(message="Tune successfully deleted")
+
+    @app.post("/tunes/{tune_id}/cancel")
+    def cancel_tune(tune_id: int) -> Tune:
+        return tunes.cancel_tune(services, tune_id)
+
+    @app.post("/tunes/{tune_id}/resume")
+    def resume_tune(tune_id: int) -> Tune:
+        return tunes.resume_tune(services, tune_id)
+
+    answers: dict[int | str, dict[str, Any]] = {
+        307: {"description": "Leads to the file"},
+        202: {"model": Done, "description": "It is being made; ask again"},
+    }
+
+    @app.get("/tunes/{tune_id}/model", status_code=307, responses=answers, response_model=None)
+    def get_model(tune_id: int, wanted: Annotated[str | None, Query(alias="format")] = None) -> Response:
+        """Leads to the trained file; in another `format` once that is made: kohya, diffusers, embeddings, bundled,
+        checkpoint, faceid, as far as the model type has it."""
+        link = models.model_link(services, tune_id, wanted)
+        if link is None:
+            waiting = Done(message=f"the model is being made into {wanted}; ask again in a moment")
+            return JSONResponse(waiting.model_dump(), 202, {"Retry-After": "5"})
+        return RedirectResponse(link)
+
+    @app.post("/tunes/{tune_id}/prompts", status_code=201, openapi_extra=prompt_body)
+    async def create_prompt(tune_id: int, request: Request) -> Prompt:
+        """Render a prompt with a tune; with its base's id where the text has `<lora:ID:WEIGHT>`."""
+        async with sent(request, services, "prompt", len(PICTURES)) as data:
+            mark = await run_in_threadpool(read_mark, request, data, [])
+            return await run_in_threadpool(prompts.create_prompt, services, tune_id, data, untold, mark)
+
+    @app.get("/tunes/{tune_id}/prompts")
+    def list_tune_prompts(
+        tune_id: int, limit: Annotated[int, Query(ge=1, le=120)] = 20, offset: SqlInteger = 0
+    ) -> list[Prompt]:
+        return prompts.list_prompts(services, tune_id, limit, offset)
+
+    @app.get("/prompts")
+    def list_prompts(limit: Annotated[int, Query(ge=1, le=120)] = 20, offset: SqlInteger = 0) -> list[Prompt]:
+        return prompts.list_prompts(services, None, limit, offset)
+
+    @app.get("/prompts/{prompt_id}")
+    def get_prompt(prompt_id: int) -> Prompt:
+        return prompts.get_prompt(services, prompt_id)
+
+    @app.get("/tunes/{tune_id}/prompts/{prompt_id}")
+    def get_tune_prompt(tune_id: int, prompt_id: int) -> Prompt:
+        prompt = prompts.get_prompt(services, prompt_id)
+        if prompt.tune_id != tune_id:
+            raise NotFound(f"tune {tune_id} has no prompt {prompt_id}")
+        return prompt
+
+    @app.delete("/prompts/{prompt_id}")
+    def delete_prompt(prompt_id: int) -> Done:
+        """Remove a prompt and its pictures; one that renders is stopped first."""
+        prompts.delete_prompt(services, prompt_id)
+        return Done(message="Prompt successfully deleted")
+
+    @app.delete("/tunes/{tune_id}/prompts/{prompt_id}")
+    def delete_tune_prompt(tune_id: int, prompt_id: int) -> Done:
+        prompts.delete_prompt(services, prompt_id, tune_id)
+        return Done(message="Prompt successfully deleted")
+
+    @app.post("/prompts/{prompt_id}/duplicate", status_code=201, openapi_extra=prompt_body)
+    async def duplicate_prompt(prompt_id: int, request: Request) -> Prompt:
+        """Render a prompt again; the body, which may be empty, says what is to be different."""
+        has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+        if not has_body:
+            return await run_in_threadpool(
+                prompts.duplicate_prompt, services, prompt_id, {}, untold, read_mark(request, {}, [])
+            )
+        async with sent(request, services, "prompt", len(PICTURES)) as data:
+            mark = await run_in_threadpool(read_mark, request, data, [])
+            return await run_in_threadpool(prompts.duplicate_prompt, services, prompt_id, data, untold, mark)
+
+    @app.get("/tunes/{tune_id}/callbacks")
+    def list_callbacks(tune_id: int) -> list[Callback]:
+        """What was posted, or is still to be, to the callbacks of a tune and its prompts; newest first."""
+        tunes.get_tune(services, tune_id)  # or there is none
+        return tunes.list_callbacks(services, tune_id)
+
+    @app.post("/tunes/{tune_id}/callbacks")
+    def send_callbacks_again(tune_id: int) -> list[Callback]:
+        """Post all of them once more."""
+        return tunes.send_callbacks_again(services, tune_id)
+
+    @app.get("/gallery/tunes")
+    def list_base_tunes(branch: str | None = None) -> list[dict[str, Any]]:
+        """Base models that a tune can start from."""
+        return models.list_base_tunes(services, branch)
+
+    @app.get("/packs")
+    def list_packs() -> list[dict[str, Any]]:
+        """Packs: settings and prompts for a purpose."""
+        return pack_verbs.list_packs(services)
+
+    @app.get("/p/{slug}")
+    def get_pack(slug: Slug) -> dict[str, Any]:
+        return pack_verbs.get_pack(services, slug)
+
+    pack_body = {"requestBody": {"content": body_schema("tune", PackRequest)}}
+
+    @app.post("/p/{slug}/tunes", status_code=201, responses={200: {"model": Tune}}, openapi_extra=pack_body)
+    async def create_pack_tune(slug: Slug, request: Request, response: Response) -> Tune:
+        """Create a tune with a pack's settings and prompts; with `tune_ids` render its prompts with a tune."""
+        async with sent_tune(request, services) as (data, uploads):
+            mark = await run_in_threadpool(read_mark, request, data, uploads)
+            tune, created = await run_in_threadpool(
+                pack_verbs.create_pack_tune, services, slug, data, uploads, untold, mark
+            )
+        response.status_code = 201 if created else 200
+        return tune
+
+    @app.post("/tunes/{tune_id}/pack", status_code=201)
+    def save_pack(tune_id: int, title: str | None = None) -> dict[str, Any]:
+        """Make a pack of a tune's settings and prompts, under its own title or another."""
+        return pack_verbs.save_pack(services, tune_id, title)
+
+    @app.get("/presets")
+    def list_presets() -> list[str]:
+        return settle.list_presets(services)
+
+    @app.get("/files/{path:path}", include_in_schema=False)
+    def get_file(path: str, signature: str = "", expires: int = 0) -> FileResponse:
+        file = open_link(services.settings, path, expires, signature)
+        if file is None:
+            raise NotFound("this link is wrong, over, or its file is gone")
+        model = file.suffix in (".safetensors", ".zip")
+        name = f"tune-{path.partition('/')[0]}-{file.name}" if model else file.name
+        picture = file.suffix in (".png", ".jpg")
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=86400"}
+        return FileResponse(
+            file, filename=name, content_disposition_type="inline" if picture else "attachment", headers=headers
+        )
+
+    return app
+
+
+class JsonSuffix:
+    """`/tunes/1.json` is `/tunes/1`, everywhere but in files."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path.endswith(".json") and path.startswith(CALLS):
+            scope = {**scope, "path": path.removesuffix(".json")}
+        await self._app(scope, receive, send)

@@ -1,0 +1,62 @@
+"""Everything behind the guard is put together here: store, decoder, verbs, worker, page."""
+
+from __future__ import annotations
+
+import webbrowser
+from typing import Any
+
+from trainer.settings import Settings
+from trainer.studio.store import Store
+
+
+class Studio:
+    """Everything behind the guard: imported and started while `/health` answers already."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        from trainer.photos.looker import Looker
+        from trainer.work.worker import Worker
+
+        self._settings = settings
+        self._store = store
+        self._looker = Looker(settings)
+        self._worker = Worker(settings, store, self._looker)
+
+    def load(self) -> Any:
+        """Build the web app."""
+        from trainer.files import sweep
+        from trainer.photos.intake import Decoder
+        from trainer.studio.expiry import Keeper
+        from trainer.studio.rows import Services
+        from trainer.studio.webhooks import Postman
+        from trainer.web import page  # first: `import gradio` is the longest wait
+        from trainer.web.rest import create_app
+
+        sweep(self._settings.outputs)
+        sweep(self._settings.weights)
+        self._decoder = Decoder(self._settings)
+        self._services = Services(self._settings, self._store, self._decoder, self._looker)
+        self._postman = Postman(self._services)
+        self._keeper = Keeper(self._settings, self._store)
+        return page.mount(create_app(self._services), self._services)
+
+    def begin(self) -> None:
+        """Start working, now that the page is up: importing torch would have made it wait."""
+        self._decoder.warm()
+        self._worker.start()
+        self._postman.start()
+        self._keeper.start()
+        if self._settings.open:
+            webbrowser.open(self._settings.base_url)
+        if self._settings.demo:
+            from trainer.studio.demo import queue_demo
+
+            queue_demo(self._services)
+
+    def close(self) -> None:
+        """Put a running job aside, its state saved, and let go of the outputs folder."""
+        self._worker.stop()
+        self._postman.close()
+        self._keeper.close()
+        self._looker.close()
+        self._decoder.close()
+        self._store.close()

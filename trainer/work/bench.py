@@ -1,0 +1,253 @@
+"""Runs one job: training, rendering or export; and records how it ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from trainer.clock import now, stamp
+from trainer.config import branch_file, kinds, resolve, train_config
+from trainer.config.train_config import TrainConfig
+from trainer.contract.errors import CannotLook, InvalidRequest
+from trainer.contract.photos import Photo
+from trainer.device import forget_peak, free_gib
+from trainer.files import discard, write_whole
+from trainer.library import bases, weights
+from trainer.library.bases import Base
+from trainer.library.weights import Unavailable
+from trainer.methods.protocol import get_method
+from trainer.names import FORMATS
+from trainer.photos.child import Closed
+from trainer.photos.looker import Looker, begin_anew
+from trainer.rendering.job import FaceID, Lora, Stopped
+from trainer.rendering.plan import plain
+from trainer.rendering.renderer import Renderer
+from trainer.settings import Settings
+from trainer.studio import references
+from trainer.studio.expiry import expiry
+from trainer.studio.references import Named
+from trainer.studio.store import Job, Row, Store
+from trainer.training.train import train_tune
+from trainer.work.errors import OF_PICTURES, OF_TRAINING, explain
+from trainer.work.export import export_tune
+from trainer.work.reporter import Reporter
+
+log = logging.getLogger("tunebooth.worker")
+MAX_ATTEMPTS = 3  # a job that takes the process down this often without headway is not tried again
+
+
+class Aside(Exception):
+    """The job is to stop, before it has begun to train."""
+
+
+class Bench:
+    """Runs jobs; keeps what is worth keeping between two of them."""
+
+    def __init__(
+        self, settings: Settings, store: Store, looker: Looker, device: torch.device, stopping: threading.Event
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._looker = looker
+        self._device = device
+        self._stopping = stopping
+        self._renderer = Renderer(settings, device, looker)
+
+    def run(self, job: Job) -> None:
+        """Do a job, whatever becomes of it."""
+        reporter = Reporter(self._settings, self._store, job, self._stopping, self._device)
+        try:
+            if job.attempts >= MAX_ATTEMPTS:
+                raise RuntimeError(f"the app ended {job.attempts} times at this point; it is not tried again")
+            if job.export_id is not None:
+                self._export(job, job.export_id)
+            elif job.prompt_id is None:
+                self._train(job, reporter)
+            else:
+                self._render(job, job.prompt_id, reporter)
+        except (InvalidRequest, CannotLook, Unavailable) as problem:
+            self._store.finish(job, "failed", error=str(problem))
+        except (Aside, Closed):
+            self._put_aside(job, reporter)
+        except Exception as error:
+            log.exception("job %s failed", job)
+            self._store.finish(job, "failed", error=explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING))
+
+    def _train(self, job: Job, reporter: Reporter) -> None:
+        forget_peak(self._device)
+        tune = self._must(self._store.get("tunes", job.tune_id))
+        self._renderer.release()
+        config = self._fitted(tune)
+        tune = self._prepared(tune, config, reporter)
+        files = train_tune(tune, self._base(tune), config, self._settings, self._device, reporter, self._preview(tune))
+        if files is not None:
+            reporter.stage("trained")
+            moment = datetime.now(UTC)
+            ends = {"trained_at": stamp(moment), "eta": stamp(moment), "expires_at": expiry(self._settings, moment)}
+            self._store.finish(job, "trained", files=files, progress=reporter.progress, **ends)
+            if get_method(tune["method"]).LARGE:  # nothing goes on from its states, which are several times the model
+                discard(self._settings.outputs / "tunes" / str(tune["id"]) / "state")
+        else:
+            self._put_aside(job, reporter)
+
+    def _put_aside(self, job: Job, reporter: Reporter) -> None:
+        """End a tune that was stopped: for good where that was asked for, else until the next start."""
+        if self._stopping.is_set() and not self._store.cancel_wanted("tunes", job.tune_id):
+            self._store.put_back(job)
+            log.info("tune %s is put aside; it goes on at the next start", job.tune_id)
+        else:
+            self._store.finish(job, "canceled", eta=None, progress=reporter.progress)
+
+    def _prepared(self, tune: Row, config: TrainConfig, reporter: Reporter) -> Row:
+        """The tune with the verdicts on its photos, and with what is made of them in `dataset/`; once for a tune."""
+        folder = self._settings.outputs / "tunes" / str(tune["id"])
+        done = folder / "dataset" / "prepared.json"
+        if done.exists():
+            self._store.update("tunes", tune["id"], photos=json.loads(done.read_text("utf-8")))
+            return self._must(self._store.get("tunes", tune["id"]))
+        begin_anew(done.parent)
+
+        def tell(what: str, number: int, of: int) -> None:
+            reporter.stage(f"{what}: {number} of {of}")
+            if not reporter.going_on():
+                raise Aside
+
+        photos, warnings = self._looker.prepare(
+            folder,
+            [Photo(**photo) for photo in tune["photos"]],
+            config,
+            tune["name"],
+            bool(tune["training_face_correct"]),
+            tell,
+        )
+        before, left = (sum(not one["dropped"] for one in told) for told in (tune["photos"], verdicts(photos)))
+        if left < before:
+            warnings.append(f"{left} of {before} photos are left; steps and batch are those for {before}")
+        for warning in warnings:
+            reporter.warn(warning)
+        write_whole(done, json.dumps(verdicts(photos)))  # before the store: a crash in between must not judge again
+        self._store.update("tunes", tune["id"], photos=verdicts(photos))
+        return self._must(self._store.get("tunes", tune["id"]))
+
+    def _fitted(self, tune: Row) -> TrainConfig:
+        """The configuration, made to fit the card when the tune is first begun. Raises RuntimeError where none fits."""
+        config = TrainConfig(**train_config.parse_args(tune["args"]))
+        folder = self._settings.outputs / "tunes" / str(tune["id"])
+        if (folder / "config.json").exists():
+            return config  # begun before; a run ends as it began
+        free, branch, method = free_gib(self._device), tune["branch"], tune["method"]
+        least = branch_file.least_gib(self._settings.presets, branch, method)
+        if free < least:
+            raise RuntimeError(
+                f"{branch} needs a card with {least:g} GiB of free memory; there are {free:.1f} GiB. Close what else"
+                " uses the card, or train a smaller branch"
+            )
+        asked = json.loads((folder / "request.json").read_text("utf-8"))["args"]
+        config = resolve.fit(
+            self._settings.presets, config, branch=branch, model_type=method, asked=asked, free_gib=free
+        )
+        self._store.update("tunes", tune["id"], args=train_config.as_args(config))
+        return config
+
+    def _preview(self, tune: Row) -> str:
+        """What the previews of a run show: its first prompt, else the subject alone."""
+        first = self._store.find("prompts", tune_id=tune["id"], oldest_first=True, limit=1)
+        return plain(first[0]["text"], tune["characteristics"]) if first else f"{tune['token']} {tune['name']}"
+
+    def _render(self, job: Job, prompt_id: int, reporter: Reporter) -> None:
+        prompt, tune = (
+            self._must(self._store.get("prompts", prompt_id)),
+            self._must(self._store.get("tunes", job.tune_id)),
+        )
+        try:
+            base, loras, face, people = self._to_render(prompt, tune, reporter)
+            files, warnings = self._renderer.render_prompt(prompt, tune, base, loras, face, people, reporter)
+        except Stopped:
+            if self._store.cancel_wanted("prompts", prompt_id):
+                self._store.finish(job, "canceled")
+            else:
+                self._store.put_back(job)
+            return
+        told = self._must(self._store.get("prompts", prompt_id))["warnings"]
+        warnings = [*told, *(warning for warning in warnings if warning not in told)]
+        reporter.progress["stage"] = "rendered"
+        ended = {"progress": reporter.progress, "trained_at": now()}
+        self._store.finish(job, "rendered", files=files, warnings=warnings, **ended)
+
+    def _to_render(self, prompt: Row, tune: Row, reporter: Reporter) -> tuple[Base, list[Lora], FaceID | None, bool]:
+        """What a prompt is rendered with: the base, the LoRAs on it, the face, and whether one of them is of people."""
+        named = references.of_row(self._settings, self._store, prompt, tune, tune["branch"])
+        weights_of = {(one.kind, one.id): one.weight for one in named}
+        own_model = self._settings.outputs / "tunes" / str(tune["id"]) / "model"
+        if tune["method"] == "faceid" or prompt["base_id"]:
+            base = bases.resolve(self._settings, prompt["base_id"] or tune["base_id"], tune["branch"], self._tune_row)
+        else:
+            base = bases.of_tune(self._settings, tune, self._tune_row)
+        loras = [Lora(base.model, 1.0, base.title)] if base.model and base.model != own_model else []
+        own_scale = weights_of.pop(("lora", tune["id"]), prompt["attributes"].get("lora_scale", 1.0))
+        if tune["method"] in references.ADAPTERS:
+            loras.append(Lora(own_model, own_scale, tune["title"]))
+        elif tune["method"] == "checkpoint" and own_scale != 1.0:
+            reporter.warn(f"{tune['title']} is a whole model, which has one strength: {own_scale:g} is not used")
+        people = [tune["name"]]
+        for one in named:
+            if one.kind == "lora" and one.id != tune["id"]:
+                model, title = self._lora(one.id)
+                loras.append(Lora(model, one.weight, title))
+            people += [row["name"]] if (row := self._tune_row(one.id)) else []
+        face = next((one for one in named if one.kind == "faceid"), None)
+        if face is None and tune["method"] == "faceid":
+            face = Named("faceid", tune["id"], 1.0)
+        is_person = any(kinds.kind_of(name) == "person" for name in people)
+        return base, loras, self._face(face, base, reporter) if face else None, is_person
+
+    def _lora(self, lora_id: int) -> tuple[Path, str]:
+        """The LoRA of this number, a tune's or a file of the models folder, and what it is called."""
+        if tune := self._tune_row(lora_id):
+            if tune["status"] != "trained":
+                raise RuntimeError(f"<lora:{lora_id}>: tune {lora_id} is {tune['status']}; it has no model")
+            return self._settings.outputs / "tunes" / str(lora_id) / "model", tune["title"]
+        file = next((base for base in bases.list_bases(self._settings) if base.id == lora_id and base.model), None)
+        if file is None or file.model is None:
+            raise RuntimeError(f"<lora:{lora_id}>: that tune, or file of the models folder, is gone")
+        return file.model, file.title
+
+    def _face(self, named: Named, base: Base, reporter: Reporter) -> FaceID:
+        """The face of this number, and the adapter that puts it into pictures of this base."""
+        folder = self._settings.outputs / "tunes" / str(named.id) / "model"
+        if not (folder / FORMATS["faceid"]).exists():
+            raise RuntimeError(f"<faceid:{named.id}>: that tune is gone, and its face with it")
+        adapter = weights.obtain(
+            self._settings, weights.FACEID[base.branch], tell=lambda what, *_: reporter.stage(what)
+        )
+        return FaceID(folder, adapter, named.weight)
+
+    def _export(self, job: Job, export_id: int) -> None:
+        export = self._must(self._store.get("exports", export_id))
+        tune = self._must(self._tune_row(job.tune_id))
+        base = bases.of_tune(self._settings, tune, self._tune_row)
+        self._renderer.release()
+        file = export_tune(tune, base, export["format"], self._settings)
+        self._store.finish(job, "exported", files=[file])
+
+    def _tune_row(self, tune_id: int) -> Row | None:
+        return self._store.get("tunes", tune_id)
+
+    def _base(self, tune: Row) -> Base:
+        """What a tune is trained on."""
+        return bases.resolve(self._settings, tune["base_id"], tune["branch"], self._tune_row)
+
+    @staticmethod
+    def _must(row: Row | None) -> Row:
+        assert row is not None, "a job's rows go with it"
+        return row
+
+
+def verdicts(photos: list[Photo]) -> list[Row]:
+    """As the store keeps them."""
+    return [photo.model_dump() for photo in photos]

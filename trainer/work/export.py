@@ -1,0 +1,65 @@
+"""A trained tune in another format: what `GET /tunes/ID/model?format=` makes when it is first asked for."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from trainer.branches.protocol import Branch, load_branch
+from trainer.config import train_config
+from trainer.files import whole_folder
+from trainer.library.bases import Base
+from trainer.methods import checkpoint, lora, new_tokens
+from trainer.names import FORMATS
+from trainer.settings import Settings
+
+DIFFUSERS_ZIP = "diffusers.zip"
+
+
+def export_tune(tune: dict[str, Any], base: Base, format_: str, settings: Settings) -> str:
+    """Write `outputs/tunes/ID/exports/FORMAT/`. Returns the file to hand out, below `exports/`.
+
+    tune: its row in the store, trained. base: the tune as a base. It works in ordinary memory, without the card.
+    """
+    folder = settings.outputs / "tunes" / str(tune["id"])
+    dtype = getattr(torch, train_config.parse_args(tune["args"])["save_dtype"])
+    branch = load_branch(base, torch.device("cpu"), settings.outputs / "cache", dtype)
+    if base.model is not None:
+        lora.apply(branch, base.model, 1.0)
+        new_tokens.remove(branch.pipeline)  # a whole model has no place for them; their own file stays beside it
+        lora.merge(branch.pipeline)
+    with whole_folder(folder / "exports" / format_) as partial:
+        if format_ == "checkpoint":
+            file = FORMATS["checkpoint"]
+            checkpoint.write(branch, partial / file, dtype, facts_of(folder / "model" / tune["files"][0], branch))
+        else:
+            file = DIFFUSERS_ZIP
+            write_diffusers(branch, partial, dtype)
+    return f"{format_}/{file}"
+
+
+def facts_of(file: Path, branch: Branch) -> dict[str, str]:
+    """The metadata of a saved LoRA, as of a whole model."""
+    with safe_open(file, "pt") as tensors:
+        facts = dict(tensors.metadata() or {})
+    kept = {key: value for key, value in facts.items() if not key.startswith("ss_network_")}
+    return kept | {"modelspec.architecture": branch.metadata["modelspec.architecture"]}
+
+
+def write_diffusers(branch: Branch, folder: Path, dtype: torch.dtype) -> None:
+    """Write the pipeline as a diffusers folder, in one file that a browser can fetch."""
+    for part in branch.pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.to(dtype)
+    work = folder / "diffusers"
+    branch.pipeline.save_pretrained(work)
+    with zipfile.ZipFile(folder / DIFFUSERS_ZIP, "w", zipfile.ZIP_STORED) as packed:  # weights do not get smaller
+        for path in sorted(work.rglob("*")):
+            packed.write(path, path.relative_to(work))
+            if path.is_file():
+                path.unlink()

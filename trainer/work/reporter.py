@@ -1,0 +1,122 @@
+"""Progress of a running job: to the store, to the tune's log, to TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.clock import now, stamp
+from trainer.files import read_json_lines
+from trainer.settings import Settings
+from trainer.studio.store import Job, Store
+
+if TYPE_CHECKING:
+    import torch
+
+TELL_EVERY_SECONDS = 0.5  # progress in the store: each write waits for the disk
+PACE_MEMORY = 0.9  # of the moving average of seconds per step
+
+
+class Reporter:
+    """What a running job tells: progress to the store, lines to the tune's log; and whether it is to go on."""
+
+    def __init__(
+        self, settings: Settings, store: Store, job: Job, stopping: threading.Event, device: torch.device
+    ) -> None:
+        self._store = store
+        self._device = device
+        self._job = job
+        self._stopping = stopping
+        self._table, self._row = job.target
+        folder = settings.outputs / "tunes" / str(job.tune_id)
+        self._log = folder / "log.jsonl"
+        self._board = tensorboard(folder / "tensorboard") if settings.tensorboard and self._table == "tunes" else None
+        self._began = time.monotonic()
+        self._told = self._stepped = 0.0
+        self.progress: dict[str, Any] = {
+            "stage": "queued",
+            "step": 0,
+            "steps": 0,
+            "loss": None,
+            "seconds_per_step": None,
+        }
+
+    def stage(self, stage: str) -> None:
+        self.progress["stage"] = stage
+        self._tell()
+
+    def step(self, step: int, steps: int, loss: float | None = None, lr: float | None = None) -> bool:
+        """See `loop.Report`."""
+        from trainer.device import peak_gib
+
+        moment = time.monotonic()
+        if self._stepped and step:
+            pace, took = self.progress["seconds_per_step"], moment - self._stepped
+            self.progress["seconds_per_step"] = took if pace is None else PACE_MEMORY * pace + (1 - PACE_MEMORY) * took
+        self._stepped = moment
+        self.progress |= {"step": step, "steps": steps}
+        if loss is not None:
+            self.progress["loss"] = loss
+            peak = peak_gib(self._device)
+            line = {"step": step, "loss": round(loss, 6), "lr": lr, "peak_gib": round(peak, 3)}
+            self._write(line | {"seconds": round(moment - self._began, 3)})
+            if self._board:
+                for name, value in {"loss": loss, "lr": lr, "peak_gib": peak}.items():
+                    self._board.add_scalar(name, value, step)
+                self._board.flush()
+        if moment - self._told > TELL_EVERY_SECONDS or step == steps:
+            self._tell()
+        return self.going_on()
+
+    def going_on(self) -> bool:
+        """Whether nobody wants this job to stop."""
+        return not (self._stopping.is_set() or self._store.cancel_wanted(self._table, self._row))
+
+    def saved(self, step: int) -> None:
+        self._store.made_headway(self._job)
+        self._stepped = time.monotonic()  # saving is not part of the pace of a step
+
+    def warn(self, message: str) -> None:
+        """Add to the warnings of the tune or prompt, once."""
+        row = self._store.get(self._table, self._row)
+        if row is not None and message not in row["warnings"]:
+            self._store.update(self._table, self._row, warnings=[*row["warnings"], message])
+
+    def resumed(self, step: int) -> None:
+        """Log where the run goes on, and drop the lines of steps that are now done again."""
+        if self._log.exists():
+            kept = [line for line in read_json_lines(self._log) if line["step"] <= step]
+            self._log.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._write({"step": step, "event": "resumed" if step else "started", "at": now()})
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        if self._table == "tunes":
+            self._store.update("tunes", self._row, progress=self.progress, eta=self._eta())
+        elif self._table == "prompts":
+            self._store.update("prompts", self._row, progress=self.progress)
+
+    def _eta(self) -> str | None:
+        pace = self.progress["seconds_per_step"]
+        if pace is None:
+            return None
+        return stamp(datetime.now(UTC) + timedelta(seconds=pace * (self.progress["steps"] - self.progress["step"])))
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self._log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def tensorboard(folder: Path) -> Any:
+    """A writer of TensorBoard files. Raises RuntimeError in words where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RuntimeError(
+            "the setting tensorboard needs the package of that name: `uv pip install tensorboard`"
+        ) from None
+    return SummaryWriter(str(folder))
