@@ -8,13 +8,26 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import shift
 from tests.helpers.shared import SHARED
 from trainer.settings import Settings, read_settings
+
+SHIFT = os.environ.get("TUNEBOOTH_TEST_SHIFT") == "1"
+if SHIFT:
+    shift.shift_files()  # before safetensors.torch is imported
+
+
+@pytest.fixture(autouse=True)
+def shifted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With TUNEBOOTH_TEST_SHIFT=1, odd buffers that are allocated first and kept through the test."""
+    kept = shift.odd_buffers(request.node.nodeid) if SHIFT else []
+    yield
+    kept.clear()
 
 
 @pytest.fixture
