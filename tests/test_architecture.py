@@ -53,6 +53,7 @@ HOMES = {
     "gfpgan": {"faces"},
     "cv2": {"control", "faces"},
     "spandrel": {"finish"},
+    "pebble": {"child"},
     "peft": {"methods."},
     "diffusers": {"branches.", "control", "loading", "pipelines", "worker"},
     "transformers": {"branches.", "control", "faces", "worker"},
