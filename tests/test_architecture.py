@@ -21,7 +21,7 @@ WEB = {
     "trainer.urls", "trainer.links", "trainer.store", "trainer.schema", "trainer.settings", "trainer.guard",
     "trainer.page", "trainer.files", "trainer.decode", "trainer.child", "trainer.looking", "trainer.weights",
     "trainer.demo", "trainer.webhooks", "trainer.tools", "trainer.expiry", "trainer.branches", "trainer.methods",
-    "trainer.flags", "trainer.references", "trainer.inputs", "trainer.packs",
+    "trainer.flags", "trainer.references", "trainer.inputs", "trainer.packs", "trainer.loops",
 }  # fmt: skip
 WORK = {
     "trainer.worker", "trainer.train", "trainer.render", "trainer.dataset", "trainer.loop", "trainer.objectives",

@@ -20,6 +20,7 @@ from typing import Any
 
 from trainer import __version__
 from trainer.jobs import Jobs
+from trainer.loops import Loop
 from trainer.schema import NotFound
 from trainer.settings import webhook_key
 from trainer.store import Row, now, stamp
@@ -41,25 +42,15 @@ class Postman:
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
-        self._stopping = threading.Event()
         self._under_way: set[int] = set()
-        self._thread = threading.Thread(target=self._run, name="postman", daemon=True)
+        self._loop = Loop("postman", POLL_SECONDS, self._post_due)
 
     def start(self) -> None:
-        self._thread.start()
+        self._loop.start()
 
     def close(self) -> None:
         """Post nothing more; what is under way may arrive without our knowing, and is then posted again."""
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopping.wait(POLL_SECONDS):
-            try:
-                self._post_due()
-            except Exception:
-                log.exception("callbacks are looked for again in a moment")
+        self._loop.close()
 
     def _post_due(self) -> None:
         for callback in self._jobs.store.due_callbacks(now()):
