@@ -40,6 +40,7 @@ HOMES = {
     "uvicorn": {"app"},
     "sqlite3": {"store"},
     "tomllib": {"presets"},
+    "tomlkit": {"packs"},
     "httpx": {"urls", "weights"},
     "httpx2": {"hub"},
     "huggingface_hub": {"hub", "weights"},
