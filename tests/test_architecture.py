@@ -36,6 +36,7 @@ HOMES = {
     "gradio": {"ui"},
     "fastapi": {"api", "tools", "ui"},
     "mcp": {"tools"},
+    "standardwebhooks": {"webhooks"},
     "starlette": {"api"},
     "uvicorn": {"app"},
     "sqlite3": {"store"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hmac
 import json
 import socket
 import struct
@@ -327,6 +328,10 @@ def test_signatures_are_those_of_standard_webhooks(
     assert Webhook(SECRET).verify(body.decode(), headers)["tune"]["title"] == "Rex"
     with pytest.raises(Exception, match="No matching signature"):
         Webhook("whsec_" + base64.b64encode(bytes(32)).decode()).verify(body.decode(), headers)
+    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+    digest = hmac.new(bytes(range(32)), signed, "sha256").digest()  # by hand: who signs here is who checks above
+    assert headers["webhook-signature"] == f"v1,{base64.b64encode(digest).decode()}"
+    assert abs(int(headers["webhook-timestamp"]) - time.time()) < PATIENCE
 
 
 @pytest.mark.parametrize("secret", ["short", "whsec_", "not base64!" * 5])

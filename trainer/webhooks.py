@@ -6,17 +6,15 @@ answer is lost on the way, it is posted again with the same `webhook-id`.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import hmac
 import json
 import logging
 import random
 import threading
-import time
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
+
+from standardwebhooks import Webhook
 
 from trainer import __version__
 from trainer.jobs import Jobs
@@ -97,17 +95,15 @@ def entity(jobs: Jobs, callback: Row) -> dict[str, Any]:
 
 def headers(jobs: Jobs, callback_id: int, body: bytes) -> dict[str, str]:
     """Those of Standard Webhooks (standardwebhooks.com); signed where there is a secret."""
-    name, moment = f"tunebooth-{callback_id}", str(int(time.time()))
+    name, moment = f"tunebooth-{callback_id}", datetime.now(UTC)
     made = {
         "Content-Type": "application/json",
         "User-Agent": f"Tunebooth/{__version__}",
         "webhook-id": name,
-        "webhook-timestamp": moment,
+        "webhook-timestamp": str(int(moment.timestamp())),
     }
     if secret := jobs.settings.webhook_secret:
-        signed = f"{name}.{moment}.".encode() + body
-        digest = hmac.new(webhook_key(secret), signed, hashlib.sha256).digest()
-        made["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
+        made["webhook-signature"] = Webhook(webhook_key(secret)).sign(name, moment, body.decode())
     return made
 
 
