@@ -54,6 +54,7 @@ HOMES = {
     "facexlib": {"faces"},
     "gfpgan": {"faces"},
     "cv2": {"control", "faces"},
+    "scipy": {"finish"},
     "spandrel": {"finish"},
     "pebble": {"child"},
     "peft": {"methods."},
