@@ -1,8 +1,13 @@
-"""The time in UTC, as the API writes it."""
+"""The time in UTC, as the API writes it; and a thread that acts at intervals."""
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
+
+log = logging.getLogger(__name__)
 
 
 def now() -> str:
@@ -12,3 +17,52 @@ def now() -> str:
 
 def stamp(moment: datetime) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Loop:
+    """A thread that acts at once, and again some seconds after each time. An error is logged, and ends nothing."""
+
+    def __init__(
+        self,
+        name: str,
+        seconds: float,
+        act: Callable[[], object],
+        *,
+        wake: threading.Event | None = None,
+        retry_seconds: float | None = None,
+    ) -> None:
+        """name: of the thread. seconds: between two acts. wake: set by others, it ends the wait. retry_seconds: the
+        wait after an error, which nothing but the end cuts short; None: as after any other act."""
+        self.stopping = threading.Event()
+        self._name = name
+        self._seconds = seconds
+        self._act = act
+        self._wake = wake or threading.Event()
+        self._retry_seconds = retry_seconds
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Let the act that runs come to its end, and wait for that; at most so many seconds."""
+        self.stopping.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            self._wake.clear()  # before the act: what is set from now on ends the wait
+            pause = self._wake, self._seconds
+            try:
+                self._act()
+            except Exception:
+                log.exception("the thread %s goes on in a moment", self._name)
+                if self._retry_seconds is not None:
+                    pause = self.stopping, self._retry_seconds
+            if not self.stopping.is_set():
+                event, seconds = pause
+                event.wait(seconds)
+            if self.stopping.is_set():
+                return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hmac
 import json
 import threading
 import time
@@ -20,7 +21,7 @@ from pydantic import SecretStr, ValidationError
 from standardwebhooks.webhooks import Webhook
 
 from tests.helpers.app import running
-from tests.helpers.receiver import FAULTS, Receiver, ReceiverServer, wait_for
+from tests.helpers.receiver import FAULTS, PATIENCE, Receiver, ReceiverServer, wait_for
 from tests.helpers.web import client_of, photo
 from trainer.photos import urls
 from trainer.settings import read_settings
@@ -257,6 +258,10 @@ def test_signatures_are_those_of_standard_webhooks(
     assert Webhook(SECRET).verify(body.decode(), headers)["tune"]["title"] == "Rex"
     with pytest.raises(Exception, match="No matching signature"):
         Webhook("whsec_" + base64.b64encode(bytes(32)).decode()).verify(body.decode(), headers)
+    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+    digest = hmac.new(bytes(range(32)), signed, "sha256").digest()  # by hand: who signs here is who checks above
+    assert headers["webhook-signature"] == f"v1,{base64.b64encode(digest).decode()}"
+    assert abs(int(headers["webhook-timestamp"]) - time.time()) < PATIENCE
 
 
 @pytest.mark.parametrize("secret", ["short", "whsec_", "not base64!" * 5])

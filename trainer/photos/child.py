@@ -7,10 +7,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any
+
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 START_SECONDS = 180.0  # imports, on a machine that may be busy
 
@@ -37,7 +40,8 @@ class Child:
         self._module = module
         self._purpose = purpose
         self._turn = threading.Lock()
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: ProcessPool | None = None
+        self._task: ProcessFuture[Any] | None = None
         self._closed = False
 
     def warm(self) -> None:
@@ -52,12 +56,13 @@ class Child:
         """
         with self._turn:
             for _ in range(2):  # the child may have been killed while it was idle, which is not this call's fault
+                pool = self._running()
                 try:
-                    return self._running().submit(call, self._module, function, *args).result(timeout=seconds)
+                    return self._result(pool, seconds, call, self._module, function, *args)
                 except TimeoutError:
                     self._stop()
                     raise
-                except BrokenProcessPool:
+                except (ProcessExpired, BrokenProcessPool):
                     self._stop()
             raise Broke
 
@@ -69,7 +74,8 @@ class Child:
     def close(self) -> None:
         """End the process now, also in the middle of its work."""
         self._closed = True
-        self._kill()
+        if task := self._task:
+            task.cancel()
         with self._turn:
             self._stop()
 
@@ -77,37 +83,48 @@ class Child:
         with suppress(NotStarted, Closed):  # whoever needs it is told
             self.start()
 
-    def _running(self) -> ProcessPoolExecutor:
+    def _running(self) -> ProcessPool:
         """The child, which has its own time to start: on a busy machine that may take longer than a call may."""
         if self._closed:
             raise Closed
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            self._pool = ProcessPool(1, context=multiprocessing.get_context("spawn"))
             try:
-                self._pool.submit(begin, self._module).result(timeout=START_SECONDS)
+                self._result(self._pool, START_SECONDS, begin, self._module)
+            except Closed:
+                raise
             except Exception as problem:
                 self._stop()
-                if self._closed:
-                    raise Closed from None
                 reason = f"not within {START_SECONDS:g} s" if isinstance(problem, TimeoutError) else problem
                 raise NotStarted(f"the process that {self._purpose} did not start: {reason}") from problem
         return self._pool
 
-    def _kill(self) -> None:
-        if pool := self._pool:
-            for process in list((pool._processes or {}).values()):
-                process.kill()  # one that hangs in a decoder hears nothing gentler
+    def _result(self, pool: ProcessPool, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
+        """What the child returns or raises.
+
+        The limit is not Pebble's: that begins only when the child takes the task, and a child may die before it does.
+        """
+        try:
+            task = self._task = pool.schedule(function, args)
+        except RuntimeError as problem:  # the child ended since it last worked
+            raise BrokenProcessPool from problem
+        if self._closed:  # meanwhile
+            task.cancel()
+        try:
+            return task.result(seconds)
+        except CancelledError:
+            raise Closed from None
 
     def _stop(self) -> None:
-        self._kill()
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+            self._pool.stop()
+            self._pool.join()
+            self._pool = self._task = None
 
 
 def begin(module: str) -> None:
     """Run first in the child."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the app, which ends its children
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it at once: in a decoder that hangs, Python runs no handler
     threading.Thread(target=_end_with_parent, daemon=True).start()
     importlib.import_module(module).begin()
 

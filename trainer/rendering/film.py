@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageFilter
+from scipy.interpolate import PchipInterpolator
 
 from trainer.rendering.pixels import Array, Picture
 
@@ -40,23 +41,7 @@ def developed(colours: Array, look: FilmLook) -> Array:
 def curve(points: Sequence[Sequence[float]], x: Array) -> Array:
     """A curve through points (x, y), x rising: cubic, and monotone where the points are (Fritsch and Butland 1984)."""
     xs, ys = np.array(points, np.float64).T
-    steps = np.diff(xs)
-    rises = np.diff(ys) / steps
-    turning = rises[:-1] * rises[1:] <= 0  # or level: the curve is level there, too
-    before, after = (np.where(turning, 1, part) for part in (rises[:-1], rises[1:]))
-    first, second = 2 * steps[1:] + steps[:-1], steps[1:] + 2 * steps[:-1]
-    middle = np.where(turning, 0, (first + second) / (first / before + second / after))
-    slopes = np.concatenate([rises[:1], middle, rises[-1:]])
-    x = np.clip(x, xs[0], xs[-1])
-    place = np.clip(np.searchsorted(xs, x, side="right") - 1, 0, len(steps) - 1)
-    step = steps[place]
-    t = (x - xs[place]) / step
-    y: Array = (  # Hermite's form
-        (1 + 2 * t) * (1 - t) ** 2 * ys[place]
-        + t * (1 - t) ** 2 * step * slopes[place]
-        + t * t * (3 - 2 * t) * ys[place + 1]
-        + t * t * (t - 1) * step * slopes[place + 1]
-    )
+    y: Array = PchipInterpolator(xs, ys)(np.clip(x, xs[0], xs[-1]))
     return y
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from trainer.clock import now, stamp
+from trainer.clock import Loop, now, stamp
 from trainer.settings import Settings
 from trainer.studio.store import Row, Store
 
@@ -29,26 +28,17 @@ class Keeper:
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
         self._store = store
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._loop = Loop("keeper", LOOK_SECONDS, self._look)
 
     def start(self) -> None:
-        self._thread.start()
+        self._loop.start()
 
     def close(self) -> None:
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._loop.close()
 
-    def _run(self) -> None:
-        while True:
-            try:
-                expire_tunes(self._settings, self._store)
-                empty_trash(trash_of(self._settings))
-            except Exception:
-                log.exception("expired tunes are looked for again in a moment")
-            if self._stopping.wait(LOOK_SECONDS):
-                return
+    def _look(self) -> None:
+        expire_tunes(self._settings, self._store)
+        empty_trash(trash_of(self._settings))
 
 
 def trash_of(settings: Settings) -> Path:

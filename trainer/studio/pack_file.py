@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
+import tomlkit
 from pydantic import BaseModel, ConfigDict
 
 from trainer.contract.errors import InvalidRequest, nearest, words
@@ -224,13 +224,13 @@ def to_toml(
         shared = {name: value for name, value in shared.items() if name not in SIZES}
     table: dict[str, Any] = {"title": title, **({"description": description} if description else {})}
     table |= {key: value for key, value in asked.items() if value is not None and value != ""}
-    table |= {"classes": [" ".join(tune["name"].lower().split())], "defaults": shared}
+    table |= {"classes": [" ".join(tune["name"].lower().split())], **({"defaults": shared} if shared else {})}
     table["prompts"] = [{name: value for name, value in row.items() if name not in shared} for row in rows]
     try:
         load(table, slug_of(title))
     except ValueError as problem:
         raise InvalidRequest({"pack": [str(problem)]}) from None
-    return as_toml(table)
+    return tomlkit.dumps(table)
 
 
 def general_prompt(prompt: Mapping[str, Any], tune: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,21 +269,6 @@ def placed(text: str, token: str | None, name: str) -> str:
         return f"{{{found.lastgroup}}}"
 
     return re.sub(pattern, place, text, flags=re.IGNORECASE)
-
-
-def as_toml(table: Mapping[str, Any]) -> str:
-    """A pack's table as TOML 1.0: texts, numbers, booleans and lists of texts, then [defaults] and [[prompts]]."""
-    lines = [f"{key} = {as_value(value)}" for key, value in table.items() if key not in ("defaults", "prompts")]
-    tables = [("[defaults]", table["defaults"])] if table.get("defaults") else []
-    tables += [("[[prompts]]", prompt) for prompt in table["prompts"]]
-    for heading, values in tables:
-        lines += ["", heading, *(f"{key} = {as_value(value)}" for key, value in values.items())]
-    return "\n".join(lines) + "\n"
-
-
-def as_value(value: Any) -> str:
-    """A TOML value. JSON's escapes are those of a TOML basic string, but JSON leaves DEL as it is and TOML must not."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def slug_of(title: str) -> str:

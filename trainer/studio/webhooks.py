@@ -6,20 +6,18 @@ answer is lost on the way, it is posted again with the same `webhook-id`.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import hmac
 import json
 import logging
 import random
 import threading
-import time
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from standardwebhooks import Webhook
+
 from trainer import __version__
-from trainer.clock import now, stamp
+from trainer.clock import Loop, now, stamp
 from trainer.contract.errors import NotFound
 from trainer.photos.urls import Unreachable, post
 from trainer.settings import webhook_key
@@ -42,25 +40,15 @@ class Postman:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._stopping = threading.Event()
         self._under_way: set[int] = set()
-        self._thread = threading.Thread(target=self._run, name="postman", daemon=True)
+        self._loop = Loop("postman", POLL_SECONDS, self._post_due)
 
     def start(self) -> None:
-        self._thread.start()
+        self._loop.start()
 
     def close(self) -> None:
         """Post nothing more; what is under way may arrive without our knowing, and is then posted again."""
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopping.wait(POLL_SECONDS):
-            try:
-                self._post_due()
-            except Exception:
-                log.exception("callbacks are looked for again in a moment")
+        self._loop.close()
 
     def _post_due(self) -> None:
         for callback in self._services.store.due_callbacks(now()):
@@ -107,17 +95,15 @@ def entity(services: Services, callback: Row) -> dict[str, Any]:
 
 def headers(services: Services, callback_id: int, body: bytes) -> dict[str, str]:
     """Those of Standard Webhooks (standardwebhooks.com); signed where there is a secret."""
-    name, moment = f"tunebooth-{callback_id}", str(int(time.time()))
+    name, moment = f"tunebooth-{callback_id}", datetime.now(UTC)
     made = {
         "Content-Type": "application/json",
         "User-Agent": f"Tunebooth/{__version__}",
         "webhook-id": name,
-        "webhook-timestamp": moment,
+        "webhook-timestamp": str(int(moment.timestamp())),
     }
     if secret := services.settings.webhook_secret:
-        signed = f"{name}.{moment}.".encode() + body
-        digest = hmac.new(webhook_key(secret), signed, hashlib.sha256).digest()
-        made["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
+        made["webhook-signature"] = Webhook(webhook_key(secret)).sign(name, moment, body.decode())
     return made
 
 

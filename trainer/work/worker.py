@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-import threading
+from typing import TYPE_CHECKING
 
+from trainer.clock import Loop
 from trainer.photos.looker import Looker
 from trainer.settings import Settings
 from trainer.studio.store import Store
 from trainer.work.errors import explain
+
+if TYPE_CHECKING:
+    from trainer.work.bench import Bench
 
 log = logging.getLogger("tunebooth.worker")
 POLL_SECONDS = 2.0
@@ -22,23 +26,31 @@ class Worker:
         self._settings = settings
         self._store = store
         self._looker = looker
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+        self._bench: Bench | None = None
+        self._unable = ""
+        self._loop = Loop("worker", POLL_SECONDS, self._work, wake=store.changed, retry_seconds=STORE_RETRY_SECONDS)
 
     def start(self) -> None:
         self._store.recover()
-        self._thread.start()
+        self._loop.start()
 
     def stop(self, timeout_s: float = 60.0) -> None:
         """Finish the current step, save its state and end; the job goes on at the next start."""
-        self._stopping.set()
-        self._store.changed.set()
-        self._thread.join(timeout_s)
+        self._loop.close(timeout_s)
 
-    def _run(self) -> None:
-        bench = None
+    def _work(self) -> None:
+        """Run the jobs that are there. What it raises comes from the store: a full disk, for one; the job is kept."""
+        if self._bench is None and not self._unable:
+            self._set_up()
+        while not self._loop.stopping.is_set() and (job := self._store.claim()):
+            if self._bench is None:
+                self._store.finish(job, "failed", error=self._unable)
+            else:
+                self._bench.run(job)
+
+    def _set_up(self) -> None:
+        """The slow imports, before anybody waits for them."""
         try:
-            # The slow imports, before anybody waits for them.
             from diffusers.utils import logging as diffusers_logging
             from transformers.utils import logging as transformers_logging
 
@@ -51,20 +63,7 @@ class Worker:
 
             leave_a_core_free()
             device = pick_device(self._settings.device)
-            bench = Bench(self._settings, self._store, self._looker, device, self._stopping)
+            self._bench = Bench(self._settings, self._store, self._looker, device, self._loop.stopping)
         except Exception as error:
             log.exception("nothing can be trained here")
-            unable = f"nothing can be trained here: {explain(error)}"
-        while not self._stopping.is_set():
-            self._store.changed.clear()
-            try:
-                job = self._store.claim()
-                if job is None:
-                    self._store.changed.wait(POLL_SECONDS)
-                elif bench is None:
-                    self._store.finish(job, "failed", error=unable)
-                else:
-                    bench.run(job)
-            except Exception:  # the store itself: a full disk, for one; the job is still in it
-                log.exception("the state of a job could not be stored; trying again")
-                self._stopping.wait(STORE_RETRY_SECONDS)
+            self._unable = f"nothing can be trained here: {explain(error)}"
