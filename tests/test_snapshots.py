@@ -1,9 +1,9 @@
 """Behaviour stays what it was: answers, files, the database, training and pictures, compared with snapshots.
 
 The snapshots in tests/snapshots/ were made by the code before the modules moved into rooms. Numbers are compared to
-rounding, for another CPU sums in another order. The exact bytes of LoRAs and pictures were compared by hand on one
-machine, before and after; `TUNEBOOTH_SAME_MACHINE=1` compares their digests on the machine that wrote the snapshots.
-How to write them anew: tests/snapshot.py.
+rounding, because another CPU sums in another order. Exact bytes of LoRAs and pictures are compared by hand on one
+machine, the one that wrote the snapshots: `TUNEBOOTH_SAME_MACHINE=1` compares their digests, too. How to write the
+snapshots anew: tests/snapshot.py.
 """
 
 from __future__ import annotations
