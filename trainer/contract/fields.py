@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import (
@@ -57,26 +57,25 @@ Address = Annotated[Annotated[Text, Field(max_length=2048), AfterValidator(_is_a
                     BeforeValidator(blank_is_none)]  # fmt: skip
 
 
-def optional_text(max_length: int) -> Any:
-    """An optional text of at most so many characters."""
-    return Annotated[Annotated[Text, Field(max_length=max_length)] | None, BeforeValidator(blank_is_none)]
+T = TypeVar("T")
 
 
-def optional_number(low: float, high: float, kind: type = int) -> Any:
-    """An optional number within limits; forms send it as a string."""
+def _number_or_none(value: Any) -> Any:
+    value = blank_is_none(value)
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
 
-    def parse(value: Any) -> Any:
-        value = blank_is_none(value)
-        if isinstance(value, bool):
-            raise ValueError(f"must be a number from {low} to {high}")
-        return value
 
-    bounded = (
-        Annotated[kind, Field(ge=low, le=high, allow_inf_nan=False)]
-        if kind is float
-        else Annotated[kind, Field(ge=low, le=high)]
-    )
-    return Annotated[bounded | None, BeforeValidator(parse)]  # type: ignore[valid-type]
+# Optional values: null, or an empty field of a form, is None. Forms send numbers as strings.
+OrNone = Annotated[T | None, BeforeValidator(blank_is_none)]
+NumberOrNone = Annotated[T | None, BeforeValidator(_number_or_none)]
+
+Word = OrNone[Annotated[Text, Field(max_length=64)]]
+Args = OrNone[Annotated[Text, Field(max_length=1000)]]
+OptionalUrl = OrNone[Annotated[Text, Field(max_length=2048)]]
+BaseTuneId = NumberOrNone[Annotated[int, Field(ge=1, le=2**53)]]
+Share = NumberOrNone[Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]]  # strengths and scales from 0 to 1
 
 
 class Request(BaseModel):
@@ -121,19 +120,17 @@ class Request(BaseModel):
 R = TypeVar("R", bound=Request)
 
 
-def one_of(names: Iterable[str], lower: bool = True) -> Any:
-    """An optional word out of a list."""
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """A validator: the word in lower case, if it is one of the names."""
     known = tuple(names)
 
-    def check(value: str | None) -> str | None:
-        if value is None:
-            return None
-        word = value.strip().lower() if lower else value.strip()
+    def check(value: str) -> str:
+        word = value.strip().lower()
         if word not in known:
             raise ValueError(f"must be one of {', '.join(known)}, got {value!r}{nearest(word, known)}")
         return word
 
-    return Annotated[optional_text(64), AfterValidator(check)]
+    return check
 
 
 ClassName = Annotated[Text, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 ]*[A-Za-z0-9][A-Za-z0-9 ]*$")]

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from trainer.contract.fields import (
     Address,
+    NumberOrNone,
     OptionalBool,
+    OptionalUrl,
+    OrNone,
     Request,
+    Share,
     Text,
+    Word,
     blank_is_none,
     one_of,
-    optional_number,
-    optional_text,
 )
 from trainer.contract.states import Progress
 
@@ -32,6 +35,18 @@ HOSTED_CONTROLS = (  # taken there, and not rendered here
 )  # fmt: skip
 DENOISING_STRENGTH = 0.8  # the hosted service's default
 
+PromptText = OrNone[Annotated[Text, Field(max_length=10_000)]]
+NumImages = NumberOrNone[Annotated[int, Field(ge=1, le=8)]]
+Seed = NumberOrNone[Annotated[int, Field(ge=0, le=2**32 - 1)]]
+SamplingSteps = NumberOrNone[Annotated[int, Field(ge=1, le=100)]]
+CfgScale = NumberOrNone[Annotated[float, Field(ge=0, le=15, allow_inf_nan=False)]]
+Side = NumberOrNone[Annotated[int, Field(ge=64, le=2048)]]  # of a picture, in pixels
+LoraScale = NumberOrNone[Annotated[float, Field(ge=-5, le=5, allow_inf_nan=False)]]
+AspectRatio = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of(ASPECT_RATIOS))]]
+OlderAspectRatio = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of(AR))]]
+Scheduler = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of(SCHEDULERS))]]
+ControlNet = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of((*CONTROLS, *HOSTED_CONTROLS)))]]
+
 
 def _enlarged(value: Any) -> Any:
     """The hosted service's older word for super-resolution says by how much."""
@@ -42,21 +57,21 @@ class PromptRequest(Request):
     """One prompt: what to render."""
 
     text: Annotated[Text, Field(min_length=1, max_length=10_000)]
-    negative_prompt: optional_text(10_000) = None  # type: ignore[valid-type]
-    num_images: optional_number(1, 8) = None  # type: ignore[valid-type]
-    seed: optional_number(0, 2**32 - 1) = None  # type: ignore[valid-type]
-    steps: optional_number(1, 100) = None  # type: ignore[valid-type]
-    cfg_scale: optional_number(0, 15, float) = None  # type: ignore[valid-type]
-    w: optional_number(64, 2048) = None  # type: ignore[valid-type]
-    h: optional_number(64, 2048) = None  # type: ignore[valid-type]
+    negative_prompt: PromptText = None
+    num_images: NumImages = None
+    seed: Seed = None
+    steps: SamplingSteps = None
+    cfg_scale: CfgScale = None
+    w: Side = None
+    h: Side = None
     callback: Address = None
-    aspect_ratio: one_of(ASPECT_RATIOS) = None  # type: ignore[valid-type]
-    ar: one_of(AR) = None  # type: ignore[valid-type]
-    scheduler: one_of(SCHEDULERS) = None  # type: ignore[valid-type]
+    aspect_ratio: AspectRatio = None
+    ar: OlderAspectRatio = None
+    scheduler: Scheduler = None
     use_lpw: OptionalBool = None
-    lora_scale: optional_number(-5, 5, float) = None  # type: ignore[valid-type]
-    style: optional_text(64) = None  # type: ignore[valid-type]
-    color_grading: optional_text(64) = None  # type: ignore[valid-type]
+    lora_scale: LoraScale = None
+    style: Word = None
+    color_grading: Word = None
     film_grain: OptionalBool = None
     super_resolution: Annotated[bool | None, BeforeValidator(_enlarged)] = None
     hires_fix: OptionalBool = None
@@ -64,12 +79,12 @@ class PromptRequest(Request):
     face_correct: OptionalBool = None
     face_swap: OptionalBool = None
     input_image: Any = Field(None, exclude=True)
-    input_image_url: optional_text(2048) = None  # type: ignore[valid-type]
+    input_image_url: OptionalUrl = None
     mask_image: Any = Field(None, exclude=True)
-    mask_image_url: optional_text(2048) = None  # type: ignore[valid-type]
-    denoising_strength: optional_number(0, 1, float) = None  # type: ignore[valid-type]
-    controlnet: one_of((*CONTROLS, *HOSTED_CONTROLS)) = None  # type: ignore[valid-type]
-    controlnet_conditioning_scale: optional_number(0, 1, float) = None  # type: ignore[valid-type]
+    mask_image_url: OptionalUrl = None
+    denoising_strength: Share = None
+    controlnet: ControlNet = None
+    controlnet_conditioning_scale: Share = None
     controlnet_txt2img: OptionalBool = None
 
     @classmethod
@@ -118,10 +133,10 @@ class Echo(BaseModel):
     """What the hosted service's prompt object tells of attributes; of prompts older than they are here, too."""
 
     super_resolution: bool = False
-    ar: optional_text(32) = "1:1"  # type: ignore[valid-type]
-    controlnet_conditioning_scale: optional_number(0, 1, float) = None  # type: ignore[valid-type]
+    ar: OrNone[Annotated[Text, Field(max_length=32)]] = "1:1"
+    controlnet_conditioning_scale: Share = None
     controlnet_txt2img: bool = False
-    denoising_strength: optional_number(0, 1, float) = None  # type: ignore[valid-type]
+    denoising_strength: Share = None
 
 
 class Prompt(BaseModel):

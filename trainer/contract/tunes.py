@@ -5,25 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, Field
 
 from trainer.contract.errors import InvalidRequest, nearest, words
 from trainer.contract.fields import (
     Address,
+    Args,
+    BaseTuneId,
     Characteristics,
     ClassName,
     ImageUrls,
+    NumberOrNone,
     OptionalBool,
+    OrNone,
     Request,
+    Text,
     Title,
-    blank_is_none,
-    optional_number,
-    optional_text,
+    Word,
 )
 from trainer.contract.photos import Photo
 from trainer.contract.prompts import Prompt, PromptRequest
 from trainer.contract.states import Progress, TuneStatus
 from trainer.names import BRANCHES, METHODS
+
+TrainingSteps = NumberOrNone[Annotated[int, Field(ge=1, le=10_000)]]
+Token = OrNone[Annotated[Text, Field(max_length=32)]]
 
 
 class TuneRequest(Request):
@@ -34,18 +40,18 @@ class TuneRequest(Request):
     images: list[Any] = []
     image_urls: ImageUrls = []
     callback: Address = None
-    branch: optional_text(64) = None  # type: ignore[valid-type]
-    steps: optional_number(1, 10_000) = None  # type: ignore[valid-type]
-    token: optional_text(32) = None  # type: ignore[valid-type]
+    branch: Word = None
+    steps: TrainingSteps = None
+    token: Token = None
     face_crop: OptionalBool = None
     training_face_correct: OptionalBool = None
-    base_tune_id: optional_number(1, 2**53) = None  # type: ignore[valid-type]
-    model_type: optional_text(64) = None  # type: ignore[valid-type]
+    base_tune_id: BaseTuneId = None
+    model_type: Word = None
     auto_extend: OptionalBool = None
-    preset: optional_text(64) = None  # type: ignore[valid-type]
+    preset: Word = None
     characteristics: Characteristics = {}
     prompts_attributes: list[PromptRequest] = []
-    args: optional_text(1000) = None  # type: ignore[valid-type]
+    args: Args = None
     prompts_callback: Address = None
 
     @classmethod
@@ -69,16 +75,16 @@ class TuneChange(Request):
 class CheckRequest(Request):
     """What a check of photos may be told: the tune parameters that decide what becomes of them."""
 
-    name: Annotated[ClassName | None, BeforeValidator(blank_is_none)] = None
+    name: OrNone[ClassName] = None
     images: list[Any] = []
     image_urls: ImageUrls = []
-    branch: optional_text(64) = None  # type: ignore[valid-type]
+    branch: Word = None
     face_crop: OptionalBool = None
     training_face_correct: OptionalBool = None
-    base_tune_id: optional_number(1, 2**53) = None  # type: ignore[valid-type]
-    model_type: optional_text(64) = None  # type: ignore[valid-type]
-    preset: optional_text(64) = None  # type: ignore[valid-type]
-    args: optional_text(1000) = None  # type: ignore[valid-type]
+    base_tune_id: BaseTuneId = None
+    model_type: Word = None
+    preset: Word = None
+    args: Args = None
 
     @classmethod
     def accepted(cls) -> tuple[str, ...]:
