@@ -7,7 +7,6 @@ import math
 import torch
 from PIL import Image
 
-from trainer.config import looks
 from trainer.contract.errors import CannotLook
 from trainer.contract.report import Report
 from trainer.library import weights
@@ -37,8 +36,8 @@ def postprocess(job: Job, picture: Picture, seed: int) -> Picture:
         picture = inpaint_faces(job, picture, seed)
     if request.face_correct:
         picture = correct_faces(job, picture)
-    if request.color_grading:
-        picture = film.grade(picture, looks.film_looks(job.settings.presets)[request.color_grading])
+    if job.plan.film:
+        picture = film.grade(picture, job.plan.film)
     if request.film_grain:
         picture = film.grain(picture, seed)
     return picture
@@ -81,7 +80,7 @@ def enlarge(job: Job, picture: Picture) -> Picture:
 
 def hires_fix(job: Job, picture: Picture, seed: int) -> Picture:
     """Draw the enlarged picture once more, with a little noise: detail that enlarging cannot know."""
-    if not job.defaults.hires_strength:
+    if not job.plan.defaults.hires_strength:
         job.warnings.append(f"hires_fix has no effect: the base of {job.family} knows one size only")
         return picture
     job.report.stage("hires fix")
@@ -91,7 +90,7 @@ def hires_fix(job: Job, picture: Picture, seed: int) -> Picture:
         job,
         picture.resize((width, height), RESAMPLING),
         seed,
-        plan.flags.hires_denoising_strength or job.defaults.hires_strength,
+        plan.flags.hires_denoising_strength or job.plan.defaults.hires_strength,
         plan.cfg_scale if plan.flags.hires_cfg_scale is None else plan.flags.hires_cfg_scale,
     )
     return drawn if drawn.size == whole else drawn.resize(whole, RESAMPLING)
@@ -104,19 +103,19 @@ def redraw(job: Job, picture: Picture, seed: int, strength: float, cfg_scale: fl
 
 def inpaint_faces(job: Job, picture: Picture, seed: int) -> Picture:
     """Each face drawn again, large, and put back with a soft edge."""
-    if not job.people:
+    if not job.models.people:
         job.warnings.append("inpaint_faces has no effect: none of the models is of people")
         return picture
     strength = job.plan.flags.face_inpaint_denoising
-    strength = job.defaults.face_strength if strength is None else strength
+    strength = job.plan.defaults.face_strength if strength is None else strength
     if not strength:
         return picture
-    native = min(job.defaults.w, job.defaults.h)
+    native = min(job.plan.defaults.w, job.plan.defaults.h)
     for number, found in enumerate(find_faces(job, picture, "inpaint_faces"), 1):
         square = paste.face_square(found.box, picture.size)
         side = square[2] - square[0]
         why = paste.worth_it(found.box, picture.size)
-        if why is None and side > LARGEST_GAIN * native and not job.defaults.fixed_size:
+        if why is None and side > LARGEST_GAIN * native and not job.plan.defaults.fixed_size:
             why = f"at {side} px the face is drawn large already"
         if why:
             job.warnings.append(f"inpaint_faces: {why}")

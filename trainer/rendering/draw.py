@@ -13,14 +13,13 @@ import torch
 from PIL import Image, ImageChops, ImageOps
 
 from trainer import device as device_memory
-from trainer.config import branch_file, looks
 from trainer.contract.errors import CannotLook
-from trainer.contract.prompts import CONTROLS
 from trainer.library import hub
 from trainer.methods import faceid
 from trainer.rendering import control, outlines, paste
 from trainer.rendering.job import RESAMPLING, Job, Picture
 from trainer.rendering.pipelines import Task, derive
+from trainer.rendering.plan import Control
 from trainer.rendering.schedulers import DISTILLED_STEPS
 
 LEAST_STRENGTH = 0.001  # one of the 1000 steps that models are trained with
@@ -41,12 +40,11 @@ def draw_pictures(job: Job) -> list[Picture]:
     task: Task = "image"
     if mask:
         task, more["mask_image"] = "inpaint", mask
-    kind = plan.request.controlnet
-    model = control_model(job, kind) if kind in CONTROLS else None
-    if kind and model is not None:
+    model = control_model(job, plan.control) if plan.control else None
+    if plan.control and model is not None:
         if plan.request.controlnet_txt2img and not mask:
             task, more = "text", {}
-        more |= control_arguments(job, kind, model, start, task)
+        more |= control_arguments(job, plan.control, model, start, task)
     job.report.stage("rendering")
     drawn = sample(job, task, plan.seeds, size, plan.cfg_scale, plan.strength, model, **more)
     return [paste.paste_mask(one, start, mask) for one in drawn] if mask else drawn
@@ -82,13 +80,12 @@ def mask_of_words(job: Job, picture: Picture, words: str) -> Picture | None:
     return Image.open(io.BytesIO(png)).convert("L")
 
 
-def control_model(job: Job, kind: str) -> Any:
+def control_model(job: Job, asked: Control) -> Any:
     """The base's control model of this kind; None, with a warning, where it has none."""
-    row = branch_file.control_row(job.settings.presets, job.family, kind)
+    row, loaded = asked.model, job.loaded
     if row is None:
-        job.warnings.append(f"controlnet {kind}: there is no control model for {job.family}; it was left out")
+        job.warnings.append(f"controlnet {asked.kind}: there is no control model for {job.family}; it was left out")
         return None
-    loaded = job.loaded
     if loaded.control is None or loaded.control[0] != row:
         loaded.control = None
         device_memory.release(loaded.branch.device)
@@ -98,19 +95,19 @@ def control_model(job: Job, kind: str) -> Any:
     return loaded.control[1]
 
 
-def control_arguments(job: Job, kind: str, model: Any, start: Picture, task: Task) -> dict[str, Any]:
+def control_arguments(job: Job, asked: Control, model: Any, start: Picture, task: Task) -> dict[str, Any]:
     """What a control model is told: what it sees of the picture, and how strongly it works."""
     plan = job.plan
 
     def find(name: str) -> Path:
-        row = looks.annotator_row(job.settings.presets, name)
+        row = asked.annotators[name]
         job.report.stage(f"loading {row.repository}")
         return hub.fetch_model(row.repository, row.revision, row.variant)
 
     with torch.autocast(job.branch.device.type, enabled=False):
-        seen = outlines.outline(kind, start, find, job.branch.device)
+        seen = outlines.outline(asked.kind, start, find, job.branch.device)
     scale = plan.request.controlnet_conditioning_scale
-    told = control.arguments(job.family, model, kind, seen, 1.0 if scale is None else scale, task != "text")
+    told = control.arguments(job.family, model, asked.kind, seen, 1.0 if scale is None else scale, task != "text")
     for name in ("control_guidance_start", "control_guidance_end"):
         if (value := getattr(plan.flags, name)) is not None:
             told[name] = value
@@ -147,8 +144,8 @@ def sample(
     if "width" in inspect.signature(pipeline.__call__).parameters:  # others take the picture's
         more["width"], more["height"] = size
     job.steps += each * len(seeds)
-    if job.face:
-        more |= faceid.inputs(job.branch, job.face.folder, cfg_scale)
+    if face := job.models.face:
+        more |= faceid.inputs(job.branch, face.folder, cfg_scale)
     drawn: list[Picture] = []
     at_once = len(seeds)
     while len(drawn) < len(seeds):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.branches.protocol import Branch
-from trainer.config.branch_file import ControlRow, RenderConfig
+from trainer.config.branch_file import ControlRow
 from trainer.contract.report import Report
 from trainer.library.bases import Base
 from trainer.photos.looker import Looker
 from trainer.rendering.plan import Plan
 from trainer.rendering.preview import Preview
 from trainer.rendering.upscale import Upscaler
-from trainer.settings import Settings
 
 RESAMPLING = Image.Resampling.LANCZOS
 Picture = Image.Image
@@ -41,6 +40,17 @@ class FaceID:
     folder: Path
     adapter: Path
     strength: float
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a prompt is rendered with. title: of the tune that it belongs to."""
+
+    title: str
+    base: Base
+    loras: Sequence[Lora]  # on the base
+    face: FaceID | None
+    people: bool  # whether one of the models is of people
 
 
 class Stopped(Exception):
@@ -67,13 +77,10 @@ class Job:
     """One prompt while it is rendered."""
 
     plan: Plan
-    defaults: RenderConfig
+    models: Models
     loaded: Loaded
     said: dict[str, Tensor]  # the prompt, encoded
-    face: FaceID | None
-    people: bool  # whether a model is of people
     folder: Path  # for files that the looker reads
-    settings: Settings
     looker: Looker
     report: Report
     preview: Preview
@@ -89,7 +96,7 @@ class Job:
     @property
     def family(self) -> str:
         """The name of the branch."""
-        return self.loaded.base.branch
+        return self.models.base.branch
 
     def go_on(self) -> None:
         """Tell where it is. Raises Stopped."""

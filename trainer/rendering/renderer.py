@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from torch import Tensor
 from trainer import device as device_memory
 from trainer.branches.loading import autocast
 from trainer.branches.protocol import load_branch
-from trainer.config import branch_file
 from trainer.contract.report import Report
 from trainer.device import place_for_rendering
 from trainer.files import whole_folder
@@ -22,9 +20,9 @@ from trainer.photos.looker import Looker
 from trainer.rendering import pictures, weighted
 from trainer.rendering.afterwards import load_upscaler, postprocess
 from trainer.rendering.draw import draw_pictures
-from trainer.rendering.job import FaceID, Job, Loaded, Lora, Picture
+from trainer.rendering.job import Job, Loaded, Lora, Models, Picture
 from trainer.rendering.pictures import Facts
-from trainer.rendering.plan import Plan, make_plan
+from trainer.rendering.plan import Plan
 from trainer.rendering.preview import Preview, load_tiny_decoder
 from trainer.rendering.schedulers import make_scheduler, sampler_of
 from trainer.settings import Settings
@@ -48,54 +46,42 @@ class Renderer:
 
     def render_prompt(
         self,
-        prompt: dict[str, Any],
-        tune: dict[str, Any],
-        base: Base,
-        loras: Sequence[Lora],
-        face: FaceID | None,
-        people: bool,
+        prompt_id: int,
+        plan: Plan,
+        models: Models,
+        folder: Path,
         report: Report,
     ) -> tuple[list[str], list[str]]:
-        """Render a prompt with its models into `outputs/tunes/ID/prompts/PID`.
+        """Render a prompt with its models into `prompts/ID` of a tune's folder.
 
-        prompt, tune: their rows in the store. base: whose weights are used; `loras` lie on it. people: whether one of
-        the models is of people. Returns the file names and what to warn of. Raises Stopped.
+        Returns the names of the files, and warnings. Raises Stopped.
         """
-        settings = self._settings
-        folder = settings.outputs / "tunes" / str(tune["id"])
-        defaults = branch_file.render_config(settings.presets, base.branch)
-        plan, warnings = make_plan(prompt, tune, base.branch, folder / "inputs" / str(prompt["id"]), settings)
-
+        settings, warnings = self._settings, list(plan.warnings)
         report.stage("loading")
-        loaded = self._load(base, defaults.preview)
+        loaded = self._load(models.base, plan.defaults.preview)
         branch = loaded.branch
-        warnings += load_loras(loaded, loras)
+        warnings += load_loras(loaded, models.loras)
         branch.pipeline.scheduler = loaded.scheduler
         if plan.scheduler:
             branch.pipeline.scheduler = make_scheduler(loaded.scheduler, plan.scheduler)
         if plan.request.controlnet is None:
             loaded.control = None
-        if face is not None:
+        if face := models.face:
             faceid.apply(branch, face.folder, face.strength, face.adapter)
         if plan.enlarges:
             warnings += load_upscaler(loaded, settings, report)
 
-        target = folder / "prompts" / str(prompt["id"])
+        target = folder / "prompts" / str(prompt_id)
         target.parent.mkdir(exist_ok=True)
-        preview = Preview(folder / "previews" / f"{prompt['id']}.jpg", branch.pipeline, loaded.decoder)
+        preview = Preview(folder / "previews" / f"{prompt_id}.jpg", branch.pipeline, loaded.decoder)
         with preview, whole_folder(target) as made, autocast(self._device, branch.dtype):
             said = encode_prompt(loaded, plan, warnings)
-            job = Job(
-                plan, defaults, loaded, said, face, people, made, settings, self._looker, report, preview, warnings
-            )
+            job = Job(plan, models, loaded, said, made, self._looker, report, preview, warnings)
             drawn = draw_pictures(job)
             done = [postprocess(job, one, seed) for one, seed in zip(drawn, plan.seeds, strict=True)]
             report.stage("saving")
             sampler = sampler_of(branch.pipeline.scheduler, plan.scheduler)
-            facts = [
-                describe(plan, seed, one, sampler, tune, base, loras)
-                for seed, one in zip(plan.seeds, done, strict=True)
-            ]
+            facts = [describe(plan, seed, one, sampler, models) for seed, one in zip(plan.seeds, done, strict=True)]
             files = pictures.write(made, done, facts, settings.picture_format)
         return files, list(dict.fromkeys(warnings))
 
@@ -161,9 +147,7 @@ def encode_prompt(loaded: Loaded, plan: Plan, warnings: list[str]) -> dict[str, 
     return said
 
 
-def describe(
-    plan: Plan, seed: int, drawn: Picture, sampler: str, tune: dict[str, Any], base: Base, loras: Sequence[Lora]
-) -> Facts:
+def describe(plan: Plan, seed: int, drawn: Picture, sampler: str, models: Models) -> Facts:
     """What is written into a picture of how it was made."""
     request = plan.request.model_dump(exclude_none=True, exclude_defaults=True)
     told = {"text", "negative_prompt", "num_images", "seed", "steps", "cfg_scale", "w", "h", "callback", "scheduler"}
@@ -176,8 +160,8 @@ def describe(
         cfg_scale=plan.cfg_scale,
         width=drawn.width,
         height=drawn.height,
-        model=tune["title"],
-        base=base.root or base.title,
-        loras=[(one.title, one.weight) for one in loras],
+        model=models.title,
+        base=models.base.root or models.base.title,
+        loras=[(one.title, one.weight) for one in models.loras],
         more={name: value for name, value in request.items() if name not in told and not name.endswith("_url")},
     )
