@@ -61,7 +61,8 @@ from trainer.library.bases import Base, fast_base
 from trainer.methods import lora
 from trainer.photos.looker import Looker
 from trainer.rendering import renderer
-from trainer.rendering.job import Lora
+from trainer.rendering.job import Lora, Models
+from trainer.rendering.plan import make_plan
 from trainer.rendering.preview import Preview
 from trainer.rendering.renderer import Renderer
 from trainer.settings import Settings, read_settings
@@ -214,9 +215,11 @@ class Bench:
             "seed": self._prompts, "steps": self.steps, "cfg_scale": None, "w": self._side, "h": self._side,
             "callback": None, "attributes": {},
         }  # fmt: skip
-        tune = {"id": 1, "title": "benchmark", "characteristics": {}}
         self.clock.begin()
-        files, warnings = self._renderer.render_prompt(prompt, tune, self._base, loras, None, False, self.clock)
+        models = Models("benchmark", self._base, loras, None, False)
+        folder = self.settings.outputs / "tunes" / "1"
+        plan = make_plan(prompt, {"characteristics": {}}, self.name, folder / "inputs", self.settings.presets)
+        files, warnings = self._renderer.render_prompt(self._prompts, plan, models, folder, self.clock)
         self.clock.change("")
         if len(files) != images or any("fixed" not in one and "renders" not in one for one in warnings):
             raise RuntimeError(f"{len(files)} of {images} pictures; {warnings}")
