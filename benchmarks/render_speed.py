@@ -56,6 +56,7 @@ from trainer.branches import flux1, loading, sd15, sdxl1
 from trainer.branches.flux1 import Flux1
 from trainer.branches.protocol import Branch, load_branch
 from trainer.config import branch_file, resolve
+from trainer.contract.rows import PromptToRender, TuneToRender
 from trainer.device import leave_a_core_free, peak_gib
 from trainer.library.bases import Base, fast_base
 from trainer.methods import lora
@@ -209,12 +210,12 @@ class Bench:
     def render(self, images: int, loras: Sequence[Lora] = ()) -> dict[str, float]:
         """Render one prompt; seconds by phase."""
         self._prompts += 1
-        prompt = {
+        prompt: PromptToRender = {
             "id": self._prompts, "text": f"{TEXT} {self._prompts}", "negative_prompt": None, "num_images": images,
             "seed": self._prompts, "steps": self.steps, "cfg_scale": None, "w": self._side, "h": self._side,
             "callback": None, "attributes": {},
         }  # fmt: skip
-        tune = {"id": 1, "title": "benchmark", "characteristics": {}}
+        tune: TuneToRender = {"id": 1, "title": "benchmark", "characteristics": {}}
         self.clock.begin()
         files, warnings = self._renderer.render_prompt(prompt, tune, self._base, loras, None, False, self.clock)
         self.clock.change("")

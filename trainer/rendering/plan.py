@@ -6,7 +6,6 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -15,6 +14,7 @@ from trainer.config.branch_file import RenderConfig
 from trainer.contract.flags import Flags, split
 from trainer.contract.prompts import AR, DENOISING_STRENGTH, PromptRequest, prompt_of
 from trainer.contract.references import references
+from trainer.contract.rows import PromptToRender, TuneToRender
 from trainer.photos import inputs
 from trainer.settings import Settings
 
@@ -58,7 +58,7 @@ class Plan:
 
 
 def make_plan(
-    prompt: dict[str, Any], tune: dict[str, Any], branch: str, folder: Path, settings: Settings
+    prompt: PromptToRender, tune: TuneToRender, branch: str, folder: Path, settings: Settings
 ) -> tuple[Plan, list[str]]:
     """What a prompt's row means on a branch, and what to warn of. folder: of the pictures that it starts from."""
     request, defaults = prompt_of(prompt), branch_file.render_config(settings.presets, branch)

@@ -22,6 +22,7 @@ from trainer.config.branch_file import ControlRow, RenderConfig
 from trainer.contract.errors import CannotLook
 from trainer.contract.prompts import CONTROLS
 from trainer.contract.report import Report
+from trainer.contract.rows import PromptToRender, TuneToRender
 from trainer.device import place_for_rendering
 from trainer.files import whole_folder
 from trainer.library import hub, weights
@@ -71,8 +72,8 @@ class Renderer:
 
     def render_prompt(
         self,
-        prompt: dict[str, Any],
-        tune: dict[str, Any],
+        prompt: PromptToRender,
+        tune: TuneToRender,
         base: Base,
         loras: Sequence[Lora],
         face: FaceID | None,
@@ -453,7 +454,7 @@ class Renderer:
 
 
 def describe(
-    plan: Plan, seed: int, drawn: Picture, sampler: str, tune: dict[str, Any], base: Base, loras: Sequence[Lora]
+    plan: Plan, seed: int, drawn: Picture, sampler: str, tune: TuneToRender, base: Base, loras: Sequence[Lora]
 ) -> Facts:
     """What is written into a picture of how it was made."""
     request = plan.request.model_dump(exclude_none=True, exclude_defaults=True)

@@ -16,6 +16,7 @@ from trainer.config import branch_file
 from trainer.config.branch_file import RenderConfig
 from trainer.config.train_config import TrainConfig
 from trainer.contract.report import Report
+from trainer.contract.rows import TuneRow
 from trainer.device import placed
 from trainer.files import whole_folder
 from trainer.library.bases import Base
@@ -35,7 +36,7 @@ MODELS_KEPT_FROM = 0.5  # of the run; earlier ones are not worth a download
 
 
 def train_tune(
-    tune: dict[str, Any],
+    tune: TuneRow,
     base: Base,
     config: TrainConfig,
     settings: Settings,
@@ -49,17 +50,18 @@ def train_tune(
     the files to keep, the most widely read one first; None when the report said to stop: the state to go on from is on
     disk then. Starting and resuming are the same call.
     """
-    folder = settings.outputs / "tunes" / str(tune["id"])
+    folder, token = settings.outputs / "tunes" / str(tune["id"]), tune["token"]
+    assert token is not None, "a tune that is trained has a token"
     (folder / "config.json").write_text(json.dumps({"base": base.title, **config.model_dump(mode="json")}, indent=1))
     names = {photo["file"]: photo["name"] for photo in tune["photos"] if not photo.get("dropped")}
-    pictures = dataset.find_pictures(folder, names, tune["token"], tune["name"], config)
+    pictures = dataset.find_pictures(folder, names, token, tune["name"], config)
     for lacking in dataset.without_mask(pictures, folder / "dataset", config):
         report.warn(lacking)
 
     report.stage("loading")
     branch = load_branch(base, device, settings.outputs / "cache")
     method = get_method(tune["method"])
-    for said in method.begin(branch, config, tune["token"], tune["name"], base.model):
+    for said in method.begin(branch, config, token, tune["name"], base.model):
         report.warn(said)
     defaults = branch_file.render_config(settings.presets, base.branch)
 
