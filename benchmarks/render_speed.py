@@ -56,13 +56,14 @@ from trainer.branches import flux1, loading, sd15, sdxl1
 from trainer.branches.flux1 import Flux1
 from trainer.branches.protocol import Branch, load_branch
 from trainer.config import branch_file, resolve
-from trainer.contract.rows import PromptToRender, TuneToRender
+from trainer.contract.rows import PromptToRender
 from trainer.device import leave_a_core_free, peak_gib
 from trainer.library.bases import Base, fast_base
 from trainer.methods import lora
 from trainer.photos.looker import Looker
 from trainer.rendering import renderer
-from trainer.rendering.job import Lora
+from trainer.rendering.job import Lora, Models
+from trainer.rendering.plan import make_plan
 from trainer.rendering.preview import Preview
 from trainer.rendering.renderer import Renderer
 from trainer.settings import Settings, read_settings
@@ -211,13 +212,15 @@ class Bench:
         """Render one prompt; seconds by phase."""
         self._prompts += 1
         prompt: PromptToRender = {
-            "id": self._prompts, "text": f"{TEXT} {self._prompts}", "negative_prompt": None, "num_images": images,
+            "text": f"{TEXT} {self._prompts}", "negative_prompt": None, "num_images": images,
             "seed": self._prompts, "steps": self.steps, "cfg_scale": None, "w": self._side, "h": self._side,
             "callback": None, "attributes": {},
         }  # fmt: skip
-        tune: TuneToRender = {"id": 1, "title": "benchmark", "characteristics": {}}
         self.clock.begin()
-        files, warnings = self._renderer.render_prompt(prompt, tune, self._base, loras, None, False, self.clock)
+        models = Models("benchmark", self._base, loras, None, False)
+        folder = self.settings.outputs / "tunes" / "1"
+        plan = make_plan(prompt, {}, self.name, folder / "inputs", self.settings.presets)
+        files, warnings = self._renderer.render_prompt(self._prompts, plan, models, folder, self.clock)
         self.clock.change("")
         if len(files) != images or any("fixed" not in one and "renders" not in one for one in warnings):
             raise RuntimeError(f"{len(files)} of {images} pictures; {warnings}")

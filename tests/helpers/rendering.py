@@ -156,7 +156,7 @@ class Room:
 
     def pipeline(self, branch: str) -> Any:
         """The loaded one; there is one once something was rendered."""
-        return self.renderer(branch)._loaded[1].pipeline
+        return self.renderer(branch)._loaded.branch.pipeline
 
     def base(self, branch: str) -> Path:
         return self.settings.models / branch

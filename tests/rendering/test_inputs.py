@@ -17,7 +17,7 @@ from trainer.contract.photos import Upload
 from trainer.library import weights
 from trainer.photos import inputs
 from trainer.photos.intake import Decoder
-from trainer.rendering import renderer
+from trainer.rendering import afterwards
 from trainer.rendering import upscale as upscale_
 from trainer.rendering.upscale import upscaler
 from trainer.studio import pack_verbs, prompt_rules, prompts, rows
@@ -217,8 +217,8 @@ def test_what_was_not_drawn_is_enlarged_once_and_not_beyond_a_limit(
     monkeypatch.setattr(upscale_, "upscale", lambda image, *a, **k: calls.append(image.size) or upscale(image, *a, **k))
     done = room.render(tunes["sd15"], "a --only_upscale", **from_(files, "wide", num_images=3))
     assert calls == [(96, 48)] and len(done.prompt.images) == 3
-    monkeypatch.setattr(renderer, "MOST_TO_ENLARGE", 24 * 48)
-    monkeypatch.setattr(renderer, "MOST_ENLARGED", 2 * 24 * 48)
+    monkeypatch.setattr(afterwards, "MOST_TO_ENLARGE", 24 * 48)
+    monkeypatch.setattr(afterwards, "MOST_ENLARGED", 2 * 24 * 48)
     done = room.render(tunes["sd15"], "a --only_upscale", **from_(files, "wide"))
     assert calls[-1] == (48, 24) and done.picture.size == (68, 34)
     assert "96 x 48 pixels were made 48 x 24 first" in done.warnings[0]

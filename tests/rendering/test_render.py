@@ -29,10 +29,9 @@ from trainer.library import weights
 from trainer.methods import lora
 from trainer.photos.intake import Decoder
 from trainer.photos.looker import Looker
-from trainer.rendering import film, paste, pictures, schedulers, upscale
+from trainer.rendering import afterwards, film, paste, pictures, schedulers, upscale
 from trainer.rendering import preview as preview_
 from trainer.rendering.preview import Preview
-from trainer.rendering.renderer import Renderer
 from trainer.studio import prompts, rows
 from trainer.studio.tunes import get_tune
 
@@ -180,8 +179,8 @@ def heard(room: Room, tunes: dict[str, int], monkeypatch: pytest.MonkeyPatch) ->
     for branch in FAMILIES:
         if room.renderer(branch)._loaded is None:
             room.render(tunes[branch])
-        room.renderer(branch)._texts.clear()
-        loaded = room.renderer(branch)._loaded[1]
+        room.renderer(branch)._loaded.texts.clear()
+        loaded = room.renderer(branch)._loaded.branch
 
         def say(text: str, negative: str | None, real: Any = loaded.say) -> Any:
             texts.append((text, negative))
@@ -454,10 +453,10 @@ def test_what_comes_after_drawing_comes_in_the_hosted_service_s_order(
 
         monkeypatch.setattr(owner, name, watched)
 
-    for owner, name in ((upscale, "upscale"), (upscale, "paste"), (upscale, "grade"), (upscale, "grain")):
+    for owner, name in ((upscale, "upscale"), (paste, "paste"), (film, "grade"), (film, "grain")):
         watch(owner, name, name)
     watch(room.eyes, "restore", "restore")
-    watch(Renderer, "_again", "draw again")
+    watch(afterwards, "redraw", "draw again")
     room.eyes.boxes = [(10, 10, 60, 60)]
     room.render(
         people, super_resolution=True, hires_fix=True, inpaint_faces=True, face_correct=True, color_grading="Ektar",
@@ -474,9 +473,9 @@ class SameProcess:
     def close(self) -> None: ...
 
     def run(self, _seconds: float, name: str, *args: Any) -> Any:
-        from trainer.photos import faces
+        from trainer.photos import child
 
-        return getattr(faces, name)(*args)
+        return child.call("trainer.photos.faces", name, *args)
 
 
 @pytest.fixture
@@ -632,7 +631,7 @@ def test_another_error_is_no_reason_to_try_again(
 
 
 @pytest.fixture
-def tiny_decoder(tmp_path: Path, room: Room, monkeypatch: pytest.MonkeyPatch) -> Any:
+def tiny_decoder(tmp_path: Path, room: Room, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A hub's cache with a tiny decoder for each family, and previews that are always due."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -648,10 +647,12 @@ def tiny_decoder(tmp_path: Path, room: Room, monkeypatch: pytest.MonkeyPatch) ->
         (cached / "refs").mkdir(parents=True)
         (cached / "refs" / "main").write_text("0" * 40)
         model.save_pretrained(cached / "snapshots" / ("0" * 40))
-        monkeypatch.setattr(room.renderer(branch), "_decoder", None)
+        room.renderer(branch).release()  # the decoder comes with the base
     monkeypatch.setattr(Preview, "SHARE", 1.0)
     monkeypatch.setattr(Preview, "FIRST_SECONDS", 0.0)
-    return model
+    yield model
+    for branch in FAMILIES:
+        room.renderer(branch).release()
 
 
 @pytest.mark.parametrize("branch", FAMILIES)
@@ -675,16 +676,15 @@ def test_a_preview_is_there_while_it_renders(
     assert len({content for _, content, _ in seen}) > 1  # it goes on
     assert all(len(files) == 1 for _, _, files in seen)  # no half-written file beside it
     assert done.prompt.preview is None and not list((done.folder.parents[1] / "previews").iterdir())
-    monkeypatch.setattr(room.renderer(branch), "_decoder", None)
 
 
 def test_without_a_decoder_there_are_pictures_and_no_previews(
     room: Room, tunes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(room.renderer("sd15"), "_decoder", None)
+    room.renderer("sd15").release()
     assert room.render(tunes["sd15"]).warnings == []
-    assert room.renderer("sd15")._decoder == ("sd15", None)
+    assert room.renderer("sd15")._loaded.decoder is None
 
 
 @pytest.mark.parametrize(("cost", "step"), [(0.02, 0.1), (0.05, 0.5), (0.001, 0.01), (2.0, 0.3)])

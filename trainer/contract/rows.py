@@ -50,18 +50,9 @@ class TuneRow(TuneValues):
     request_digest: str | None
 
 
-class TuneToRender(TypedDict):
-    """The columns of a tune that rendering reads."""
-
-    id: int
-    title: str
-    characteristics: dict[str, str]
-
-
 class PromptToRender(TypedDict):
     """The columns of a prompt that rendering reads. attributes: what is wanted beside the columns."""
 
-    id: int
     text: str
     negative_prompt: str | None
     num_images: int
@@ -77,6 +68,7 @@ class PromptToRender(TypedDict):
 class PromptRow(PromptToRender):
     """A row of `prompts`. named: (kind, id, weight) of each model in its text; None: nobody has looked yet."""
 
+    id: int
     tune_id: int
     base_id: int | None
     files: list[str]

@@ -1,10 +1,10 @@
-"""One prompt while it is rendered: what is loaded for it, and what it has come to."""
+"""One prompt while it is rendered: what is loaded, what is asked for, and how far it has come."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.branches.protocol import Branch
-from trainer.config.branch_file import RenderConfig
+from trainer.config.branch_file import ControlRow
 from trainer.contract.report import Report
+from trainer.library.bases import Base
+from trainer.photos.looker import Looker
 from trainer.rendering.plan import Plan
 from trainer.rendering.preview import Preview
+from trainer.rendering.upscale import Upscaler
 
 RESAMPLING = Image.Resampling.LANCZOS
 Picture = Image.Image
@@ -39,28 +42,61 @@ class FaceID:
     strength: float
 
 
+@dataclass(frozen=True)
+class Models:
+    """What a prompt is rendered with. title: of the tune that it belongs to."""
+
+    title: str
+    base: Base
+    loras: Sequence[Lora]  # on the base
+    face: FaceID | None
+    people: bool  # whether one of the models is of people
+
+
 class Stopped(Exception):
     """The report said to stop."""
 
 
 @dataclass
+class Loaded:
+    """A base in memory, and everything beside it that the next prompt may need again."""
+
+    base: Base
+    branch: Branch
+    scheduler: Any  # the base's own; the pipeline may have another one, which a prompt asked for
+    decoder: Any  # a tiny one for previews (TAESD); None: there is none
+    loras: tuple[tuple[Path, int], ...] | None = ()  # files on the base, and when they changed; None: not known
+    weights: tuple[float, ...] = ()  # of these LoRAs
+    texts: dict[tuple[Any, ...], dict[str, Tensor]] = field(default_factory=dict)  # encoded, with these LoRAs
+    control: tuple[ControlRow, Any] | None = None  # the last control model
+    upscaler: Upscaler | None = None
+
+
+@dataclass
 class Job:
-    """One prompt on its way: what is loaded for it, and what it has come to."""
+    """One prompt while it is rendered."""
 
     plan: Plan
-    defaults: RenderConfig
-    family: str  # the branch's name
-    branch: Branch
+    models: Models
+    loaded: Loaded
     said: dict[str, Tensor]  # the prompt, encoded
-    face: FaceID | None
-    people: bool  # whether a model is of people
-    folder: Path  # of files on their way to the child that looks
+    folder: Path  # for files that the looker reads
+    looker: Looker
     report: Report
     preview: Preview
     warnings: list[str]
-    enlarged: tuple[Picture, Picture] | None = None  # the last picture that was, and what it became
+    enlarged: tuple[Picture, Picture] | None = None  # the last picture that was enlarged, and the result
     done: int = 0  # steps of diffusion, counted for each picture
     steps: int = 0  # those that are known of so far
+
+    @property
+    def branch(self) -> Branch:
+        return self.loaded.branch
+
+    @property
+    def family(self) -> str:
+        """The name of the branch."""
+        return self.models.base.branch
 
     def go_on(self) -> None:
         """Tell where it is. Raises Stopped."""

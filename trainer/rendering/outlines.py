@@ -177,3 +177,4 @@ OUTLINES: dict[str, Callable[[Picture, Find, torch.device], Picture]] = {
     "tile": tile,
     "lineart": lineart,
 }
+ANNOTATORS = {"depth": ("depth",), "pose": ("people", "pose")}  # the models that a kind asks `find` for

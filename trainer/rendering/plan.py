@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
 from trainer.config import branch_file, looks
-from trainer.config.branch_file import RenderConfig
+from trainer.config.branch_file import ControlRow, RenderConfig
+from trainer.config.looks import FilmLook
 from trainer.contract.flags import Flags, split
-from trainer.contract.prompts import AR, DENOISING_STRENGTH, PromptRequest, prompt_of
+from trainer.contract.prompts import AR, CONTROLS, DENOISING_STRENGTH, PromptRequest, prompt_of
 from trainer.contract.references import references
-from trainer.contract.rows import PromptToRender, TuneToRender
+from trainer.contract.rows import PromptToRender
 from trainer.photos import inputs
-from trainer.settings import Settings
+from trainer.rendering.outlines import ANNOTATORS
 
 DEFAULT_SEED = 42  # the hosted service's, so that a prompt without a seed renders the same twice
 FIELD = re.compile(r"\{\{\s*([\w-]+)\s*\}\}")
@@ -25,10 +27,23 @@ BLOCK_PX = 16  # sides that nobody has asked for are multiples of it
 
 
 @dataclass(frozen=True)
+class Control:
+    """Where the models of a controlnet come from."""
+
+    kind: str
+    model: ControlRow | None  # None: the branch has none of this kind
+    annotators: Mapping[str, ControlRow]  # by the names that `outlines` asks for
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What is settled of a prompt before anything is loaded. width, height: of what is drawn, in pixels."""
+    """What is settled of a prompt before anything is loaded. width, height: of what is drawn, in pixels.
+
+    It holds all that the presets say for this prompt: rendering reads no configuration.
+    """
 
     request: PromptRequest
+    defaults: RenderConfig
     text: str
     negative: str | None
     flags: Flags
@@ -41,6 +56,9 @@ class Plan:
     mask: Image.Image | None
     strength: float  # of the noise on it: 1 draws anew, 0 leaves it as it is
     scheduler: str | None  # None: the base's own
+    control: Control | None
+    film: FilmLook | None
+    warnings: tuple[str, ...]  # for the user
 
     @property
     def seeds(self) -> list[int]:
@@ -58,17 +76,20 @@ class Plan:
 
 
 def make_plan(
-    prompt: PromptToRender, tune: TuneToRender, branch: str, folder: Path, settings: Settings
-) -> tuple[Plan, list[str]]:
-    """What a prompt's row means on a branch, and what to warn of. folder: of the pictures that it starts from."""
-    request, defaults = prompt_of(prompt), branch_file.render_config(settings.presets, branch)
+    prompt: PromptToRender, characteristics: dict[str, str], branch: str, folder: Path, presets: Path
+) -> Plan:
+    """What a prompt's row means on a branch. characteristics: of its tune. folder: of the pictures that it starts from.
+
+    This is where the configuration of a prompt is read. Raises ValueError where it lacks what the prompt needs.
+    """
+    request, defaults = prompt_of(prompt), branch_file.render_config(presets, branch)
     text, asked, _ = split(references(request.text)[0])  # its warnings were told when the prompt came
-    text, warnings = fill(text, tune["characteristics"])
+    text, warnings = fill(text, characteristics)
     if asked.mask_prompt:
-        asked = replace(asked, mask_prompt=fill(asked.mask_prompt, tune["characteristics"])[0])
+        asked = replace(asked, mask_prompt=fill(asked.mask_prompt, characteristics)[0])
     negative = request.negative_prompt
     if request.style:
-        style = looks.styles(settings.presets)[request.style]
+        style = looks.styles(presets)[request.style]
         text = style.prompt.replace("{prompt}", text)
         negative = ", ".join(part for part in (negative, style.negative) if part)
     if not defaults.negative_prompt:
@@ -86,8 +107,11 @@ def make_plan(
     cfg_scale = defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale
     if negative and cfg_scale <= 1 and request.negative_prompt:
         warnings.append(f"negative_prompt has no effect at cfg_scale {cfg_scale:g}; it takes more than 1")
-    plan = Plan(
+    strength = DENOISING_STRENGTH if request.denoising_strength is None else request.denoising_strength
+    follows = picture is not None and strength > 0 and not asked.only_upscale
+    return Plan(
         request=request,
+        defaults=defaults,
         text=text,
         negative=negative or None,
         flags=asked,
@@ -99,9 +123,20 @@ def make_plan(
         picture=picture,
         mask=read(inputs.find(folder, "mask_image"), "L"),
         scheduler=request.scheduler if defaults.schedulers else None,
-        strength=DENOISING_STRENGTH if request.denoising_strength is None else request.denoising_strength,
+        strength=strength,
+        control=control_of(request.controlnet, branch, presets) if follows else None,
+        film=looks.film_looks(presets)[request.color_grading] if request.color_grading else None,
+        warnings=tuple(warnings),
     )
-    return plan, warnings
+
+
+def control_of(kind: str | None, branch: str, presets: Path) -> Control | None:
+    """The models of a controlnet; None: nothing is to be followed. Raises ValueError where an annotator is missing."""
+    if kind not in CONTROLS:
+        return None
+    model = branch_file.control_row(presets, branch, kind)
+    needed = ANNOTATORS.get(kind, ()) if model else ()
+    return Control(kind, model, {name: looks.annotator_row(presets, name) for name in needed})
 
 
 def read(file: Path | None, mode: str) -> Image.Image | None:

@@ -26,8 +26,8 @@ from trainer.methods.protocol import get_method
 from trainer.names import FORMATS
 from trainer.photos.child import Closed
 from trainer.photos.looker import Looker, begin_anew
-from trainer.rendering.job import FaceID, Lora, Stopped
-from trainer.rendering.plan import plain
+from trainer.rendering.job import FaceID, Lora, Models, Stopped
+from trainer.rendering.plan import make_plan, plain
 from trainer.rendering.renderer import Renderer
 from trainer.settings import Settings
 from trainer.studio import references
@@ -168,8 +168,11 @@ class Bench:
             self._must(self._store.get("tunes", job.tune_id)),
         )
         try:
-            base, loras, face, people = self._to_render(prompt, tune, reporter)
-            files, warnings = self._renderer.render_prompt(prompt, tune, base, loras, face, people, reporter)
+            models = self._to_render(prompt, tune, reporter)
+            folder = self._settings.outputs / "tunes" / str(tune["id"])
+            inputs = folder / "inputs" / str(prompt_id)
+            plan = make_plan(prompt, tune["characteristics"], models.base.branch, inputs, self._settings.presets)
+            files, warnings = self._renderer.render_prompt(prompt_id, plan, models, folder, reporter)
         except Stopped:
             if self._store.cancel_wanted("prompts", prompt_id):
                 self._store.finish(job, "canceled")
@@ -182,10 +185,8 @@ class Bench:
         ended = {"progress": reporter.progress, "trained_at": now()}
         self._store.finish(job, "rendered", files=files, warnings=warnings, **ended)
 
-    def _to_render(
-        self, prompt: PromptRow, tune: TuneRow, reporter: Reporter
-    ) -> tuple[Base, list[Lora], FaceID | None, bool]:
-        """What a prompt is rendered with: the base, the LoRAs on it, the face, and whether one of them is of people."""
+    def _to_render(self, prompt: PromptRow, tune: TuneRow, reporter: Reporter) -> Models:
+        """What a prompt is rendered with."""
         named = references.of_row(self._settings, self._store, prompt, tune, tune["branch"])
         weights_of = {(one.kind, one.id): one.weight for one in named}
         own_model = self._settings.outputs / "tunes" / str(tune["id"]) / "model"
@@ -209,7 +210,7 @@ class Bench:
         if face is None and tune["method"] == "faceid":
             face = Named("faceid", tune["id"], 1.0)
         is_person = any(kinds.kind_of(name) == "person" for name in people)
-        return base, loras, self._face(face, base, reporter) if face else None, is_person
+        return Models(tune["title"], base, loras, self._face(face, base, reporter) if face else None, is_person)
 
     def _lora(self, lora_id: int) -> tuple[Path, str]:
         """The LoRA of this number, a tune's or a file of the models folder, and what it is called."""
