@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
@@ -20,9 +19,9 @@ from trainer.contract.fields import (
     blank_is_none,
     one_of,
 )
-from trainer.contract.states import Progress
+from trainer.contract.rows import PromptToRender
+from trainer.contract.states import Progress, PromptStatus
 
-PromptStatus = Literal["queued", "rendering", "rendered", "failed", "canceled"]
 SCHEDULERS = (
     "euler", "euler_a", "dpm++2m", "dpm++2m_karras", "dpm++sde", "dpm++sde_karras", "lcm", "tcd",
 )  # fmt: skip
@@ -123,10 +122,10 @@ def attributes_of(request: PromptRequest) -> dict[str, Any]:
     return {name: value for name, value in request.model_dump(include=beside).items() if value is not None}
 
 
-def prompt_of(row: Mapping[str, Any]) -> PromptRequest:
+def prompt_of(row: PromptToRender) -> PromptRequest:
     """The request of a prompt's row in the store."""
     beside = {name: value for name, value in row["attributes"].items() if name not in PICTURES}  # those are files now
-    return PromptRequest(**{name: row[name] for name in COLUMNS}, **beside)
+    return PromptRequest.model_validate({**{name: value for name, value in row.items() if name in COLUMNS}, **beside})
 
 
 class Echo(BaseModel):

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 TuneStatus = Literal["queued", "training", "trained", "failed", "canceled", "expired"]
+PromptStatus = Literal["queued", "rendering", "rendered", "failed", "canceled"]
 ENDED = ("trained", "rendered", "failed", "canceled", "expired")
 
 

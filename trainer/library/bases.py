@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.config import branch_file
 from trainer.config.branch_file import BaseRow
 from trainer.contract.errors import InvalidRequest
+from trainer.contract.rows import TuneRow
 from trainer.contract.tunes import check_branch
 from trainer.library.detect import branch_of_file, branch_of_folder, branch_of_lora, safetensors_header
 from trainer.names import BRANCHES, FORMATS
@@ -46,7 +47,7 @@ class Base:
         return self.branch, self.path, self.repository, self.revision, self.variant, self.rest and self.rest.weights
 
 
-Tunes = Callable[[int], dict[str, Any] | None]  # a tune's row by its id
+Tunes = Callable[[int], TuneRow | None]  # a tune's row by its id
 
 
 def fast_base() -> Base:
@@ -113,7 +114,7 @@ def resolve(
     return base
 
 
-def of_tune(settings: Settings, tune: dict[str, Any], tunes: Tunes) -> Base:
+def of_tune(settings: Settings, tune: TuneRow, tunes: Tunes) -> Base:
     """An earlier tune as a base: what it stands on with its LoRA, or its checkpoint.
 
     Raises InvalidRequest for one that is not trained, or that has no weights.

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -17,6 +16,7 @@ from trainer.config.looks import FilmLook
 from trainer.contract.flags import Flags, split
 from trainer.contract.prompts import AR, CONTROLS, DENOISING_STRENGTH, PromptRequest, prompt_of
 from trainer.contract.references import references
+from trainer.contract.rows import PromptToRender
 from trainer.photos import inputs
 from trainer.rendering.outlines import ANNOTATORS
 
@@ -75,16 +75,18 @@ class Plan:
         return self.picture is None or not (self.flags.only_upscale or self.strength == 0)
 
 
-def make_plan(prompt: dict[str, Any], tune: dict[str, Any], branch: str, folder: Path, presets: Path) -> Plan:
-    """What a prompt's row means on a branch. folder: of the pictures that it starts from.
+def make_plan(
+    prompt: PromptToRender, characteristics: dict[str, str], branch: str, folder: Path, presets: Path
+) -> Plan:
+    """What a prompt's row means on a branch. characteristics: of its tune. folder: of the pictures that it starts from.
 
     This is where the configuration of a prompt is read. Raises ValueError where it lacks what the prompt needs.
     """
     request, defaults = prompt_of(prompt), branch_file.render_config(presets, branch)
     text, asked, _ = split(references(request.text)[0])  # its warnings were told when the prompt came
-    text, warnings = fill(text, tune["characteristics"])
+    text, warnings = fill(text, characteristics)
     if asked.mask_prompt:
-        asked = replace(asked, mask_prompt=fill(asked.mask_prompt, tune["characteristics"])[0])
+        asked = replace(asked, mask_prompt=fill(asked.mask_prompt, characteristics)[0])
     negative = request.negative_prompt
     if request.style:
         style = looks.styles(presets)[request.style]

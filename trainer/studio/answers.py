@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.contract.photos import Photo
 from trainer.contract.prompts import COLUMNS, PICTURES, Echo, Prompt, PromptRequest
+from trainer.contract.rows import PromptRow, TuneRow
 from trainer.contract.states import Progress
 from trainer.contract.tunes import Tune
 from trainer.files import read_json_lines
@@ -15,7 +16,6 @@ from trainer.names import FORMATS
 from trainer.photos.intake import SAME_PICTURE
 from trainer.studio.links import MODEL_LINK_SECONDS, make_link
 from trainer.studio.rows import Services, tune_folder
-from trainer.studio.store import Row
 
 MOMENT_FILES = FORMATS["bundled"], FORMATS["kohya"]  # of a model in mid-run: with its new words, where it has some
 CONTACT_SHEET = "sheet.jpg"
@@ -62,7 +62,7 @@ def moment_link(services: Services, model: Path) -> str:
     )
 
 
-def tune_answer(services: Services, row: Row) -> Tune:
+def tune_answer(services: Services, row: TuneRow) -> Tune:
     tune_id = row["id"]
     models = [make_link(services.settings, f"{tune_id}/model/{f}", MODEL_LINK_SECONDS) for f in row["files"]]
     if models:
@@ -70,19 +70,19 @@ def tune_answer(services: Services, row: Row) -> Tune:
         models += [moment_link(services, model) for model in kept if model]
     photos = photo_answers(services, row)
     prompts = [prompt_answer(services, p) for p in services.store.find("prompts", tune_id=tune_id, oldest_first=True)]
-    return Tune(
-        **{key: row[key] for key in Tune.model_fields if key in row and key not in ("photos", "progress")},
-        ckpt_url=models[0] if models else None,
-        ckpt_urls=models,
-        url=f"{services.settings.base_url}/tunes/{tune_id}.json",
-        orig_images=[photo.url for photo in photos if photo.url],
-        photos=photos,
-        progress=Progress(**row["progress"]),
-        prompts=prompts,
-    )
+    told = {
+        "ckpt_url": models[0] if models else None,
+        "ckpt_urls": models,
+        "url": f"{services.settings.base_url}/tunes/{tune_id}.json",
+        "orig_images": [photo.url for photo in photos if photo.url],
+        "photos": photos,
+        "progress": Progress(**row["progress"]),
+        "prompts": prompts,
+    }
+    return Tune.model_validate({**row, **told})
 
 
-def photo_answers(services: Services, row: Row) -> list[Photo]:
+def photo_answers(services: Services, row: TuneRow) -> list[Photo]:
     """The verdicts with links to the photos as they came and as they are trained."""
     tune_id, photos = row["id"], [Photo(**photo) for photo in row["photos"]]
     seen = {
@@ -97,38 +97,38 @@ def photo_answers(services: Services, row: Row) -> list[Photo]:
     return photos
 
 
-def prompt_answer(services: Services, row: Row) -> Prompt:
+def prompt_answer(services: Services, row: PromptRow) -> Prompt:
     tune_id, prompt_id = row["tune_id"], row["id"]
     wanted = row["attributes"]
     folder = f"{tune_id}/prompts/{prompt_id}"
-    told = {name: wanted.get(name) or (False if name in FLAGS else None) for name in BESIDE}
+    beside = {name: wanted.get(name) or (False if name in FLAGS else None) for name in BESIDE}
     thumbs = [f"{Path(file).stem}.thumb.jpg" for file in row["files"]]
     small = bool(thumbs) and (services.settings.outputs / "tunes" / folder / thumbs[0]).exists()  # older ones have none
     preview = row["status"] == "rendering" and tune_folder(services, tune_id) / "previews" / f"{prompt_id}.jpg"
-    return Prompt(
-        **{key: row[key] for key in Prompt.model_fields if key in row and key != "progress"},
-        **Echo.model_validate(row["kept"] | wanted).model_dump(),
-        **told,
-        **{
-            name: make_link(services.settings, f"{tune_id}/inputs/{prompt_id}/{wanted[name]}")
-            if name in wanted
-            else None
-            for name in PICTURES
-        },
-        url=f"{services.settings.base_url}/prompts/{prompt_id}.json",
-        images=[make_link(services.settings, f"{folder}/{file}") for file in row["files"]],
-        thumbnails=[make_link(services.settings, f"{folder}/{file}") for file in (thumbs if small else row["files"])],
-        contact_sheet=make_link(services.settings, f"{folder}/{CONTACT_SHEET}") if small and len(thumbs) > 1 else None,
-        preview=(
-            # The step: a browser would keep the first one.
-            make_link(services.settings, f"{tune_id}/previews/{preview.name}") + f"&step={row['progress'].get('step')}"
-            if preview and preview.exists()
-            else None
+    preview_link = None
+    if preview and preview.exists():  # with the step: a browser would keep the first one
+        link = make_link(services.settings, f"{tune_id}/previews/{preview.name}")
+        preview_link = f"{link}&step={row['progress'].get('step')}"
+    inputs = {
+        name: make_link(services.settings, f"{tune_id}/inputs/{prompt_id}/{wanted[name]}") if name in wanted else None
+        for name in PICTURES
+    }
+    told = {
+        "url": f"{services.settings.base_url}/prompts/{prompt_id}.json",
+        "images": [make_link(services.settings, f"{folder}/{file}") for file in row["files"]],
+        "thumbnails": [
+            make_link(services.settings, f"{folder}/{file}") for file in (thumbs if small else row["files"])
+        ],
+        "contact_sheet": (
+            make_link(services.settings, f"{folder}/{CONTACT_SHEET}") if small and len(thumbs) > 1 else None
         ),
-        progress=Progress(**row["progress"]),
-        user_error=row["error"],
-        tunes=list(dict.fromkeys([tune_id, *(one[1] for one in row["named"] or [])])),
-    )
+        "preview": preview_link,
+        "progress": Progress(**row["progress"]),
+        "user_error": row["error"],
+        "tunes": list(dict.fromkeys([tune_id, *(one[1] for one in row["named"] or [])])),
+    }
+    echo = Echo.model_validate(row["kept"] | wanted).model_dump()
+    return Prompt.model_validate({**row, **echo, **beside, **inputs, **told})
 
 
 def moment_of(folder: Path) -> Path | None:
@@ -136,6 +136,6 @@ def moment_of(folder: Path) -> Path | None:
     return next((folder / name for name in MOMENT_FILES if (folder / name).exists()), None)
 
 
-def here(row: Row) -> dict[str, str]:
+def here(row: TuneRow) -> dict[str, str]:
     """The formats that a tune's own files are in, and where these lie in its folder."""
     return {name: f"model/{file}" for name, file in FORMATS.items() if file in row["files"]}

@@ -9,8 +9,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from trainer.clock import Loop, now, stamp
+from trainer.contract.rows import TuneRow
 from trainer.settings import Settings
-from trainer.studio.store import Row, Store
+from trainer.studio.store import Store
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 60.0
@@ -58,7 +59,7 @@ def expire_tunes(settings: Settings, store: Store) -> None:
             expire(settings, store, tune)
 
 
-def expire(settings: Settings, store: Store, tune: Row) -> None:
+def expire(settings: Settings, store: Store, tune: TuneRow) -> None:
     """Move a tune's files to the trash; one that is in use, or that others stand on, stays for now."""
     with store.transaction():
         rendering = store.find("prompts", tune_id=tune["id"], status="rendering")

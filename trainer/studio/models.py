@@ -70,9 +70,13 @@ def model_formats(services: Services, tune_id: int) -> dict[str, tuple[str | Non
     links |= {name: (file_link(services, tune_id, path), "made") for name, path in here(row).items()}
     asked = {one["format"]: one for one in services.store.find("exports", tune_id=tune_id)}
     for name in MADE[row["method"]]:
-        one = asked.get(name, {"files": [], "status": ""})
-        link = file_link(services, tune_id, f"exports/{one['files'][0]}") if one["files"] else None
-        links[name] = link, "made" if link else one["status"]
+        one = asked.get(name)
+        if one is None:
+            links[name] = None, ""
+        elif one["files"]:
+            links[name] = file_link(services, tune_id, f"exports/{one['files'][0]}"), "made"
+        else:
+            links[name] = None, one["status"]
     return links
 
 

@@ -15,7 +15,6 @@ from trainer.contract.references import references
 from trainer.photos import inputs
 from trainer.studio.references import Named, as_row
 from trainer.studio.rows import Services, row_of, tune_folder
-from trainer.studio.store import Row
 
 API_NUM_IMAGES = 8  # the hosted service's default; the page asks for 4
 
@@ -56,7 +55,9 @@ def pictures_of(services: Services, tune_id: int, prompt_id: int) -> Path:
     return tune_folder(services, tune_id) / "inputs" / str(prompt_id)
 
 
-def prompt_values(services: Services, tune_id: int, request: PromptRequest, named: Sequence[Named]) -> Row:
+def prompt_values(
+    services: Services, tune_id: int, request: PromptRequest, named: Sequence[Named]
+) -> dict[str, object]:
     return {
         "tune_id": tune_id,
         **{name: getattr(request, name) for name in COLUMNS},

@@ -10,6 +10,7 @@ from trainer.contract.errors import Conflict, InvalidRequest, NotFound
 from trainer.contract.fields import parse_request
 from trainer.contract.photos import Tell, Upload, untold
 from trainer.contract.prompts import PICTURES, Prompt, PromptRequest, prompt_of
+from trainer.contract.rows import PromptRow, TuneRow
 from trainer.files import discard
 from trainer.library import bases
 from trainer.library.bases import Base
@@ -19,7 +20,6 @@ from trainer.studio.answers import prompt_answer
 from trainer.studio.prompt_rules import check_prompt, keep_pictures, pictures_of, prompt_values
 from trainer.studio.references import GONE, Named, resolve
 from trainer.studio.rows import STOP_SECONDS, Mark, Services, find_marked, marks, row_of, tune_folder, tune_row
-from trainer.studio.store import Row
 
 
 def create_prompt(
@@ -61,7 +61,7 @@ def create_prompt(
     return get_prompt(services, prompt_id)
 
 
-def tune_on_base(services: Services, base: Base, text: str) -> tuple[Row, list[Named]]:
+def tune_on_base(services: Services, base: Base, text: str) -> tuple[TuneRow, list[Named]]:
     """The tune that a prompt on a base belongs to, the first LoRA that it names, else its face; and all of them.
 
     Raises InvalidRequest.
@@ -77,7 +77,7 @@ def tune_on_base(services: Services, base: Base, text: str) -> tuple[Row, list[N
     return tune, named
 
 
-def root_id(services: Services, tune: Row) -> int:
+def root_id(services: Services, tune: TuneRow) -> int:
     """The base at the end of the chain of tunes that a tune stands on."""
     while earlier := tune_row(services, tune["base_id"]):
         tune = earlier
@@ -97,7 +97,7 @@ def duplicate_prompt(
     return create_prompt(services, row["base_id"] or row["tune_id"], pack_file.over(same, data), tell, mark)
 
 
-def own_pictures(services: Services, row: Row) -> dict[str, Any]:
+def own_pictures(services: Services, row: PromptRow) -> dict[str, Any]:
     """The pictures that a prompt starts from, as uploads in place of their addresses."""
     folder = pictures_of(services, row["tune_id"], row["id"])
     found = {name: inputs.find(folder, name) for name in PICTURES}

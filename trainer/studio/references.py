@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.references import references
+from trainer.contract.rows import PromptRow, TuneRow
 from trainer.library import bases
 from trainer.library.bases import Base
 from trainer.settings import Settings
-from trainer.studio.store import Row, Store
+from trainer.studio.store import Store
 
 ADAPTERS = ("lora", "pti")  # model types that lie on a base
 GONE = ("failed", "canceled", "expired")
+
+
+class NamedTune(TypedDict):
+    """What a prompt's text may call its own tune by."""
+
+    id: int
+    title: str
+    token: str | None
+    method: str
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class Named:
     weight: float
 
 
-def resolve(settings: Settings, store: Store, text: str, branch: str | None, own: Row | None) -> list[Named]:
+def resolve(settings: Settings, store: Store, text: str, branch: str | None, own: NamedTune | None) -> list[Named]:
     """The models that a text names, in its order.
 
     own: the row of the tune that the prompt is posted to. branch: of the base; None: not known, for the request is
@@ -50,19 +60,19 @@ def resolve(settings: Settings, store: Store, text: str, branch: str | None, own
     return found
 
 
-def of_row(settings: Settings, store: Store, prompt: Row, tune: Row, branch: str) -> list[Named]:
+def of_row(settings: Settings, store: Store, prompt: PromptRow, tune: TuneRow, branch: str) -> list[Named]:
     """The models of a prompt in the store. Raises InvalidRequest where it was never looked up, and cannot be now."""
     if prompt["named"] is None:
         return resolve(settings, store, prompt["text"], branch, tune)
     return [Named(*one) for one in prompt["named"]]
 
 
-def as_row(named: Sequence[Named]) -> list[list[Any]]:
+def as_row(named: Sequence[Named]) -> list[tuple[str, int, float]]:
     """As the store keeps them."""
-    return [[one.kind, one.id, one.weight] for one in named]
+    return [(one.kind, one.id, one.weight) for one in named]
 
 
-def _lora(settings: Settings, store: Store, name: str, branch: str | None, own: Row | None) -> int:
+def _lora(settings: Settings, store: Store, name: str, branch: str | None, own: NamedTune | None) -> int:
     """The number of a LoRA by that, by its tune's token or title, or by the name of its file. Raises ValueError."""
     if own and name in (str(own["id"]), own["token"], own["title"]):
         if own["method"] == "faceid":
@@ -72,7 +82,7 @@ def _lora(settings: Settings, store: Store, name: str, branch: str | None, own: 
         if row := store.get("tunes", number):
             _check(row, branch)
             return number
-        tunes: list[Row] = []
+        tunes: list[TuneRow] = []
     else:
         called = [*store.find("tunes", token=name), *store.find("tunes", title=name)]
         rows = {row["id"]: row for row in called}
@@ -98,7 +108,7 @@ def _names(base: Base) -> tuple[str, ...]:
     return str(base.id), base.title, base.model.name, base.model.stem
 
 
-def _check(row: Row, branch: str | None) -> None:
+def _check(row: TuneRow, branch: str | None) -> None:
     """Raise ValueError for a tune that is no LoRA for this branch."""
     number = row["id"]
     if row["method"] == "faceid":
@@ -111,13 +121,13 @@ def _check(row: Row, branch: str | None) -> None:
         raise ValueError(f"tune {number} is of branch {row['branch']}, not {branch}")
 
 
-def _face(_settings: Settings, store: Store, name: str, branch: str | None, own: Row | None) -> int:
+def _face(_settings: Settings, store: Store, name: str, branch: str | None, own: NamedTune | None) -> int:
     """The number of a faceid tune by that, or by its title. Raises ValueError."""
     if own and own["method"] == "faceid" and name in (str(own["id"]), own["title"]):
         return int(own["id"])
     number = _number(name)
     rows = [store.get("tunes", number)] if number else store.find("tunes", title=name)
-    faces: list[Mapping[str, Any]] = [row for row in rows if row and row["method"] == "faceid"]
+    faces = [row for row in rows if row and row["method"] == "faceid"]
     if not faces:
         raise ValueError(f"there is no faceid tune {name}")
     if len(faces) > 1:

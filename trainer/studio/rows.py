@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, overload
 
 from trainer.contract.errors import InvalidRequest, NotFound
+from trainer.contract.rows import PromptRow, TuneRow
 from trainer.photos.intake import Decoder
 from trainer.photos.looker import Looker
 from trainer.settings import Settings
-from trainer.studio.store import Row, Store, Table
+from trainer.studio.store import Store
 
 EARLIER_LISTED = 100  # tunes, in the page's list of bases
 STOP_SECONDS = 120.0  # a step of the largest model on the slowest card, and saving it
@@ -24,7 +26,7 @@ class Mark:
     digest: str
 
 
-def marks(mark: Mark | None) -> Row:
+def marks(mark: Mark | None) -> dict[str, str]:
     """The columns that hold a mark."""
     return {"request_key": mark.key, "request_digest": mark.digest} if mark else {}
 
@@ -39,7 +41,7 @@ class Services:
     looker: Looker
 
 
-def tunes_by_id(services: Services) -> Callable[[int], Row | None]:
+def tunes_by_id(services: Services) -> Callable[[int], TuneRow | None]:
     """To look up a tune's row by its id."""
     return lambda tune_id: tune_row(services, tune_id)
 
@@ -48,11 +50,17 @@ def tune_folder(services: Services, tune_id: int) -> Path:
     return services.settings.outputs / "tunes" / str(tune_id)
 
 
-def tune_row(services: Services, tune_id: int) -> Row | None:
+def tune_row(services: Services, tune_id: int) -> TuneRow | None:
     return services.store.get("tunes", tune_id)
 
 
-def find_marked(services: Services, table: Table, mark: Mark | None) -> Row | None:
+@overload
+def find_marked(services: Services, table: Literal["tunes"], mark: Mark | None) -> TuneRow | None: ...
+@overload
+def find_marked(services: Services, table: Literal["prompts"], mark: Mark | None) -> PromptRow | None: ...
+def find_marked(
+    services: Services, table: Literal["tunes", "prompts"], mark: Mark | None
+) -> TuneRow | PromptRow | None:
     """What an equal request of the same mark has made. Raises InvalidRequest where that was another request."""
     found = services.store.find(table, request_key=mark.key, limit=1) if mark else []
     if found and mark and found[0]["request_digest"] != mark.digest:
@@ -61,7 +69,12 @@ def find_marked(services: Services, table: Table, mark: Mark | None) -> Row | No
     return found[0] if found else None
 
 
-def row_of(services: Services, table: Table, row_id: int) -> Row:
+@overload
+def row_of(services: Services, table: Literal["tunes"], row_id: int) -> TuneRow: ...
+@overload
+def row_of(services: Services, table: Literal["prompts"], row_id: int) -> PromptRow: ...
+def row_of(services: Services, table: Literal["tunes", "prompts"], row_id: int) -> TuneRow | PromptRow:
+    """The row of this number. Raises NotFound."""
     row = services.store.get(table, row_id)
     if row is None:
         raise NotFound(f"there is no {table[:-1]} {row_id}")

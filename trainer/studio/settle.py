@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from trainer.config import branch_file, kinds, resolve, train_config
 from trainer.contract.errors import InvalidRequest, nearest, words
+from trainer.contract.rows import TuneValues
 from trainer.contract.tunes import TuneRequest, check_model_type
 from trainer.library import bases
 from trainer.library.bases import Base
 from trainer.names import FORMATS
 from trainer.photos.subject import not_people, of_one_person
 from trainer.studio.rows import Services, tune_row, tunes_by_id
-from trainer.studio.store import Row
 
 FEW_PHOTOS = 4
 HOSTED_PRESETS = ("flux-lora-focus", "flux-lora-portrait", "flux-lora-fast")
@@ -20,7 +20,7 @@ def list_presets(services: Services) -> list[str]:
     return branch_file.list_presets(services.settings.presets)
 
 
-def settle(services: Services, request: TuneRequest, photos: int) -> Row:
+def settle(services: Services, request: TuneRequest, photos: int) -> TuneValues:
     """Fix everything that has a default, and refuse what does not go together; all problems at once."""
     base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services))
     asked_preset, warnings = request.preset, request_warnings(services, request, photos, base)
@@ -42,7 +42,8 @@ def settle(services: Services, request: TuneRequest, photos: int) -> Row:
         warnings.append(f"{branch} trains {method} where {asked_type} is asked, as the hosted service does")
     try:
         check_model_type(method, branch, branch_file.model_types(folder, branch), branch_file.why_not(folder, branch))
-        if method == "checkpoint" and FORMATS["embeddings"] in (tune_row(services, base.id) or {}).get("files", []):
+        earlier = tune_row(services, base.id)
+        if method == "checkpoint" and earlier and FORMATS["embeddings"] in earlier["files"]:
             told = f"tune {base.id} has new words, and a checkpoint has no place for them; train lora or pti on it"
             problems["base_tune_id"] = [told]
         if method == "pti" and (request.token or "").lower() in request.name.lower().split():

@@ -10,19 +10,38 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, TypedDict, Unpack, cast, overload
 
 from trainer.clock import now
+from trainer.contract.rows import CallbackRow, ExportRow, PromptRow, TuneRow
 from trainer.studio.migrations import MIGRATIONS
 
 Table = Literal["tunes", "prompts", "exports"]
-Row = dict[str, Any]
+Row = TuneRow | PromptRow | ExportRow
 JSON_COLUMNS = ("characteristics", "photos", "files", "progress", "warnings", "kept", "attributes", "named")
 RUNNING: dict[Table, str] = {"tunes": "training", "prompts": "rendering", "exports": "exporting"}
+PAGE = ("limit", "offset", "before_id", "oldest_first")  # of a query: which of the rows that match
+
+
+class Query(TypedDict, total=False):
+    """What `find` takes: which of the rows that match, and the columns that must have a value (None: any)."""
+
+    limit: int
+    offset: int
+    before_id: int | None
+    oldest_first: bool
+    tune_id: int | None
+    title: str | None
+    token: str | None
+    branch: str | None
+    model_type: str | None
+    status: str | None
+    format: str | None
+    request_key: str | None
 
 
 class InUse(Exception):
@@ -118,21 +137,21 @@ class Store:
     def _damaged(self, how: str) -> RuntimeError:
         return RuntimeError(f"{self._path} is damaged ({how}); put back a copy, or move it away to start anew")
 
-    def add_tune(self, values: Mapping[str, Any]) -> int:
+    def add_tune(self, values: Mapping[str, object]) -> int:
         """Insert a tune and its job, both or neither; its prompts follow in the caller's `transaction()`."""
         with self.transaction() as db:
             tune_id = self._insert("tunes", values)
             db.execute("INSERT INTO jobs (tune_id) VALUES (?)", (tune_id,))
         return tune_id
 
-    def add_ready_tune(self, values: Mapping[str, Any], **ended: Any) -> int:
+    def add_ready_tune(self, values: Mapping[str, object], **ended: object) -> int:
         """Insert a tune that needs no training; `ended` is how it ended. Its callback is noted, as of any that ends."""
         with self.transaction():
             tune_id = self._insert("tunes", values)
             self.update("tunes", tune_id, status="trained", **ended)
         return tune_id
 
-    def add_prompt(self, values: Mapping[str, Any]) -> int:
+    def add_prompt(self, values: Mapping[str, object]) -> int:
         """Insert a prompt and its job, both or neither."""
         with self.transaction() as db:
             prompt_id = self._insert("prompts", values)
@@ -145,7 +164,7 @@ class Store:
             export_id = self._insert("exports", {"tune_id": tune_id, "format": format_})
             db.execute("INSERT INTO jobs (tune_id, export_id) VALUES (?, ?)", (tune_id, export_id))
 
-    def _insert(self, table: Table, values: Mapping[str, Any]) -> int:
+    def _insert(self, table: Table, values: Mapping[str, object]) -> int:
         moment = now()
         row = _encode({**values, "status": "queued", "created_at": moment, "updated_at": moment})
         marks = ", ".join("?" * len(row))
@@ -154,36 +173,39 @@ class Store:
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
-    def update(self, table: Table, row_id: int, **values: Any) -> None:
+    def update(self, table: Table, row_id: int, **values: object) -> None:
         """Change columns of one row; `updated_at` follows."""
         row = _encode({**values, "updated_at": now()})
         with self.transaction() as db:
             db.execute(f"UPDATE {table} SET {', '.join(f'{k} = ?' for k in row)} WHERE id = ?", [*row.values(), row_id])
 
+    @overload
+    def get(self, table: Literal["tunes"], row_id: int) -> TuneRow | None: ...
+    @overload
+    def get(self, table: Literal["prompts"], row_id: int) -> PromptRow | None: ...
+    @overload
+    def get(self, table: Literal["exports"], row_id: int) -> ExportRow | None: ...
     def get(self, table: Table, row_id: int) -> Row | None:
         if not 0 < row_id < 2**63:  # SQLite has no such number
             return None
         row = self._db.execute(f"SELECT * FROM {table} WHERE id = ?", (row_id,)).fetchone()
         return _decode(row) if row else None
 
-    def find(
-        self,
-        table: Table,
-        *,
-        limit: int = -1,
-        offset: int = 0,
-        before_id: int | None = None,
-        oldest_first: bool = False,
-        **equal: Any,
-    ) -> list[Row]:
+    @overload
+    def find(self, table: Literal["tunes"], **query: Unpack[Query]) -> list[TuneRow]: ...
+    @overload
+    def find(self, table: Literal["prompts"], **query: Unpack[Query]) -> list[PromptRow]: ...
+    @overload
+    def find(self, table: Literal["exports"], **query: Unpack[Query]) -> list[ExportRow]: ...
+    def find(self, table: Table, **query: Unpack[Query]) -> Sequence[Row]:
         """Rows whose columns equal the given values (None: any), newest first."""
-        wanted = {key: value for key, value in equal.items() if value is not None}
+        limit, offset, before_id = query.get("limit", -1), query.get("offset", 0), query.get("before_id")
+        wanted = {key: value for key, value in query.items() if key not in PAGE and value is not None}
         conditions = [f"{key} = ?" for key in wanted] + (["id < ?"] if before_id is not None else [])
         where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
         values = [*wanted.values(), *([before_id] if before_id is not None else []), limit, offset]
-        rows = self._db.execute(
-            f"SELECT * FROM {table} {where} ORDER BY id {'ASC' if oldest_first else 'DESC'} LIMIT ? OFFSET ?", values
-        )
+        order = "ASC" if query.get("oldest_first") else "DESC"
+        rows = self._db.execute(f"SELECT * FROM {table} {where} ORDER BY id {order} LIMIT ? OFFSET ?", values)
         return [_decode(row) for row in rows]
 
     def delete(self, table: Table, row_id: int) -> None:
@@ -227,7 +249,7 @@ class Store:
         row = self._db.execute(f"SELECT cancel FROM {table} WHERE id = ?", (row_id,)).fetchone()
         return row is None or bool(row[0])
 
-    def finish(self, job: Job, status: str, **values: Any) -> None:
+    def finish(self, job: Job, status: str, **values: object) -> None:
         """Record how a job ended and take it off the queue, in one transaction.
 
         The prompts of a tune that did not get trained end with it.
@@ -277,15 +299,15 @@ class Store:
 
     # Callbacks
 
-    def callbacks(self, tune_id: int) -> list[Row]:
+    def callbacks(self, tune_id: int) -> list[CallbackRow]:
         """All of a tune and its prompts, newest first."""
         found = self._db.execute("SELECT * FROM callbacks WHERE tune_id = ? ORDER BY id DESC", (tune_id,))
-        return [dict(row) for row in found]
+        return [cast(CallbackRow, dict(row)) for row in found]
 
-    def due_callbacks(self, moment: str) -> list[Row]:
+    def due_callbacks(self, moment: str) -> list[CallbackRow]:
         """Those that are to be posted by now, oldest first."""
         found = self._db.execute("SELECT * FROM callbacks WHERE due_at <= ? ORDER BY due_at, id", (moment,))
-        return [dict(row) for row in found]
+        return [cast(CallbackRow, dict(row)) for row in found]
 
     def note_attempt(self, callback_id: int, answer: str, *, arrived: bool, due_at: str | None) -> None:
         """What came of posting a callback. due_at: when it is tried again; None: not any more."""
@@ -301,20 +323,21 @@ class Store:
             again = "UPDATE callbacks SET attempts = 0, arrived_at = NULL, due_at = ? WHERE tune_id = ?"
             return db.execute(again, (now(), tune_id)).rowcount
 
-    def standing_on(self, tune_id: int) -> list[Row]:
+    def standing_on(self, tune_id: int) -> list[TuneRow]:
         """The tunes that were, or are to be, trained on this one, and have not expired; oldest first."""
         found = self._db.execute(
             "SELECT * FROM tunes WHERE base_id = ? AND status != 'expired' ORDER BY id", (tune_id,)
         )
-        return [_decode(row) for row in found]
+        return [cast(TuneRow, _decode(row)) for row in found]
 
     def queue_length(self) -> int:
         return int(self._db.execute("SELECT COUNT(*) FROM jobs").fetchone()[0])
 
 
-def _encode(values: Mapping[str, Any]) -> dict[str, Any]:
+def _encode(values: Mapping[str, object]) -> dict[str, object]:
     return {key: json.dumps(value) if key in JSON_COLUMNS else value for key, value in values.items()}
 
 
 def _decode(row: sqlite3.Row) -> Row:
-    return {key: json.loads(row[key]) if key in JSON_COLUMNS else row[key] for key in row.keys()}  # noqa: SIM118
+    decoded = {key: json.loads(row[key]) if key in JSON_COLUMNS else row[key] for key in row.keys()}  # noqa: SIM118
+    return cast(Row, decoded)

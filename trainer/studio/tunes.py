@@ -14,6 +14,7 @@ from trainer.config.train_config import TrainConfig
 from trainer.contract.errors import Conflict, InvalidRequest, words
 from trainer.contract.fields import Request, parse_request
 from trainer.contract.photos import Check, Photo, Tell, Upload, untold
+from trainer.contract.rows import TuneValues
 from trainer.contract.states import ENDED, Callback
 from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
 from trainer.files import discard, fsync
@@ -24,10 +25,9 @@ from trainer.photos.intake import intake
 from trainer.studio.answers import tune_answer
 from trainer.studio.expiry import expiry
 from trainer.studio.prompt_rules import check_prompt, keep_pictures, numbered, prompt_values
-from trainer.studio.references import resolve
+from trainer.studio.references import NamedTune, resolve
 from trainer.studio.rows import STOP_SECONDS, Mark, Services, find_marked, marks, row_of, tune_folder, tunes_by_id
 from trainer.studio.settle import settle
-from trainer.studio.store import Row
 
 R = TypeVar("R", bound=Request)
 
@@ -51,16 +51,17 @@ def create_tune(
         return existing, False
     if len(request.prompts_attributes) > services.settings.max_prompts:
         problems["prompts_attributes"] = [f"must contain at most {services.settings.max_prompts} prompts"]
-    values: Row = {"branch": None}
+    values: TuneValues | None = None  # where they cannot be settled
     try:
         values = settle(services, request, max(1, count))
     except InvalidRequest as invalid:
         problems |= invalid.problems
-    own = {"id": 0, "title": request.title, "token": request.token or "ohwx", "method": ""} | values  # no id yet
+    branch = values and values["branch"]
+    own = own_name(request, values)
     for number, prompt in enumerate(request.prompts_attributes):
         try:
             check_prompt(services, prompt)
-            resolve(services.settings, services.store, prompt.text, values["branch"], own)
+            resolve(services.settings, services.store, prompt.text, branch, own)
         except InvalidRequest as invalid:
             problems.setdefault("prompts_attributes", []).extend(numbered(invalid, number))
     fetches = request.image_urls or any(prompt.has_input for prompt in request.prompts_attributes)
@@ -73,7 +74,7 @@ def create_tune(
                 services.settings, services.decoder, request.prompts_attributes, "prompts_attributes", tell
             ) as pictures,
         ):
-            if problems:
+            if problems or values is None:
                 raise InvalidRequest({})
             if values["method"] == "faceid":
                 photos, said = services.looker.identify(work, photos, request.name, tell)
@@ -85,6 +86,13 @@ def create_tune(
             return _insert(services, request, values, work, photos, pictures, mark)
     except InvalidRequest as invalid:
         raise InvalidRequest(problems | invalid.problems) from None
+
+
+def own_name(request: TuneRequest, values: TuneValues | None) -> NamedTune:
+    """What the prompts of a request may call its tune by, which has no id yet."""
+    if values is None:
+        return {"id": 0, "title": request.title, "token": request.token or "ohwx", "method": ""}
+    return {"id": 0, "title": values["title"], "token": values["token"], "method": values["method"]}
 
 
 def check_photos(services: Services, data: Mapping[str, Any], uploads: Sequence[Upload], tell: Tell = untold) -> Check:
@@ -237,7 +245,7 @@ def _busy(services: Services, tune_id: int) -> bool:
 
 def list_callbacks(services: Services, tune_id: int) -> list[Callback]:
     """Those of a tune and its prompts, newest first; none of a tune that is not there."""
-    return [Callback(**{key: row[key] for key in Callback.model_fields}) for row in services.store.callbacks(tune_id)]
+    return [Callback.model_validate(row) for row in services.store.callbacks(tune_id)]
 
 
 def send_callbacks_again(services: Services, tune_id: int) -> list[Callback]:
@@ -251,7 +259,7 @@ def send_callbacks_again(services: Services, tune_id: int) -> list[Callback]:
 def _insert(
     services: Services,
     request: TuneRequest,
-    values: Row,
+    values: TuneValues,
     work: Path,
     photos: list[Photo],
     pictures: Mapping[int, Path],
@@ -265,12 +273,11 @@ def _insert(
         base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services))
         if base.id != values["base_id"]:  # it was deleted while the photos came
             raise InvalidRequest({"base_tune_id": [f"{request.base_tune_id} is no base any more"]})
-        photos_told = [photo.model_dump() for photo in photos]
-        values = {**values, **marks(mark), "photos": photos_told}
+        row = {**values, **marks(mark), "photos": [photo.model_dump() for photo in photos]}
         if values["method"] == "faceid":
             moment = datetime.now(UTC)
             tune_id = services.store.add_ready_tune(
-                values,
+                row,
                 files=[FORMATS["faceid"]],
                 started_training_at=stamp(moment),
                 trained_at=stamp(moment),
@@ -278,7 +285,7 @@ def _insert(
                 progress={"stage": "trained"},
             )
         else:
-            tune_id = services.store.add_tune(values)
+            tune_id = services.store.add_tune(row)
         own = row_of(services, "tunes", tune_id)
         for number, prompt in enumerate(request.prompts_attributes):
             named = resolve(services.settings, services.store, prompt.text, own["branch"], own)

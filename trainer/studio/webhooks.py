@@ -19,11 +19,11 @@ from standardwebhooks import Webhook
 from trainer import __version__
 from trainer.clock import Loop, now, stamp
 from trainer.contract.errors import NotFound
+from trainer.contract.rows import CallbackRow
 from trainer.photos.urls import Unreachable, post
 from trainer.settings import webhook_key
 from trainer.studio import prompts, tunes
 from trainer.studio.rows import Services
-from trainer.studio.store import Row
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
@@ -58,7 +58,7 @@ class Postman:
                 self._under_way.add(callback["id"])
                 threading.Thread(target=self._post, args=(callback,), daemon=True).start()
 
-    def _post(self, callback: Row) -> None:
+    def _post(self, callback: CallbackRow) -> None:
         try:
             attempt(self._services, callback)
         except Exception:
@@ -67,7 +67,7 @@ class Postman:
             self._under_way.discard(callback["id"])
 
 
-def attempt(services: Services, callback: Row) -> None:
+def attempt(services: Services, callback: CallbackRow) -> None:
     """Post a callback once, and note what came of it."""
     try:
         body = json.dumps(entity(services, callback)).encode()
@@ -84,12 +84,12 @@ def attempt(services: Services, callback: Row) -> None:
     services.store.note_attempt(callback["id"], answer, arrived=arrived, due_at=due_at)
 
 
-def entity(services: Services, callback: Row) -> dict[str, Any]:
+def entity(services: Services, callback: CallbackRow) -> dict[str, Any]:
     """What is posted: as `GET` would answer it now, so that its links are fresh. Raises NotFound."""
     if callback["kind"] == "tune":
         return {"tune": tunes.get_tune(services, callback["tune_id"]).model_dump()}
-    if callback["kind"] == "prompt":
-        return {"prompt": prompts.get_prompt(services, callback["prompt_id"]).model_dump()}
+    if (prompt_id := callback["prompt_id"]) is not None:
+        return {"prompt": prompts.get_prompt(services, prompt_id).model_dump()}
     return {"prompts": [prompt.model_dump() for prompt in tunes.get_tune(services, callback["tune_id"]).prompts]}
 
 

@@ -10,6 +10,7 @@ from trainer.branches.protocol import Branch
 from trainer.clock import now
 from trainer.config import train_config
 from trainer.config.train_config import TrainConfig
+from trainer.contract.rows import TuneRow
 from trainer.library.bases import Base
 from trainer.training.views import Picture
 
@@ -17,7 +18,7 @@ WHAT = {"lora": "a LoRA", "pti": "a LoRA with new words", "checkpoint": "a Dream
 
 
 def describe(
-    tune: dict[str, Any], base: Base, branch: Branch, config: TrainConfig, pictures: list[Picture], step: int
+    tune: TuneRow, base: Base, branch: Branch, config: TrainConfig, pictures: list[Picture], step: int
 ) -> dict[str, str]:
     """What a model file says of itself: modelspec.* (Stability-AI/ModelSpec 1.0.0), kohya's ss_*, and our own words."""
     side, tags = config.resolution[0], Counter(picture.caption for picture in pictures if picture.kind != "class")

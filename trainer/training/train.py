@@ -18,6 +18,7 @@ from trainer.config import branch_file
 from trainer.config.branch_file import RenderConfig
 from trainer.config.train_config import TrainConfig
 from trainer.contract.report import Report
+from trainer.contract.rows import TuneRow
 from trainer.device import placed
 from trainer.files import whole_folder
 from trainer.library.bases import Base
@@ -41,7 +42,7 @@ MODELS_KEPT_FROM = 0.5  # of the run; earlier ones are not worth a download
 class Run:
     """A tune while it is trained: what is loaded for it, and what its previews show."""
 
-    tune: dict[str, Any]
+    tune: TuneRow
     base: Base
     config: TrainConfig
     device: torch.device
@@ -56,7 +57,7 @@ class Run:
 
 
 def train_tune(
-    tune: dict[str, Any],
+    tune: TuneRow,
     base: Base,
     config: TrainConfig,
     settings: Settings,
@@ -97,7 +98,7 @@ def train_tune(
 
 
 def load(
-    tune: dict[str, Any],
+    tune: TuneRow,
     base: Base,
     config: TrainConfig,
     settings: Settings,
@@ -106,16 +107,17 @@ def load(
     preview: str,
 ) -> Run:
     """Find the pictures, load the base, and prepare the model type on it. Arguments: see `train_tune`."""
-    folder = settings.outputs / "tunes" / str(tune["id"])
+    folder, token = settings.outputs / "tunes" / str(tune["id"]), tune["token"]
+    assert token is not None, "a tune that is trained has a token"
     (folder / "config.json").write_text(json.dumps({"base": base.title, **config.model_dump(mode="json")}, indent=1))
     names = {photo["file"]: photo["name"] for photo in tune["photos"] if not photo.get("dropped")}
-    pictures = dataset.find_pictures(folder, names, tune["token"], tune["name"], config)
+    pictures = dataset.find_pictures(folder, names, token, tune["name"], config)
     for warning in dataset.without_mask(pictures, folder / "dataset", config):
         report.warn(warning)
     report.stage("loading")
     branch = load_branch(base, device, settings.outputs / "cache")
     method = get_method(tune["method"])
-    for warning in method.begin(branch, config, tune["token"], tune["name"], base.model):
+    for warning in method.begin(branch, config, token, tune["name"], base.model):
         report.warn(warning)
     defaults = branch_file.render_config(settings.presets, base.branch)
     return Run(tune, base, config, device, report, folder, branch, method, defaults, preview, pictures)

@@ -7,6 +7,7 @@ import logging
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +16,7 @@ from trainer.config import branch_file, kinds, resolve, train_config
 from trainer.config.train_config import TrainConfig
 from trainer.contract.errors import CannotLook, InvalidRequest
 from trainer.contract.photos import Photo
+from trainer.contract.rows import ExportRow, PromptRow, TuneRow
 from trainer.device import forget_peak, free_gib
 from trainer.files import discard, write_whole
 from trainer.library import bases, weights
@@ -31,13 +33,14 @@ from trainer.settings import Settings
 from trainer.studio import references
 from trainer.studio.expiry import expiry
 from trainer.studio.references import Named
-from trainer.studio.store import Job, Row, Store
+from trainer.studio.store import Job, Store
 from trainer.training.train import train_tune
 from trainer.work.errors import OF_PICTURES, OF_TRAINING, explain
 from trainer.work.export import export_tune
 from trainer.work.reporter import Reporter
 
 log = logging.getLogger("tunebooth.worker")
+R = TypeVar("R", TuneRow, PromptRow, ExportRow)
 MAX_ATTEMPTS = 3  # a job that takes the process down this often without headway is not tried again
 
 
@@ -103,7 +106,7 @@ class Bench:
         else:
             self._store.finish(job, "canceled", eta=None, progress=reporter.progress)
 
-    def _prepared(self, tune: Row, config: TrainConfig, reporter: Reporter) -> Row:
+    def _prepared(self, tune: TuneRow, config: TrainConfig, reporter: Reporter) -> TuneRow:
         """The tune with the verdicts on its photos, and with what is made of them in `dataset/`; once for a tune."""
         folder = self._settings.outputs / "tunes" / str(tune["id"])
         done = folder / "dataset" / "prepared.json"
@@ -134,7 +137,7 @@ class Bench:
         self._store.update("tunes", tune["id"], photos=verdicts(photos))
         return self._must(self._store.get("tunes", tune["id"]))
 
-    def _fitted(self, tune: Row) -> TrainConfig:
+    def _fitted(self, tune: TuneRow) -> TrainConfig:
         """The configuration, made to fit the card when the tune is first begun. Raises RuntimeError where none fits."""
         config = TrainConfig(**train_config.parse_args(tune["args"]))
         folder = self._settings.outputs / "tunes" / str(tune["id"])
@@ -154,7 +157,7 @@ class Bench:
         self._store.update("tunes", tune["id"], args=train_config.as_args(config))
         return config
 
-    def _preview(self, tune: Row) -> str:
+    def _preview(self, tune: TuneRow) -> str:
         """What the previews of a run show: its first prompt, else the subject alone."""
         first = self._store.find("prompts", tune_id=tune["id"], oldest_first=True, limit=1)
         return plain(first[0]["text"], tune["characteristics"]) if first else f"{tune['token']} {tune['name']}"
@@ -168,7 +171,7 @@ class Bench:
             models = self._to_render(prompt, tune, reporter)
             folder = self._settings.outputs / "tunes" / str(tune["id"])
             inputs = folder / "inputs" / str(prompt_id)
-            plan = make_plan(prompt, tune, models.base.branch, inputs, self._settings.presets)
+            plan = make_plan(prompt, tune["characteristics"], models.base.branch, inputs, self._settings.presets)
             files, warnings = self._renderer.render_prompt(prompt_id, plan, models, folder, reporter)
         except Stopped:
             if self._store.cancel_wanted("prompts", prompt_id):
@@ -182,7 +185,7 @@ class Bench:
         ended = {"progress": reporter.progress, "trained_at": now()}
         self._store.finish(job, "rendered", files=files, warnings=warnings, **ended)
 
-    def _to_render(self, prompt: Row, tune: Row, reporter: Reporter) -> Models:
+    def _to_render(self, prompt: PromptRow, tune: TuneRow, reporter: Reporter) -> Models:
         """What a prompt is rendered with."""
         named = references.of_row(self._settings, self._store, prompt, tune, tune["branch"])
         weights_of = {(one.kind, one.id): one.weight for one in named}
@@ -238,19 +241,19 @@ class Bench:
         file = export_tune(tune, base, export["format"], self._settings)
         self._store.finish(job, "exported", files=[file])
 
-    def _tune_row(self, tune_id: int) -> Row | None:
+    def _tune_row(self, tune_id: int) -> TuneRow | None:
         return self._store.get("tunes", tune_id)
 
-    def _base(self, tune: Row) -> Base:
+    def _base(self, tune: TuneRow) -> Base:
         """What a tune is trained on."""
         return bases.resolve(self._settings, tune["base_id"], tune["branch"], self._tune_row)
 
     @staticmethod
-    def _must(row: Row | None) -> Row:
+    def _must(row: R | None) -> R:
         assert row is not None, "a job's rows go with it"
         return row
 
 
-def verdicts(photos: list[Photo]) -> list[Row]:
+def verdicts(photos: list[Photo]) -> list[dict[str, Any]]:
     """As the store keeps them."""
     return [photo.model_dump() for photo in photos]

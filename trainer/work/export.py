@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,6 +11,7 @@ from torch import nn
 
 from trainer.branches.protocol import Branch, load_branch
 from trainer.config import train_config
+from trainer.contract.rows import TuneRow
 from trainer.files import whole_folder
 from trainer.library.bases import Base
 from trainer.methods import checkpoint, lora, new_tokens
@@ -21,7 +21,7 @@ from trainer.settings import Settings
 DIFFUSERS_ZIP = "diffusers.zip"
 
 
-def export_tune(tune: dict[str, Any], base: Base, format_: str, settings: Settings) -> str:
+def export_tune(tune: TuneRow, base: Base, format_: str, settings: Settings) -> str:
     """Write `outputs/tunes/ID/exports/FORMAT/`. Returns the file to hand out, below `exports/`.
 
     tune: its row in the store, trained. base: the tune as a base. It works in ordinary memory, without the card.

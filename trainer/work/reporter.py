@@ -82,6 +82,7 @@ class Reporter:
 
     def warn(self, message: str) -> None:
         """Add to the warnings of the tune or prompt, once."""
+        assert self._table != "exports", "an export has no warnings"
         row = self._store.get(self._table, self._row)
         if row is not None and message not in row["warnings"]:
             self._store.update(self._table, self._row, warnings=[*row["warnings"], message])

@@ -1,0 +1,117 @@
+"""The rows of the database as the store gives them: JSON columns parsed, the rest as SQLite has it."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from trainer.contract.states import PromptStatus, TuneStatus
+
+
+class TuneValues(TypedDict):
+    """The columns of a tune that its request decides."""
+
+    title: str
+    name: str
+    token: str | None
+    branch: str
+    model_type: str | None
+    method: str
+    preset: str | None
+    base_tune_id: int | None
+    base_id: int
+    steps: int | None
+    args: str | None
+    face_crop: bool | None
+    training_face_correct: bool
+    auto_extend: bool
+    callback: str | None
+    prompts_callback: str | None
+    characteristics: dict[str, str]
+    warnings: list[str]
+
+
+class TuneRow(TuneValues):
+    """A row of `tunes`. photos: a `Photo` each, dumped. files: names in `model/`, the one most widely read first."""
+
+    id: int
+    photos: list[dict[str, Any]]
+    files: list[str]
+    status: TuneStatus
+    cancel: int
+    progress: dict[str, Any]
+    error: str | None
+    eta: str | None
+    created_at: str
+    updated_at: str
+    started_training_at: str | None
+    trained_at: str | None
+    expires_at: str | None
+    request_key: str | None
+    request_digest: str | None
+
+
+class PromptToRender(TypedDict):
+    """The columns of a prompt that rendering reads. attributes: what is wanted beside the columns."""
+
+    text: str
+    negative_prompt: str | None
+    num_images: int
+    seed: int | None
+    steps: int | None
+    cfg_scale: float | None
+    w: int | None
+    h: int | None
+    callback: str | None
+    attributes: dict[str, Any]
+
+
+class PromptRow(PromptToRender):
+    """A row of `prompts`. named: (kind, id, weight) of each model in its text; None: nobody has looked yet."""
+
+    id: int
+    tune_id: int
+    base_id: int | None
+    files: list[str]
+    status: PromptStatus
+    cancel: int
+    progress: dict[str, Any]
+    error: str | None
+    warnings: list[str]
+    kept: dict[str, Any]
+    named: list[tuple[str, int, float]] | None
+    created_at: str
+    updated_at: str
+    started_training_at: str | None
+    trained_at: str | None
+    request_key: str | None
+    request_digest: str | None
+
+
+class ExportRow(TypedDict):
+    """A row of `exports`: a trained tune in another format."""
+
+    id: int
+    tune_id: int
+    format: str
+    files: list[str]
+    status: str
+    cancel: int
+    error: str | None
+    created_at: str
+    updated_at: str
+    started_training_at: str | None
+
+
+class CallbackRow(TypedDict):
+    """A row of `callbacks`. due_at: when it is tried (again); None: not any more."""
+
+    id: int
+    tune_id: int
+    prompt_id: int | None
+    kind: str
+    url: str
+    created_at: str
+    attempts: int
+    due_at: str | None
+    arrived_at: str | None
+    answer: str | None
