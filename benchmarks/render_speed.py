@@ -5,7 +5,7 @@ Every figure comes from `render.Renderer` itself, with the family's own Branch a
 
     --branch fast       the trained base of the package (the default)
     --random-weights    another branch's full-size model from its published CONFIG, with random weights on the device
-    --tiny              another branch's model with the same blocks, but thin (tests/tiny.py), loaded from a folder
+    --tiny              another branch's model with the same blocks, but thin (tests/helpers/tiny.py), loaded from a folder
 
 Further options:
 

@@ -262,3 +262,23 @@ def test_families_and_model_types_are_named_at_home_only() -> None:
         if name in names
     }
     assert found == set()
+
+
+# The tests
+
+
+def test_the_web_tests_are_collected_without_torch() -> None:
+    rooms = ["tests/web", "tests/studio", "tests/contract", "tests/config"]
+    script = (
+        "import sys, pytest;"
+        f"code = pytest.main(['--collect-only', '-qq', '-n0', '-p', 'no:cacheprovider', '-m', '', *{rooms!r}]);"
+        "print(int(code), sorted({'torch', 'diffusers', 'peft', 'transformers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_no_test_file_imports_another() -> None:
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        names = {one.name.rpartition(".")[2] for one in imports(ast.parse(file.read_text("utf-8")))}
+        assert not any(name.startswith("test_") for name in names), file

@@ -10,6 +10,7 @@ from torch import Tensor
 
 FAMILIES = ["sd15", "sdxl1", "flux1"]
 # In the default run; the other families, which take the same code, are long.
+ROUNDING = 1e-4
 SOME = ["sd15", *(pytest.param(family, marks=pytest.mark.long) for family in FAMILIES[1:])]
 
 

@@ -18,11 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny
-from tests.helpers.methods import SOME, distance, picture
+from tests.helpers.methods import ROUNDING, SOME, distance, picture
 from tests.helpers.shared import SHARED
 from tests.helpers.studio import Studio
 from tests.helpers.web import client_of
-from tests.methods.test_methods import ROUNDING
 from trainer.branches.protocol import load_branch
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound
 from trainer.contract.photos import Upload

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.helpers.bench import Bench, Run, Told, config_of, same
-from tests.helpers.methods import FAMILIES, SOME, distance, picture
+from tests.helpers.methods import FAMILIES, ROUNDING, SOME, distance, picture
 from trainer.branches.protocol import load_branch
 from trainer.library.bases import Base
 from trainer.methods import checkpoint, lora, new_tokens, pti
@@ -25,7 +25,6 @@ from trainer.names import FORMATS
 
 CAPTIONS = ("a red ohwx dog", "a blue ohwx dog", "ohwx dog")
 METADATA = {"modelspec.title": "my dog", "tunebooth.token": "ohwx"}
-ROUNDING = 1e-4
 WAYS = [
     pytest.param(family, model_type, marks=[] if family == "sd15" or model_type == "pti" else pytest.mark.long)
     for family in FAMILIES

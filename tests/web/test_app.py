@@ -16,17 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from diffusers import StableDiffusionPipeline
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
-from safetensors.torch import load_file
 
 from tests.helpers.app import PATIENCE, ROOT, App, post, running, wait_for
 from tests.helpers.shared import SHARED
@@ -35,7 +31,6 @@ from trainer.library.bases import FAST_FOLDER
 
 CHROMIUM = "/usr/bin/chromium"
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-quic", "--disable-background-networking", "--no-first-run"]
-TRIPLES = 64
 
 
 @pytest.fixture(scope="module")
@@ -61,48 +56,6 @@ def browser_page() -> Iterator[Page]:
         page.set_default_timeout(1000 * PATIENCE)
         yield page
         browser.close()
-
-
-def assert_learned(app: App, tune: dict[str, Any], base: Path) -> None:
-    """With stock diffusers alone: the file loads, it changes a picture, and the loss on fixed triples is lower."""
-    folder = app.outputs / "tunes" / str(tune["id"])
-    pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    before, picture_before = triples_loss(pipeline, folder), picture(pipeline)
-    pipeline.load_lora_weights(folder / "model", weight_name="lora.safetensors")
-    after, picture_after = triples_loss(pipeline, folder), picture(pipeline)
-    assert after < before
-    assert np.abs(picture_after - picture_before).max() > 2 / 255
-
-
-def picture(pipeline: Any) -> np.ndarray:
-    options = {"width": 64, "height": 64, "num_inference_steps": 4, "output_type": "np"}
-    return np.asarray(pipeline("ohwx dog", generator=torch.Generator().manual_seed(0), **options).images[0])
-
-
-@torch.no_grad()
-def triples_loss(pipeline: Any, folder: Path) -> float:
-    """Mean squared error of what is predicted, over 64 fixed (photo, noise, timestep) triples."""
-    pixels = []
-    for photo in sorted((folder / "images").glob("*.jpg")):
-        image = Image.open(photo)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side)).resize((64, 64), Image.Resampling.LANCZOS)
-        pixels.append(torch.from_numpy(np.array(square, np.float32)).permute(2, 0, 1) / 127.5 - 1)
-    latents = pipeline.vae.encode(torch.stack(pixels)).latent_dist.mean * pipeline.vae.config.scaling_factor
-    generator = torch.Generator().manual_seed(123)
-    latents = latents[torch.arange(TRIPLES) % len(latents)]
-    noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(1000, (TRIPLES,), generator=generator)
-    captions = ["A photo of ohwx dog"] * TRIPLES
-    tokens = pipeline.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    hidden = pipeline.text_encoder(tokens.input_ids)[0]
-    noisy = pipeline.scheduler.add_noise(latents, noise, timesteps)
-    predicted = pipeline.unet(noisy, timesteps, hidden, return_dict=False)[0]
-    velocity = pipeline.scheduler.config.prediction_type == "v_prediction"
-    target = pipeline.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-    return float(((predicted - target) ** 2).mean())
 
 
 def statuses(app: App, tune_id: int) -> list[str]:
@@ -155,6 +108,8 @@ def test_the_demo_shows_a_trained_tune_with_pictures(tmp_path: Path) -> None:
 
 @pytest.mark.long  # the programs of docs/api.md do it in the default run
 def test_rest_trains_the_dog(app: App, dog_photos: Callable[[int], list[Path]]) -> None:
+    from tests.helpers.learned import assert_learned  # torch, which collecting the web tests does without
+
     waiting = post(app, "before it", dog_photos(5), steps=20).json()
     answer = post(app, "by REST", dog_photos(5), **{"prompts_attributes][][text": "ohwx dog"}, steps=80)
     assert answer.status_code == 201
@@ -170,6 +125,8 @@ def test_rest_trains_the_dog(app: App, dog_photos: Callable[[int], list[Path]]) 
 
 @pytest.mark.long  # as above
 def test_gradio_client_trains_the_dog(app: App, dog_photos: Callable[[int], list[Path]]) -> None:
+    from tests.helpers.learned import assert_learned  # torch, which collecting the web tests does without
+
     client = Client(app.url, verbose=False)
     waiting = post(app, "before gradio's", dog_photos(5), steps=20).json()
     job = client.submit(
@@ -257,6 +214,8 @@ def test_the_page_draws_more_pictures_and_saves_a_pack(
 def test_the_page_trains_the_dog(
     app: App, browser_page: Page, dog_photos: Callable[[int], list[Path]], tmp_path: Path
 ) -> None:
+    from tests.helpers.learned import assert_learned  # torch, which collecting the web tests does without
+
     page = browser_page
     with page.expect_response("**/gradio_api/run/predict"):
         page.goto(app.url)
@@ -421,6 +380,8 @@ def test_the_page_and_a_script_tell_the_same_of_photos(app: App, browser_page: P
 def test_sd15_trains_on_a_base_of_the_models_folder(
     app: App, title: str, tiny_sd15: Path, dog_photos: Callable[[int], list[Path]]
 ) -> None:
+    from tests.helpers.learned import assert_learned  # torch, which collecting the web tests does without
+
     bases = {base["title"]: base for base in app.http.get("/gallery/tunes").json()}
     assert bases[title]["branch"] == "sd15"
     asked = {"branch": "sd15", "base_tune_id": bases[title]["id"], "steps": 60, "token": "ohwx"}
@@ -472,6 +433,9 @@ def test_bad_input_is_refused_alike_by_rest_and_gradio(app: App, dog_photos: Cal
 def test_a_killed_app_takes_up_its_work_and_ends_with_the_same_weights(
     tmp_path: Path, dog_photos: Callable[[int], list[Path]]
 ) -> None:
+    import torch
+    from safetensors.torch import load_file
+
     photos = dog_photos(5)
     with running(tmp_path) as app:
         app.ready()
