@@ -1,12 +1,11 @@
 """How long rendering takes and where the time goes: with LoRAs, fused, compiled, in batches; swapping LoRAs, previews.
 
-Every figure comes from `render.Renderer` itself, with the family's own Branch and LoRAs that `methods.lora` has saved
+Every figure comes from `renderer.Renderer` itself, with the family's own Branch and LoRAs that `methods.lora` has saved
 (the branch's default configuration, random weights). Models:
 
     --branch fast       the trained base of the package (the default)
     --random-weights    another branch's full-size model from its published CONFIG, with random weights on the device
-    --tiny              another branch's model with the same blocks, but thin (see tests/helpers/tiny.py),
-                        loaded from a folder
+    --tiny              another branch's model with the same blocks, but thin (tests/helpers/tiny.py), from a folder
 
 Further options:
 
@@ -57,7 +56,6 @@ from trainer.branches import flux1, loading, sd15, sdxl1
 from trainer.branches.flux1 import Flux1
 from trainer.branches.protocol import Branch, load_branch
 from trainer.config import branch_file, resolve
-from trainer.contract.rows import PromptToRender
 from trainer.device import leave_a_core_free, peak_gib
 from trainer.library.bases import Base, fast_base
 from trainer.methods import lora
@@ -212,15 +210,15 @@ class Bench:
     def render(self, images: int, loras: Sequence[Lora] = ()) -> dict[str, float]:
         """Render one prompt; seconds by phase."""
         self._prompts += 1
-        prompt: PromptToRender = {
-            "text": f"{TEXT} {self._prompts}", "negative_prompt": None, "num_images": images,
+        prompt = {
+            "id": self._prompts, "text": f"{TEXT} {self._prompts}", "negative_prompt": None, "num_images": images,
             "seed": self._prompts, "steps": self.steps, "cfg_scale": None, "w": self._side, "h": self._side,
             "callback": None, "attributes": {},
         }  # fmt: skip
         self.clock.begin()
         models = Models("benchmark", self._base, loras, None, False)
         folder = self.settings.outputs / "tunes" / "1"
-        plan = make_plan(prompt, {}, self.name, folder / "inputs", self.settings.presets)
+        plan = make_plan(prompt, {"characteristics": {}}, self.name, folder / "inputs", self.settings.presets)
         files, warnings = self._renderer.render_prompt(self._prompts, plan, models, folder, self.clock)
         self.clock.change("")
         if len(files) != images or any("fixed" not in one and "renders" not in one for one in warnings):
