@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config.toml_file import read_toml
 from trainer.names import BRANCHES, METHODS
 
 
@@ -40,7 +40,7 @@ class BaseRow:
 
 def branch_table(folder: Path, branch: str) -> dict[str, Any]:
     """The TOML of a branch."""
-    return tomllib.loads((folder / f"{branch}.toml").read_text("utf-8"))
+    return read_toml(folder / f"{branch}.toml")
 
 
 def base_rows(folder: Path, branch: str) -> list[BaseRow]:

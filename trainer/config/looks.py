@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config.branch_file import ControlRow
+from trainer.config.toml_file import read_toml
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def film_looks(folder: Path) -> dict[str, FilmLook]:
 def looks(folder: Path, name: str) -> dict[str, Any]:
     """A TOML of what can be done to a picture's look; an empty one where a user's folder has none."""
     file = folder / "looks" / f"{name}.toml"
-    return tomllib.loads(file.read_text("utf-8")) if file.exists() else {}
+    return read_toml(file) if file.exists() else {}
 
 
 def pack_tables(*folders: Path) -> dict[str, dict[str, Any] | str]:
@@ -58,7 +58,7 @@ def pack_tables(*folders: Path) -> dict[str, dict[str, Any] | str]:
     tables: dict[str, dict[str, Any] | str] = {}
     for file in (file for folder in folders for file in sorted(folder.glob("*.toml"))):
         try:
-            tables[file.stem] = tomllib.loads(file.read_text("utf-8"))
+            tables[file.stem] = read_toml(file)
         except (OSError, ValueError, RecursionError) as problem:
             tables[file.stem] = f"{file.name} cannot be read: {problem}"
     return tables
