@@ -56,6 +56,7 @@ from trainer.branches import flux1, loading, sd15, sdxl1
 from trainer.branches.flux1 import Flux1
 from trainer.branches.protocol import Branch, load_branch
 from trainer.config import branch_file, resolve
+from trainer.contract.rows import PromptToRender
 from trainer.device import leave_a_core_free, peak_gib
 from trainer.library.bases import Base, fast_base
 from trainer.methods import lora
@@ -210,15 +211,15 @@ class Bench:
     def render(self, images: int, loras: Sequence[Lora] = ()) -> dict[str, float]:
         """Render one prompt; seconds by phase."""
         self._prompts += 1
-        prompt = {
-            "id": self._prompts, "text": f"{TEXT} {self._prompts}", "negative_prompt": None, "num_images": images,
+        prompt: PromptToRender = {
+            "text": f"{TEXT} {self._prompts}", "negative_prompt": None, "num_images": images,
             "seed": self._prompts, "steps": self.steps, "cfg_scale": None, "w": self._side, "h": self._side,
-            "callback": None, "attributes": {},
+            "callback": None, "attributes": {}, "parsed": None,
         }  # fmt: skip
         self.clock.begin()
         models = Models("benchmark", self._base, loras, None, False)
         folder = self.settings.outputs / "tunes" / "1"
-        plan = make_plan(prompt, {"characteristics": {}}, self.name, folder / "inputs", self.settings.presets)
+        plan = make_plan(prompt, {}, self.name, folder / "inputs", self.settings.presets)
         files, warnings = self._renderer.render_prompt(self._prompts, plan, models, folder, self.clock)
         self.clock.change("")
         if len(files) != images or any("fixed" not in one and "renders" not in one for one in warnings):

@@ -16,6 +16,7 @@ import pytest
 from tests.helpers.web import left_behind, photo, upload
 from trainer.config import resolve, train_config
 from trainer.config.train_config import TrainConfig
+from trainer.contract.prompts import prompt_of
 from trainer.settings import Settings
 from trainer.studio import rows, tunes
 from trainer.studio.migrations import MIGRATIONS
@@ -317,4 +318,25 @@ def test_a_store_of_an_older_version_is_brought_up_and_its_tunes_can_still_be_tr
     store.add_export(1, "checkpoint")
     store.finish(Job(1, 1, None, 1), "trained", files=["lora.safetensors"])
     assert claimed(store).target == ("exports", 1)
+    store.close()
+
+
+def test_a_prompt_of_an_older_version_waits_without_its_parsed_text(settings: Settings) -> None:
+    """As version 4 left it, before parsed texts were kept; the text is parsed when the prompt is used."""
+    with sqlite3.connect(settings.outputs / "tunebooth.db") as db:
+        for number, script in enumerate(MIGRATIONS[:4], 1):
+            db.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
+        moments = {"created_at": "", "updated_at": "", "status": "queued"}
+        prompt = {"tune_id": 1, "text": "<lora:1:0.5> a dog --mask_blur 3", "num_images": 1, "warnings": []}
+        for table, values in (("tunes", TUNE | moments), ("prompts", prompt | moments)):
+            row = {key: json.dumps(value) if isinstance(value, dict | list) else value for key, value in values.items()}
+            marks = ", ".join("?" * len(row))
+            db.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", list(row.values()))
+        db.execute("INSERT INTO jobs (tune_id, prompt_id) VALUES (1, 1)")
+    store = Store(settings.outputs)
+    assert claimed(store).target == ("prompts", 1)
+    waiting = store.get("prompts", 1)
+    assert waiting is not None and waiting["parsed"] is None
+    parsed = prompt_of(waiting).parsed
+    assert (parsed.text, parsed.models, parsed.flags.mask_blur) == ("a dog", (("lora", "1", 0.5),), 3.0)
     store.close()

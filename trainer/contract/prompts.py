@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
 
 from trainer.contract.fields import (
     Address,
@@ -19,6 +19,7 @@ from trainer.contract.fields import (
     blank_is_none,
     one_of,
 )
+from trainer.contract.parsed_text import ParsedText, of_row, parse_text
 from trainer.contract.rows import PromptToRender
 from trainer.contract.states import Progress, PromptStatus
 
@@ -86,6 +87,15 @@ class PromptRequest(Request):
     controlnet_conditioning_scale: Share = None
     controlnet_txt2img: OptionalBool = None
 
+    _parsed: ParsedText | None = PrivateAttr(default=None)
+
+    @property
+    def parsed(self) -> ParsedText:
+        """Its text, parsed at the first call. Raises InvalidRequest for a weight that is no number, or out of range."""
+        if self._parsed is None:
+            self._parsed = parse_text(self.text)
+        return self._parsed
+
     @classmethod
     def accepted(cls) -> tuple[str, ...]:
         return ("prompt_expansion", "backend_version", "resolution")
@@ -125,7 +135,12 @@ def attributes_of(request: PromptRequest) -> dict[str, Any]:
 def prompt_of(row: PromptToRender) -> PromptRequest:
     """The request of a prompt's row in the store."""
     beside = {name: value for name, value in row["attributes"].items() if name not in PICTURES}  # those are files now
-    return PromptRequest.model_validate({**{name: value for name, value in row.items() if name in COLUMNS}, **beside})
+    request = PromptRequest.model_validate(
+        {**{name: value for name, value in row.items() if name in COLUMNS}, **beside}
+    )
+    if parsed := row["parsed"]:  # null in rows of older versions: these are parsed when they are first used
+        request._parsed = of_row(parsed)
+    return request
 
 
 class Echo(BaseModel):

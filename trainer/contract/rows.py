@@ -51,7 +51,10 @@ class TuneRow(TuneValues):
 
 
 class PromptToRender(TypedDict):
-    """The columns of a prompt that rendering reads. attributes: what is wanted beside the columns."""
+    """The columns of a prompt that rendering reads. attributes: what is wanted beside the columns.
+
+    parsed: the text, parsed (see parsed_text.py); None in rows of older versions.
+    """
 
     text: str
     negative_prompt: str | None
@@ -63,6 +66,7 @@ class PromptToRender(TypedDict):
     h: int | None
     callback: str | None
     attributes: dict[str, Any]
+    parsed: dict[str, Any] | None
 
 
 class PromptRow(PromptToRender):

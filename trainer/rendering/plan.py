@@ -13,9 +13,8 @@ from PIL import Image
 from trainer.config import branch_file, looks
 from trainer.config.branch_file import ControlRow, RenderConfig
 from trainer.config.looks import FilmLook
-from trainer.contract.flags import Flags, split
+from trainer.contract.flags import Flags
 from trainer.contract.prompts import AR, CONTROLS, DENOISING_STRENGTH, PromptRequest, prompt_of
-from trainer.contract.references import references
 from trainer.contract.rows import PromptToRender
 from trainer.photos import inputs
 from trainer.rendering.outlines import ANNOTATORS
@@ -83,8 +82,8 @@ def make_plan(
     This is where the configuration of a prompt is read. Raises ValueError where it lacks what the prompt needs.
     """
     request, defaults = prompt_of(prompt), branch_file.render_config(presets, branch)
-    text, asked, _ = split(references(request.text)[0])  # its warnings were told when the prompt came
-    text, warnings = fill(text, characteristics)
+    asked = request.parsed.flags
+    text, warnings = fill(request.parsed.text, characteristics)
     if asked.mask_prompt:
         asked = replace(asked, mask_prompt=fill(asked.mask_prompt, characteristics)[0])
     negative = request.negative_prompt
@@ -154,9 +153,9 @@ def fill(text: str, characteristics: dict[str, str]) -> tuple[str, list[str]]:
     return filled, [f"there is no characteristic {name!r}; it was left out of the prompt" for name in missing]
 
 
-def plain(text: str, characteristics: dict[str, str]) -> str:
-    """What a prompt says, without the models that it names and without flags."""
-    return fill(split(references(text)[0])[0], characteristics)[0]
+def plain(prompt: PromptToRender, characteristics: dict[str, str]) -> str:
+    """The text of a prompt's row, without the models that it names and without flags."""
+    return fill(prompt_of(prompt).parsed.text, characteristics)[0]
 
 
 def size(request: PromptRequest, picture: tuple[int, int] | None, defaults: RenderConfig) -> tuple[int, int]:

@@ -95,4 +95,7 @@ MIGRATIONS = [
     ALTER TABLE prompts ADD COLUMN named TEXT NOT NULL DEFAULT 'null';  -- the models in its text; null: not looked up
     ALTER TABLE prompts ADD COLUMN progress TEXT NOT NULL DEFAULT '{}';
     """,
+    """
+    ALTER TABLE prompts ADD COLUMN parsed TEXT NOT NULL DEFAULT 'null';  -- its text, parsed; null: not yet
+    """,
 ]

@@ -63,7 +63,7 @@ def create_pack_tune(
         requests = packs.prompt_requests(pack, data, tune["name"], tune["token"])
         for request in (parse_request(PromptRequest, one) for one in requests):  # before the first one is made
             check_prompt(services, request)
-            resolve(services.settings, services.store, request.text, tune["branch"], tune)
+            resolve(services.settings, services.store, request.parsed, tune["branch"], tune)
         for number, one in enumerate(requests):
             create_prompt(services, tune_id, one, tell, mark and Mark(f"{mark.key} {number}", mark.digest))
         return get_tune(services, tune_id), True

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config import looks
-from trainer.contract import flags
+from trainer.contract import parsed_text
 from trainer.contract.errors import InvalidRequest, nearest
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import COLUMNS, CONTROLS, HOSTED_CONTROLS, PICTURES, PromptRequest, attributes_of
-from trainer.contract.references import references
 from trainer.photos import inputs
 from trainer.studio.references import Named, as_row
 from trainer.studio.rows import Services, row_of, tune_folder
@@ -64,6 +63,7 @@ def prompt_values(
         "num_images": request.num_images or API_NUM_IMAGES,
         "attributes": attributes_of(request),
         "named": as_row(named),
+        "parsed": parsed_text.as_row(request.parsed),
         "kept": json.loads(json.dumps(request.ignored, default=lambda upload: upload.name)),
         "warnings": prompt_warnings(request),
     }
@@ -77,8 +77,8 @@ def numbered(invalid: InvalidRequest, number: int) -> list[str]:
 def prompt_warnings(request: PromptRequest) -> list[str]:
     """What a prompt asks for and does not get, in words; what only its base can tell comes when it is rendered."""
     told = [f"{name} is accepted and has no effect" for name in request.ignored]
-    _, asked, said = flags.split(request.text)
-    told += said
+    asked = request.parsed.flags
+    told += request.parsed.warnings
     if request.face_swap:
         told.append("face_swap is accepted and not done: there is no model for it whose licence allows its use")
     if request.controlnet in HOSTED_CONTROLS:
@@ -88,7 +88,7 @@ def prompt_warnings(request: PromptRequest) -> list[str]:
     follows = request.controlnet in CONTROLS and drawn
     masked = request.has_mask or (asked.mask_prompt and request.has_input)
     anew = follows and request.controlnet_txt2img and not masked
-    lines = [one for one in references(request.text)[1] if one[0] == "lora"]
+    lines = [one for one in request.parsed.models if one[0] == "lora"]
     for name, lacks in {  # what has no effect, and why
         "aspect_ratio": request.w and request.h and "beside w and h",
         "ar": (request.aspect_ratio and "beside aspect_ratio") or (request.w and request.h and "beside w and h"),

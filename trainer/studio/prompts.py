@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound
 from trainer.contract.fields import parse_request
+from trainer.contract.parsed_text import ParsedText
 from trainer.contract.photos import Tell, Upload, untold
 from trainer.contract.prompts import PICTURES, Prompt, PromptRequest, prompt_of
 from trainer.contract.rows import PromptRow, TuneRow
@@ -37,10 +38,10 @@ def create_prompt(
     request = parse_request(PromptRequest, data)
     check_prompt(services, request)
     if tune is not None:
-        named = resolve(services.settings, services.store, request.text, tune["branch"], tune)
+        named = resolve(services.settings, services.store, request.parsed, tune["branch"], tune)
     else:
         assert base is not None
-        tune, named = tune_on_base(services, base, request.text)
+        tune, named = tune_on_base(services, base, request.parsed)
     if known := find_marked(services, "prompts", mark):
         return prompt_answer(services, known)
     with (
@@ -61,14 +62,14 @@ def create_prompt(
     return get_prompt(services, prompt_id)
 
 
-def tune_on_base(services: Services, base: Base, text: str) -> tuple[TuneRow, list[Named]]:
+def tune_on_base(services: Services, base: Base, parsed: ParsedText) -> tuple[TuneRow, list[Named]]:
     """The tune that a prompt on a base belongs to, the first LoRA that it names, else its face; and all of them.
 
     Raises InvalidRequest.
     """
     if base.error:
         raise InvalidRequest({"tune_id": [f"{base.title}: {base.error}"]})
-    named = resolve(services.settings, services.store, text, base.branch, None)
+    named = resolve(services.settings, services.store, parsed, base.branch, None)
     in_order = sorted(named, key=lambda one: one.kind != "lora")
     tune = next((row for one in in_order if (row := tune_row(services, one.id))), None)
     if tune is None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from trainer.contract.errors import InvalidRequest
-from trainer.contract.references import references
+from trainer.contract.parsed_text import ParsedText
+from trainer.contract.prompts import prompt_of
 from trainer.contract.rows import PromptRow, TuneRow
 from trainer.library import bases
 from trainer.library.bases import Base
@@ -36,15 +37,17 @@ class Named:
     weight: float
 
 
-def resolve(settings: Settings, store: Store, text: str, branch: str | None, own: NamedTune | None) -> list[Named]:
-    """The models that a text names, in its order.
+def resolve(
+    settings: Settings, store: Store, parsed: ParsedText, branch: str | None, own: NamedTune | None
+) -> list[Named]:
+    """The models that a prompt's text names, in its order.
 
     own: the row of the tune that the prompt is posted to. branch: of the base; None: not known, for the request is
     refused for it anyway. Raises InvalidRequest for whatever cannot be found, or is not for this base, by its name.
     """
     found: list[Named] = []
     problems = []
-    for kind, name, weight in references(text)[1]:
+    for kind, name, weight in parsed.models:
         try:
             row = (_lora if kind == "lora" else _face)(settings, store, name, branch, own)
             if any((one.kind, one.id) == (kind, row) for one in found):
@@ -63,7 +66,7 @@ def resolve(settings: Settings, store: Store, text: str, branch: str | None, own
 def of_row(settings: Settings, store: Store, prompt: PromptRow, tune: TuneRow, branch: str) -> list[Named]:
     """The models of a prompt in the store. Raises InvalidRequest where it was never looked up, and cannot be now."""
     if prompt["named"] is None:
-        return resolve(settings, store, prompt["text"], branch, tune)
+        return resolve(settings, store, prompt_of(prompt).parsed, branch, tune)
     return [Named(*one) for one in prompt["named"]]
 
 

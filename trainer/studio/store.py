@@ -22,7 +22,7 @@ from trainer.studio.migrations import MIGRATIONS
 
 Table = Literal["tunes", "prompts", "exports"]
 Row = TuneRow | PromptRow | ExportRow
-JSON_COLUMNS = ("characteristics", "photos", "files", "progress", "warnings", "kept", "attributes", "named")
+JSON_COLUMNS = ("characteristics", "photos", "files", "progress", "warnings", "kept", "attributes", "named", "parsed")
 RUNNING: dict[Table, str] = {"tunes": "training", "prompts": "rendering", "exports": "exporting"}
 PAGE = ("limit", "offset", "before_id", "oldest_first")  # of a query: which of the rows that match
 

@@ -61,7 +61,7 @@ def create_tune(
     for number, prompt in enumerate(request.prompts_attributes):
         try:
             check_prompt(services, prompt)
-            resolve(services.settings, services.store, prompt.text, branch, own)
+            resolve(services.settings, services.store, prompt.parsed, branch, own)
         except InvalidRequest as invalid:
             problems.setdefault("prompts_attributes", []).extend(numbered(invalid, number))
     fetches = request.image_urls or any(prompt.has_input for prompt in request.prompts_attributes)
@@ -288,7 +288,7 @@ def _insert(
             tune_id = services.store.add_tune(row)
         own = row_of(services, "tunes", tune_id)
         for number, prompt in enumerate(request.prompts_attributes):
-            named = resolve(services.settings, services.store, prompt.text, own["branch"], own)
+            named = resolve(services.settings, services.store, prompt.parsed, own["branch"], own)
             prompt_id = services.store.add_prompt(prompt_values(services, tune_id, prompt, named))
             if number in pictures:
                 keep_pictures(services, prompt_id, pictures[number], work / "inputs" / str(prompt_id))

@@ -160,7 +160,7 @@ class Bench:
     def _preview(self, tune: TuneRow) -> str:
         """What the previews of a run show: its first prompt, else the subject alone."""
         first = self._store.find("prompts", tune_id=tune["id"], oldest_first=True, limit=1)
-        return plain(first[0]["text"], tune["characteristics"]) if first else f"{tune['token']} {tune['name']}"
+        return plain(first[0], tune["characteristics"]) if first else f"{tune['token']} {tune['name']}"
 
     def _render(self, job: Job, prompt_id: int, reporter: Reporter) -> None:
         prompt, tune = (
