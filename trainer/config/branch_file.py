@@ -9,6 +9,8 @@ from typing import Any
 
 from trainer.names import BRANCHES, METHODS
 
+Table = dict[str, Any]  # of a TOML: what its values are is checked where they are read
+
 
 @dataclass(frozen=True)
 class RenderConfig:
@@ -38,7 +40,7 @@ class BaseRow:
     variant: str | None = None  # of its weight files: `fp16` where the repository has them twice
 
 
-def branch_table(folder: Path, branch: str) -> dict[str, Any]:
+def branch_table(folder: Path, branch: str) -> Table:
     """The TOML of a branch."""
     return tomllib.loads((folder / f"{branch}.toml").read_text("utf-8"))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from trainer.branches.protocol import Branch
 from trainer.config.train_config import TrainConfig
 from trainer.contract.report import Report
+from trainer.methods.protocol import Group
 from trainer.training import optimizers
 from trainer.training.dataset import Dataset
 from trainer.training.optimizers import Adafactor
@@ -24,7 +24,7 @@ MAX_HALVINGS = 2  # of the learning rate, where the loss stops being a number
 
 def train(
     branch: Branch,
-    groups: list[dict[str, Any]],
+    groups: list[Group],
     data: Dataset,
     config: TrainConfig,
     report: Report,
@@ -95,7 +95,7 @@ def step_once(
     config: TrainConfig,
     step: int,
     optimizer: torch.optim.Optimizer,
-    params: list[torch.nn.Parameter],
+    params: list[Tensor],
 ) -> Tensor:
     """One optimizer step; returns loss and gradient norm, (2,), on the device. Nothing here waits for the device."""
     total = torch.zeros((), device=branch.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ from trainer.studio import tunes as tune_verbs
 from trainer.studio.rows import Services
 from trainer.web.progress import WATCH_SECONDS, busy, teller
 
+Answer = dict[str, Any]  # Gradio tells this type to its clients
+Endpoint = Callable[..., Awaitable[Any]]
 
-def endpoints(services: Services) -> list[Callable[..., Any]]:
+
+def endpoints(services: Services) -> list[Endpoint]:
     """The functions that gradio_client calls. Types are told, not enforced, by Gradio: `schema` checks them."""
 
     @spoken
@@ -43,10 +46,10 @@ def endpoints(services: Services) -> list[Callable[..., Any]]:
         auto_extend: bool | None = None,
         preset: str | None = None,
         characteristics: dict[str, str] | None = None,
-        prompts_attributes: list[dict[str, Any]] | None = None,
+        prompts_attributes: list[Answer] | None = None,
         args: str | None = None,
         prompts_callback: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """Create a tune and answer at once."""
         given = locals()
         values = {key: given[key] for key in TuneRequest.parameters() if given[key] is not None}
@@ -66,7 +69,7 @@ def endpoints(services: Services) -> list[Callable[..., Any]]:
         base_tune_id: int | None = None,
         model_type: str | None = None,
         args: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """A verdict for each photo, as a tune with these parameters would give it; nothing is kept."""
         given = locals()
         values = {key: given[key] for key in CheckRequest.parameters() if given[key] is not None}
@@ -75,7 +78,7 @@ def endpoints(services: Services) -> list[Callable[..., Any]]:
             await run_in_threadpool(tune_verbs.check_photos, services, values, uploads, teller(gr.Progress()))
         ).model_dump()
 
-    async def submit_and_wait(*positional: Any, **named: Any) -> dict[str, Any]:
+    async def submit_and_wait(*positional: object, **named: object) -> Answer:
         tune = Tune(**await submit_tune(*positional, **named))
         progress = gr.Progress()
         while busy(tune):
@@ -95,7 +98,7 @@ def endpoints(services: Services) -> list[Callable[..., Any]]:
     create_tune.__doc__ = "Create a tune and wait for it and its prompts; it goes on when the caller leaves."
 
     @spoken
-    async def get_tune(tune_id: int) -> dict[str, Any]:
+    async def get_tune(tune_id: int) -> Answer:
         """One tune with its prompts."""
         return (await run_in_threadpool(tune_verbs.get_tune, services, tune_id)).model_dump()
 
@@ -106,18 +109,18 @@ def endpoints(services: Services) -> list[Callable[..., Any]]:
         title: str | None = None,
         branch: str | None = None,
         model_type: str | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Answer]:
         """Tunes, newest first."""
         tunes = await run_in_threadpool(tune_verbs.list_tunes, services, limit, offset, None, title, branch, model_type)
         return [tune.model_dump() for tune in tunes]
 
     @spoken
-    async def cancel_tune(tune_id: int) -> dict[str, Any]:
+    async def cancel_tune(tune_id: int) -> Answer:
         """Stop a tune, within one step; its state is kept for resume_tune."""
         return (await run_in_threadpool(tune_verbs.cancel_tune, services, tune_id)).model_dump()
 
     @spoken
-    async def resume_tune(tune_id: int) -> dict[str, Any]:
+    async def resume_tune(tune_id: int) -> Answer:
         """Queue a canceled or failed tune again; it goes on from its last state."""
         return (await run_in_threadpool(tune_verbs.resume_tune, services, tune_id)).model_dump()
 
@@ -160,7 +163,7 @@ def endpoints(services: Services) -> list[Callable[..., Any]]:
         controlnet: str | None = None,
         controlnet_conditioning_scale: float | None = None,
         controlnet_txt2img: bool | None = None,
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """Render a prompt with a tune."""
         given = locals()
         values = {key: given[key] for key in PromptRequest.parameters() if given[key] is not None}
@@ -169,12 +172,12 @@ def endpoints(services: Services) -> list[Callable[..., Any]]:
         return (await run_in_threadpool(prompt_verbs.create_prompt, services, tune_id, values, tell)).model_dump()
 
     @spoken
-    async def get_prompt(prompt_id: int) -> dict[str, Any]:
+    async def get_prompt(prompt_id: int) -> Answer:
         """One prompt with its pictures."""
         return (await run_in_threadpool(prompt_verbs.get_prompt, services, prompt_id)).model_dump()
 
     @spoken
-    async def list_prompts(tune_id: int | None = None, limit: int = 20, offset: int = 0) -> list[dict[str, Any]]:
+    async def list_prompts(tune_id: int | None = None, limit: int = 20, offset: int = 0) -> list[Answer]:
         """Prompts, newest first."""
         prompts = await run_in_threadpool(prompt_verbs.list_prompts, services, tune_id, limit, offset)
         return [prompt.model_dump() for prompt in prompts]
@@ -186,7 +189,7 @@ def endpoints(services: Services) -> list[Callable[..., Any]]:
         return {"message": "Prompt successfully deleted"}
 
     @spoken
-    async def list_base_tunes(branch: str | None = None) -> list[dict[str, Any]]:
+    async def list_base_tunes(branch: str | None = None) -> list[Answer]:
         """Base models that a tune can start from."""
         return await run_in_threadpool(models.list_base_tunes, services, branch)
 
@@ -201,11 +204,11 @@ def endpoints(services: Services) -> list[Callable[..., Any]]:
     ]  # fmt: skip
 
 
-def spoken(endpoint: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
+def spoken(endpoint: Endpoint) -> Endpoint:
     """Our own errors reach the client as `gr.Error` texts, others do not."""
 
     @functools.wraps(endpoint)
-    async def wrapped(*positional: Any, **named: Any) -> Any:
+    async def wrapped(*positional: object, **named: object) -> object:
         try:
             return await endpoint(*positional, **named)
         except (InvalidRequest, NotFound, Conflict, CannotLook) as problem:
@@ -214,7 +217,7 @@ def spoken(endpoint: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., C
     return wrapped
 
 
-def _upload(image: Any, name: str = "images") -> Upload:
+def _upload(image: object, name: str = "images") -> Upload:
     if not isinstance(image, dict) or not image.get("path"):
         raise InvalidRequest({name: ["must be files: handle_file('photo.jpg') of gradio_client makes one"]})
     path = Path(str(image["path"])).resolve()
