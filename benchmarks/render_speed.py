@@ -1,11 +1,11 @@
 """How long rendering takes and where the time goes: with LoRAs, fused, compiled, in batches; swapping LoRAs, previews.
 
-Every figure comes from `render.Renderer` itself, with the family's own Branch and LoRAs that `methods.lora` has saved
+Every figure comes from `renderer.Renderer` itself, with the family's own Branch and LoRAs that `methods.lora` has saved
 (the branch's default configuration, random weights). Models:
 
     --branch fast       the trained base of the package (the default)
     --random-weights    another branch's full-size model from its published CONFIG, with random weights on the device
-    --tiny              another branch's model with the same blocks, but thin (tests/tiny.py), loaded from a folder
+    --tiny              another branch's model with the same blocks, but thin (tests/helpers/tiny.py), from a folder
 
 Further options:
 

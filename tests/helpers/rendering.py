@@ -1,4 +1,9 @@
-"""A room to render in: a renderer with tiny bases, and its pictures."""
+"""A room to render in: a renderer with tiny bases, and its pictures.
+
+A pytest plugin: a module that wants the fixtures says `pytest_plugins = ("tests.helpers.web",
+"tests.helpers.rendering")`. Its asserts are plain ones (PYTEST_DONT_REWRITE), so it may be imported for its functions
+before pytest takes it in.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +33,10 @@ from trainer.photos.found import Found
 from trainer.photos.intake import Decoder
 from trainer.rendering.pictures import read_facts
 from trainer.settings import read_settings
-from trainer.studio import prompts, rows, tunes
+from trainer.studio import prompts, rows
 from trainer.studio.rows import Services
 from trainer.studio.store import Job, Store
+from trainer.studio.tunes import create_tune, get_tune
 from trainer.work.bench import Bench
 
 CPU = torch.device("cpu")
@@ -171,7 +177,7 @@ class Room:
             asked = {"title": f"tune {self._tunes}", "name": "man"}
         base = FAST_ID if branch == "fast" else hashed_id(branch)
         asked |= {"base_tune_id": base, "model_type": "checkpoint" if kind == "whole" else kind}
-        tune_id = tunes.create_tune(self.services, asked | more, [self._photo])[0].id
+        tune_id = create_tune(self.services, asked | more, [self._photo])[0].id
         if kind == "faceid":
             return tune_id
         job = self._claim()
@@ -207,20 +213,39 @@ class Room:
     def go(self, prompt: Prompt, bench: Bench | None = None) -> Done:
         job = self._claim()
         assert job.prompt_id == prompt.id
-        branch = tunes.get_tune(self.services, prompt.tune_id).branch
+        branch = get_tune(self.services, prompt.tune_id).branch
         (bench or self.bench(branch)).run(job)
         now = prompts.get_prompt(self.services, prompt.id)
         return Done(now, rows.tune_folder(self.services, now.tune_id) / "prompts" / str(now.id))
 
     def render(self, at: int, text: str = "ohwx dog", bench: Bench | None = None, **asked: Any) -> Done:
         done = self.run(at, text, bench, **asked)
-        assert (done.prompt.status, done.prompt.error) == ("rendered", None)
+        assert (done.prompt.status, done.prompt.error) == ("rendered", None), done.prompt.error
         return done
 
     def leftovers(self) -> list[str]:
         return [
             path.name for path in self.settings.outputs.rglob("*") if ".part" in path.name or "previews/" in str(path)
         ]
+
+
+@pytest.fixture(scope="module")
+def open_room(
+    tmp_path_factory: pytest.TempPathFactory, decoder: Decoder, photos: list[Path], request: pytest.FixtureRequest
+) -> Iterator[Room]:
+    """The room of all tests of a module: what is loaded for one stays for the next."""
+    yield from opened(tmp_path_factory.mktemp("room"), decoder, photos[0], request)
+
+
+@pytest.fixture
+def room(open_room: Room, monkeypatch: pytest.MonkeyPatch) -> Iterator[Room]:
+    yield from tidied(open_room, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def tunes(open_room: Room) -> dict[str, int]:
+    """A LoRA for each family."""
+    return {branch: open_room.tune(branch) for branch in FAMILIES}
 
 
 def opened(folder: Path, decoder: Decoder, photo: Path, request: pytest.FixtureRequest) -> Iterator[Room]:

@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import ControlNetModel
 from PIL import Image, ImageOps
 
 from tests.helpers.pictures import apart, noise, pixels
-from tests.helpers.rendering import CLOSE, CPU, FAMILIES, ROUNDING, Room, far, opened, outside, tidied, unlike
+from tests.helpers.rendering import CLOSE, CPU, FAMILIES, ROUNDING, Room, far, outside, unlike
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import Upload
 from trainer.library import weights
 from trainer.photos import inputs
-from trainer.photos.intake import Decoder
-from trainer.rendering import afterwards
+from trainer.rendering import afterwards, draw
 from trainer.rendering import upscale as upscale_
+from trainer.rendering.renderer import Renderer
 from trainer.rendering.upscale import upscaler
 from trainer.studio import pack_verbs, prompt_rules, prompts, rows
 
-pytest_plugins = ("tests.helpers.web",)
+pytest_plugins = ("tests.helpers.web", "tests.helpers.rendering")
 LEFT = (0, 0, 32, 64)  # half of a picture of 64 x 64 px
-
-
-@pytest.fixture(scope="module")
-def open_room(
-    tmp_path_factory: pytest.TempPathFactory, decoder: Decoder, photos: list[Path], request: pytest.FixtureRequest
-) -> Iterator[Room]:
-    yield from opened(tmp_path_factory.mktemp("inputs"), decoder, photos[0], request)
-
-
-@pytest.fixture
-def room(open_room: Room, monkeypatch: pytest.MonkeyPatch) -> Iterator[Room]:
-    yield from tidied(open_room, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def tunes(open_room: Room) -> dict[str, int]:
-    """A LoRA for each family."""
-    return {branch: open_room.tune(branch) for branch in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +230,80 @@ def test_flags_are_not_read_as_text(room: Room, tunes: dict[str, int], files: Pa
     assert [warning.split()[0] for warning in done.warnings] == [
         "--unheard_of", "--mask_blur", "--hires_denoising_strength", "--face_inpaint_denoising"
     ]  # fmt: skip
+
+
+# After a control picture
+
+
+@pytest.fixture
+def controls(room: Room, tunes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that has one control model for everything, of sd15 and with large weights: what is fetched from it."""
+    room.render(tunes["sd15"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ControlNetModel.from_unet(
+            room.pipeline("sd15").unet, conditioning_embedding_out_channels=(8, 8, 8, 8), load_weights_from_unet=False
+        )
+        for weight in model.parameters():
+            if not weight.any():
+                torch.nn.init.normal_(weight, std=0.5)
+    model.save_pretrained(tmp_path / "control")
+    fetched: list[str] = []
+    monkeypatch.setattr(draw.hub, "fetch_model", lambda name, *_: fetched.append(name) or tmp_path / "control")
+    return fetched
+
+
+def test_a_control_model_works_beside_the_picture_or_the_text_and_stays_loaded(
+    room: Room, tunes: dict[str, int], files: Path, controls: list[str]
+) -> None:
+    asked = from_(files, denoising_strength=0.8)
+    plain = room.render(tunes["sd15"], **asked).picture
+    done, idle, early = (
+        room.render(tunes["sd15"], f"ohwx dog{flag}", controlnet="canny", controlnet_conditioning_scale=scale, **asked)
+        for scale, flag in ((1, ""), (0, ""), (1, " --control_guidance_end 0.3"))
+    )
+    assert done.warnings == idle.warnings == early.warnings == []
+    assert unlike(done.picture, plain) and apart(idle.picture, plain) <= CLOSE and unlike(early.picture, done.picture)
+    freely = room.render(tunes["sd15"], controlnet="canny", controlnet_txt2img=True, **from_(files)).picture
+    assert unlike(freely, done.picture) and unlike(freely, room.render(tunes["sd15"], steps=4).picture)
+    for kind in ("canny", "lineart"):  # a prompt without one came in between, and then another one is asked for
+        room.render(tunes["sd15"], controlnet=kind, **asked)
+    assert [name.rpartition("_")[2] for name in controls] == ["canny", "canny", "lineart"]
+
+
+def test_a_branch_without_a_control_model_says_so(room: Room, files: Path, controls: list[str]) -> None:
+    fast = room.tune("fast")
+    plain, done = (room.render(fast, **from_(files, **more)) for more in ({}, {"controlnet": "depth"}))
+    assert done.warnings == ["controlnet depth: there is no control model for fast; it was left out"]
+    assert controls == [] and not unlike(done.picture, plain.picture)
+
+
+def test_nothing_is_read_of_the_presets_while_it_renders(
+    room: Room, tunes: dict[str, int], files: Path, controls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Renderer.render_prompt
+    parse, parsed, rendering = tomllib.loads, {True: 0, False: 0}, [False]
+
+    def loads(text: str, **more: Any) -> Any:
+        parsed[rendering[0]] += 1
+        return parse(text, **more)
+
+    def render_prompt(*args: Any) -> Any:
+        rendering[0] = True
+        try:
+            return real(*args)
+        finally:
+            rendering[0] = False
+
+    monkeypatch.setattr(tomllib, "loads", loads)
+    monkeypatch.setattr(Renderer, "render_prompt", render_prompt)
+    for file in room.settings.presets.rglob("*.toml"):  # whatever was read before is read again
+        file.touch()
+    looks = {"style": "Cinematic", "color_grading": "Ektar", "film_grain": True}
+    more = {"controlnet": "canny", "super_resolution": True, "hires_fix": True, "inpaint_faces": True}
+    done = room.render(tunes["sd15"], **from_(files), **looks, **more)
+    assert controls and done.facts["more"]["color_grading"] == "Ektar"
+    assert parsed[True] == 0 < parsed[False]
 
 
 def test_fast_starts_from_pictures_too(room: Room, files: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.helpers import tiny
 from tests.helpers.pictures import apart
-from tests.helpers.rendering import Done, Room, far, opened, tidied, unlike
+from tests.helpers.rendering import Done, Room, far, opened, unlike
 from trainer.branches import protocol
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import Upload
@@ -27,7 +27,7 @@ from trainer.studio import prompts, rows
 from trainer.studio.tunes import get_tune
 from trainer.work.bench import Bench
 
-pytest_plugins = ("tests.helpers.web",)
+pytest_plugins = ("tests.helpers.web", "tests.helpers.rendering")
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +40,6 @@ def open_room(
         ).unet
         tiny.make_tiny_faceid(made.settings.weights / weights.FACEID["sd15"].name, unet)
         yield made
-
-
-@pytest.fixture
-def room(open_room: Room, monkeypatch: pytest.MonkeyPatch) -> Iterator[Room]:
-    yield from tidied(open_room, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,13 @@ from huggingface_hub import constants
 from PIL import Image, ImageOps
 
 from tests.helpers.pictures import apart, pixels
-from tests.helpers.rendering import CLOSE, CPU, FAMILIES, ROUNDING, Room, far, opened, outside, tidied, unlike
+from tests.helpers.rendering import CLOSE, CPU, FAMILIES, ROUNDING, Room, far, outside, unlike
 from tests.helpers.shared import SHARED
 from trainer.config import branch_file, looks
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import SCHEDULERS
 from trainer.library import weights
 from trainer.methods import lora
-from trainer.photos.intake import Decoder
 from trainer.photos.looker import Looker
 from trainer.rendering import afterwards, film, paste, pictures, schedulers, upscale
 from trainer.rendering import preview as preview_
@@ -35,26 +34,8 @@ from trainer.rendering.preview import Preview
 from trainer.studio import prompts, rows
 from trainer.studio.tunes import get_tune
 
-pytest_plugins = ("tests.helpers.web",)
+pytest_plugins = ("tests.helpers.web", "tests.helpers.rendering")
 FACES = SHARED / "data" / "faces"
-
-
-@pytest.fixture(scope="module")
-def open_room(
-    tmp_path_factory: pytest.TempPathFactory, decoder: Decoder, photos: list[Path], request: pytest.FixtureRequest
-) -> Iterator[Room]:
-    yield from opened(tmp_path_factory.mktemp("room"), decoder, photos[0], request)
-
-
-@pytest.fixture
-def room(open_room: Room, monkeypatch: pytest.MonkeyPatch) -> Iterator[Room]:
-    yield from tidied(open_room, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def tunes(open_room: Room) -> dict[str, int]:
-    """A LoRA for each family."""
-    return {branch: open_room.tune(branch) for branch in FAMILIES}
 
 
 # Attributes of drawing

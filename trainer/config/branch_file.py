@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from trainer.config.toml_file import Table, read_toml
 from trainer.names import BRANCHES, METHODS
-
-Table = dict[str, Any]  # of a TOML: what its values are is checked where they are read
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class BaseRow:
 
 def branch_table(folder: Path, branch: str) -> Table:
     """The TOML of a branch."""
-    return tomllib.loads((folder / f"{branch}.toml").read_text("utf-8"))
+    return read_toml(folder / f"{branch}.toml")
 
 
 def base_rows(folder: Path, branch: str) -> list[BaseRow]:

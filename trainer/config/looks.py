@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config.branch_file import ControlRow, Table
+from trainer.config.branch_file import ControlRow
+from trainer.config.toml_file import Table, read_toml
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def film_looks(folder: Path) -> dict[str, FilmLook]:
 def looks(folder: Path, name: str) -> Table:
     """A TOML of what can be done to a picture's look; an empty one where a user's folder has none."""
     file = folder / "looks" / f"{name}.toml"
-    return tomllib.loads(file.read_text("utf-8")) if file.exists() else {}
+    return read_toml(file) if file.exists() else {}
 
 
 def pack_tables(*folders: Path) -> dict[str, Table | str]:
@@ -57,7 +57,7 @@ def pack_tables(*folders: Path) -> dict[str, Table | str]:
     tables: dict[str, Table | str] = {}
     for file in (file for folder in folders for file in sorted(folder.glob("*.toml"))):
         try:
-            tables[file.stem] = tomllib.loads(file.read_text("utf-8"))
+            tables[file.stem] = read_toml(file)
         except (OSError, ValueError, RecursionError) as problem:
             tables[file.stem] = f"{file.name} cannot be read: {problem}"
     return tables

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from trainer.config.branch_file import Table, branch_table
+from trainer.config.branch_file import branch_table
 from trainer.config.kinds import KINDS, OTHER_KIND, STYLE_KIND, kind_of
+from trainer.config.toml_file import Table, read_toml
 from trainer.config.train_config import TrainConfig, parse_args
 from trainer.contract.errors import InvalidRequest, nearest, words
 from trainer.names import METHODS, WORDS
@@ -87,7 +87,7 @@ def layer(table: Table, kind: str) -> Table:
 def overlay(file: Path, branch: str, model_type: str, kind: str) -> Table:
     """What a preset says. Raises InvalidRequest for a TOML that is broken, of another branch, or has an unknown key."""
     try:
-        preset = tomllib.loads(file.read_text("utf-8"))
+        preset = read_toml(file)
     except ValueError as problem:
         raise InvalidRequest({"preset": [f"{file.name} cannot be read: {problem}"]}) from None
     problems = unknown(file, preset, PRESET_KEYS)

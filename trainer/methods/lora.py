@@ -1,6 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank adapters beside frozen weights, through peft.
 
-New words (trainer/words.py), which `pti` trains, belong to the saved model here: an earlier model may bring them along.
+Learned tokens (trainer/methods/new_tokens.py), which `pti` trains, are saved with the model: an earlier model may bring
+them along.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainer.config.train_config import TrainConfig
+from trainer.contract.photos import Photo
+
 Box = tuple[float, float, float, float]
 
 
@@ -55,3 +58,19 @@ class Made:
     closeup: bool = False
     restored: int = 0
     masks: list[str] = field(default_factory=list)
+
+
+def put_down(photo: Photo, task: Task, made: Made) -> None:
+    """What was made of a photo, into its verdict."""
+    photo.cropped, photo.restored, photo.masks = made.closeup, made.restored > 0, made.masks
+    if task.closeup and not made.closeup:
+        photo.notes.append("the face is too small for a closeup")
+    if task.restorer and task.faces and not made.restored:
+        photo.notes.append("sharp and large enough: nothing to restore")
+    if made.restored:
+        photo.notes.append(f"{made.restored} face{'s' if made.restored > 1 else ''} restored")
+
+
+def masks_of(config: TrainConfig) -> set[str]:
+    """The masks that a configuration looks at."""
+    return ({config.mask} | ({"subject"} if config.mask_widen else set())) - {"none"}

@@ -21,7 +21,7 @@ from trainer.library import weights
 from trainer.library.weights import Unavailable, Weights
 from trainer.names import IDENTITY_FILE
 from trainer.photos.child import Broke, Child, Closed, NotStarted
-from trainer.photos.found import Found, Made, Task
+from trainer.photos.found import Found, Made, Task, masks_of, put_down
 from trainer.photos.subject import (
     SAME,
     STRANGER,
@@ -334,19 +334,3 @@ def breaking(photo: Photo) -> Iterator[None]:
         raise
     except Exception as problem:  # the edge of a process: whatever was raised in the child
         raise CannotLook(f"{photo.name} could not be looked at: {str(problem) or type(problem).__name__}") from problem
-
-
-def put_down(photo: Photo, task: Task, made: Made) -> None:
-    """What was made of a photo, into its verdict."""
-    photo.cropped, photo.restored, photo.masks = made.closeup, made.restored > 0, made.masks
-    if task.closeup and not made.closeup:
-        photo.notes.append("the face is too small for a closeup")
-    if task.restorer and task.faces and not made.restored:
-        photo.notes.append("sharp and large enough: nothing to restore")
-    if made.restored:
-        photo.notes.append(f"{made.restored} face{'s' if made.restored > 1 else ''} restored")
-
-
-def masks_of(config: TrainConfig) -> set[str]:
-    """The masks that a configuration looks at."""
-    return ({config.mask} | ({"subject"} if config.mask_widen else set())) - {"none"}

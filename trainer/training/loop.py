@@ -36,27 +36,22 @@ def train(
     """Run `config.steps` optimizer steps, going on from the newest whole state in `states`.
 
     groups: parameter groups of `Method.attach`. look(n) is called when n steps are done, for each n in `look_at`, where
-    all is finite and the report has said to go on, also right after resuming: previews live there. after_step is called
-    after each step, for what a model type wants of its weights. Returns False when
-    the report said to stop: the state is saved then. A loss that is not finite goes back to the last state and halves
-    the learning rate, twice at most; then Diverged is raised, which names the pictures of that step. No state with a
-    non-finite value is ever written.
+    all is finite and the report has said to go on, also right after resuming: previews are made there. after_step is
+    called after each step. Returns False when the report said to stop: the state is saved then. A loss that is not
+    finite goes back to the last state and halves the learning rate, twice at most; then Diverged is raised, which names
+    the pictures of that step. No state with a non-finite value is ever written.
     """
-    params: Parameters = {
-        name: param for group in groups for name, param in zip(group["names"], group["params"], strict=True)
-    }
+    params: Parameters = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
     optimizer = optimizers.make(groups, config.optimizer, config.weight_decay, config.seed)
     beginning = {name: param.detach().to("cpu", copy=True) for name, param in params.items()}
     done, halvings = resume(states, optimizer, params, config) or (0, 0)
     report.resumed(done)
     readings: list[Tensor] = []  # loss and gradient norm of each step since the last reading, (2,) each
-    keep_going = report.step(done, config.steps)
-    if done in look_at and keep_going:
+    if (keep_going := report.step(done, config.steps)) and done in look_at:
         look(done)
     while done < config.steps and keep_going:
         rate = lr_scale(done, config) * 0.5**halvings
-        for group, described in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] = described["lr"] * rate if done < described.get("until", config.steps) else 0.0
+        set_rates(optimizer, groups, rate, done)
         readings.append(step_once(branch, data, config, done, optimizer, list(params.values())))
         after_step()
         done += 1
@@ -73,20 +68,26 @@ def train(
                 save(states, done, optimizer, params, config, halvings)
                 report.saved(done)
         except Diverged as problem:
+            halvings += 1
             named = f"the pictures of that step were {', '.join(data.names(problem.step))}"
-            if halvings == MAX_HALVINGS:
+            if halvings > MAX_HALVINGS:
                 raise Diverged(f"{problem}, at falling learning rates; {named}", problem.step) from None
             readings.clear()
-            halvings += 1
             done = go_back(states, optimizer, params, config, beginning)
-            rate = config.lr * 0.5**halvings
-            report.warn(f"{problem}: it went back to step {done} and on at the learning rate {rate:.3g}; {named}")
+            lower = config.lr * 0.5**halvings
+            report.warn(f"{problem}: it went back to step {done} and on at the learning rate {lower:.3g}; {named}")
             report.resumed(done)
             keep_going = True
             continue
         if done in look_at and keep_going:
             look(done)
     return done == config.steps
+
+
+def set_rates(optimizer: torch.optim.Optimizer, groups: list[Group], rate: float, step: int) -> None:
+    """Give each group its learning rate times `rate`; 0 to a group that rests from its step `until` on."""
+    for group, described in zip(optimizer.param_groups, groups, strict=True):
+        group["lr"] = described["lr"] * rate if step < described.get("until", math.inf) else 0.0
 
 
 def step_once(

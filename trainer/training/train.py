@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +22,11 @@ from trainer.contract.rows import TuneRow
 from trainer.device import placed
 from trainer.files import whole_folder
 from trainer.library.bases import Base
-from trainer.methods.protocol import get_method
+from trainer.methods.protocol import Group, Method, get_method
 from trainer.settings import Settings
 from trainer.training import dataset, loop, seeds
 from trainer.training.check import CHECK_STEPS, check_effect, check_file
+from trainer.training.dataset import Dataset
 from trainer.training.metadata import describe
 from trainer.training.views import Picture
 
@@ -33,6 +36,24 @@ if TYPE_CHECKING:
 PREVIEW_STEPS = 20  # of the sampler: enough to see what has been learned
 PREVIEW_SEED = 42
 MODELS_KEPT_FROM = 0.5  # of the run; earlier ones are not worth a download
+
+
+@dataclass
+class Run:
+    """A tune while it is trained: what is loaded for it, and what its previews show."""
+
+    tune: TuneRow
+    base: Base
+    config: TrainConfig
+    device: torch.device
+    report: Report
+    folder: Path  # outputs/tunes/ID
+    branch: Branch
+    method: Method
+    defaults: RenderConfig
+    preview: str
+    pictures: list[Picture]
+    encoded: Sequence[dict[str, Tensor]] = ()  # the preview's prompt and an empty one, before anything was trained
 
 
 def train_tune(
@@ -50,81 +71,116 @@ def train_tune(
     the files to keep, the most widely read one first; None when the report said to stop: the state to go on from is on
     disk then. Starting and resuming are the same call.
     """
+    run = load(tune, base, config, settings, device, report, preview)
+    if config.prior_weight:
+        report.stage("class pictures")
+        drawn = class_pictures(run.branch, base, tune["name"], config, run.defaults, settings.outputs / "cache", report)
+        if drawn is None:
+            return None
+        run.pictures += drawn
+    report.stage("encoding")
+    data = encode(run)
+    before: Tensor = render(run, CHECK_STEPS, "latent")
+    groups = attach(run)
+
+    report.stage("training")
+    after_step = partial(run.method.after_step, run.branch)
+    at_quarter = partial(save_quarter, run)
+    states = run.folder / "state"
+    if not loop.train(run.branch, groups, data, config, report, states, at_quarter, quarters(config.steps), after_step):
+        return None
+
+    report.stage("saving")
+    with whole_folder(run.folder / "model") as model:
+        files = save_model(run, model, config.steps)
+        check_effect(run.branch, run.method, model, partial(render, run), before)
+    return files
+
+
+def load(
+    tune: TuneRow,
+    base: Base,
+    config: TrainConfig,
+    settings: Settings,
+    device: torch.device,
+    report: Report,
+    preview: str,
+) -> Run:
+    """Find the pictures, load the base, and prepare the model type on it. Arguments: see `train_tune`."""
     folder, token = settings.outputs / "tunes" / str(tune["id"]), tune["token"]
     assert token is not None, "a tune that is trained has a token"
     (folder / "config.json").write_text(json.dumps({"base": base.title, **config.model_dump(mode="json")}, indent=1))
     names = {photo["file"]: photo["name"] for photo in tune["photos"] if not photo.get("dropped")}
     pictures = dataset.find_pictures(folder, names, token, tune["name"], config)
-    for lacking in dataset.without_mask(pictures, folder / "dataset", config):
-        report.warn(lacking)
-
+    for warning in dataset.without_mask(pictures, folder / "dataset", config):
+        report.warn(warning)
     report.stage("loading")
     branch = load_branch(base, device, settings.outputs / "cache")
     method = get_method(tune["method"])
-    for said in method.begin(branch, config, token, tune["name"], base.model):
-        report.warn(said)
+    for warning in method.begin(branch, config, token, tune["name"], base.model):
+        report.warn(warning)
     defaults = branch_file.render_config(settings.presets, base.branch)
+    return Run(tune, base, config, device, report, folder, branch, method, defaults, preview, pictures)
 
-    if config.prior_weight:
-        report.stage("class pictures")
-        drawn = class_pictures(branch, base, tune["name"], config, defaults, settings.outputs / "cache", report)
-        if drawn is None:
-            return None
-        pictures += drawn
 
-    report.stage("encoding")
-    kept = method.encoders(branch, config)
-    data, told = dataset.build(branch, pictures, [preview, ""], config, folder / "dataset", kept)
-    branch.denoiser.to(device)
-    if config.text_steps:
-        for encoder in branch.text_encoders.values():
-            encoder.to(device)
+def encode(run: Run) -> Dataset:
+    """Encode pictures and captions; then what trains is on the device, and what is needed no more is not."""
+    kept = run.method.encoders(run.branch, run.config)
+    data, run.encoded = dataset.build(
+        run.branch, run.pictures, [run.preview, ""], run.config, run.folder / "dataset", kept
+    )
+    run.branch.denoiser.to(run.device)
+    if run.config.text_steps:
+        for encoder in run.branch.text_encoders.values():
+            encoder.to(run.device)
+    return data
 
-    def render(steps: int, output_type: str) -> Any:
-        """The preview of the model as it is now: a picture, or its latents."""
-        with torch.no_grad(), placed(device, branch.vae), autocast(device, branch.dtype):
-            spoken, silent = (branch.encode_prompts([text]) for text in (preview, "")) if config.text_steps else told
-            return branch.pipeline(
-                **branch.prompt_inputs(spoken, silent),
-                width=config.resolution[0],
-                height=config.resolution[0],
-                num_inference_steps=steps,
-                guidance_scale=defaults.cfg_scale,
-                generator=torch.Generator().manual_seed(PREVIEW_SEED),
-                output_type=output_type,
-            ).images
 
-    def look(step: int) -> None:
-        """At every quarter: a preview, and from the middle on the model of that moment."""
-        try:
-            write_picture(render(PREVIEW_STEPS, "pil")[0], folder / "samples" / f"step-{step:06d}.png")
-        except torch.OutOfMemoryError:
-            report.warn(f"the preview at step {step} was left out: the card has no room for it")
-        if MODELS_KEPT_FROM <= quarters(config.steps)[step] < 1 and not method.LARGE:
-            with whole_folder(folder / "checkpoints" / f"step-{step:06d}") as kept:
-                facts = describe(tune, base, branch, config, pictures, step)
-                for file in method.save(branch, kept, config, facts):
-                    check_file(kept / file)
-
-    before: Tensor = render(CHECK_STEPS, "latent")
+def attach(run: Run) -> list[Group]:
+    """Make the branch trainable; returns the optimizer's parameter groups (see `Method.attach`)."""
     with torch.random.fork_rng():
-        torch.manual_seed(seeds.derive(config.seed, 0, "adapters"))
-        groups = method.attach(branch, config)
-    branch.denoiser.to(device)  # what was attached, too
-    if config.gradient_checkpointing:
-        branch.pipeline.components[branch.denoiser_name].enable_gradient_checkpointing()
+        torch.manual_seed(seeds.derive(run.config.seed, 0, "adapters"))
+        groups = run.method.attach(run.branch, run.config)
+    run.branch.denoiser.to(run.device)  # what was attached, too
+    if run.config.gradient_checkpointing:
+        run.branch.pipeline.components[run.branch.denoiser_name].enable_gradient_checkpointing()
+    return groups
 
-    report.stage("training")
-    moments, states, after_step = quarters(config.steps), folder / "state", partial(method.after_step, branch)
-    if not loop.train(branch, groups, data, config, report, states, look, moments, after_step):
-        return None
 
-    report.stage("saving")
-    with whole_folder(folder / "model") as model:
-        files = method.save(branch, model, config, describe(tune, base, branch, config, pictures, config.steps))
-        for file in files:
-            check_file(model / file)
-        check_effect(branch, method, model, render, before)
+def render(run: Run, steps: int, output_type: str) -> Any:
+    """The preview of the model as it is now: a picture (`pil`), or its latents (`latent`)."""
+    branch, side = run.branch, run.config.resolution[0]
+    with torch.no_grad(), placed(run.device, branch.vae), autocast(run.device, branch.dtype):
+        trained_texts = run.config.text_steps > 0
+        prompt, empty = (branch.encode_prompts([text]) for text in (run.preview, "")) if trained_texts else run.encoded
+        return branch.pipeline(
+            **branch.prompt_inputs(prompt, empty),
+            width=side,
+            height=side,
+            num_inference_steps=steps,
+            guidance_scale=run.defaults.cfg_scale,
+            generator=torch.Generator().manual_seed(PREVIEW_SEED),
+            output_type=output_type,
+        ).images
+
+
+def save_quarter(run: Run, step: int) -> None:
+    """At every quarter: a preview, and from the middle on the model as it is then."""
+    try:
+        write_picture(render(run, PREVIEW_STEPS, "pil")[0], run.folder / "samples" / f"step-{step:06d}.png")
+    except torch.OutOfMemoryError:
+        run.report.warn(f"the preview at step {step} was left out: the card has no room for it")
+    if MODELS_KEPT_FROM <= quarters(run.config.steps)[step] < 1 and not run.method.LARGE:
+        with whole_folder(run.folder / "checkpoints" / f"step-{step:06d}") as folder:
+            save_model(run, folder, step)
+
+
+def save_model(run: Run, folder: Path, step: int) -> list[str]:
+    """Write the model of this step into a folder, and check each file. Returns their names."""
+    facts = describe(run.tune, run.base, run.branch, run.config, run.pictures, step)
+    files = run.method.save(run.branch, folder, run.config, facts)
+    for file in files:
+        check_file(folder / file)
     return files
 
 

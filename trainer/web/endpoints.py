@@ -22,13 +22,24 @@ from trainer.studio import tunes as tune_verbs
 from trainer.studio.rows import Services
 from trainer.web.progress import WATCH_SECONDS, busy, teller
 
-Answer = dict[str, Any]  # Gradio tells this type to its clients
+Answer = dict[str, Any]  # Gradio shows this type to its clients
 Endpoint = Callable[..., Awaitable[Any]]
 
 
 def endpoints(services: Services) -> list[Endpoint]:
-    """The functions that gradio_client calls. Types are told, not enforced, by Gradio: `schema` checks them."""
+    """The functions that gradio_client calls. Gradio shows their types and does not enforce them: the contract does."""
+    submit_tune = submit_endpoint(services)
+    return [
+        waiting_endpoint(services, submit_tune),
+        submit_tune,
+        *tune_endpoints(services),
+        *prompt_endpoints(services),
+        *list_endpoints(services),
+        check_endpoint(services),
+    ]
 
+
+def submit_endpoint(services: Services) -> Endpoint:
     @spoken
     async def submit_tune(
         name: str = "",
@@ -57,6 +68,34 @@ def endpoints(services: Services) -> list[Endpoint]:
         tune, _ = await run_in_threadpool(tune_verbs.create_tune, services, values, uploads, teller(gr.Progress()))
         return tune.model_dump()
 
+    return submit_tune
+
+
+def waiting_endpoint(services: Services, submit_tune: Endpoint) -> Endpoint:
+    """`create_tune`: the parameters of `submit_tune`, written once."""
+
+    async def submit_and_wait(*positional: object, **named: object) -> Answer:
+        tune = Tune(**await submit_tune(*positional, **named))
+        progress = gr.Progress()
+        while busy(tune):
+            where = tune.progress
+            loss = "" if where.loss is None else f", loss {where.loss:.4f}"
+            share = where.step / where.steps if where.steps else 0.0
+            steps = f": step {where.step} of {where.steps}" if where.steps else ""
+            progress(share, f"{where.stage}{steps}{loss}")
+            await asyncio.sleep(WATCH_SECONDS)
+            tune = await run_in_threadpool(tune_verbs.get_tune, services, tune.id)
+        if tune.status == "failed":
+            raise gr.Error(tune.error or "the tune failed", print_exception=False)
+        return tune.model_dump()
+
+    create_tune = functools.wraps(submit_tune)(spoken(submit_and_wait))
+    create_tune.__name__ = "create_tune"
+    create_tune.__doc__ = "Create a tune and wait for it and its prompts; it goes on when the caller leaves."
+    return create_tune
+
+
+def check_endpoint(services: Services) -> Endpoint:
     @spoken
     async def check_photos(
         images: list[gr.FileData] | None = None,
@@ -78,25 +117,10 @@ def endpoints(services: Services) -> list[Endpoint]:
             await run_in_threadpool(tune_verbs.check_photos, services, values, uploads, teller(gr.Progress()))
         ).model_dump()
 
-    async def submit_and_wait(*positional: object, **named: object) -> Answer:
-        tune = Tune(**await submit_tune(*positional, **named))
-        progress = gr.Progress()
-        while busy(tune):
-            where = tune.progress
-            loss = "" if where.loss is None else f", loss {where.loss:.4f}"
-            share = where.step / where.steps if where.steps else 0.0
-            steps = f": step {where.step} of {where.steps}" if where.steps else ""
-            progress(share, f"{where.stage}{steps}{loss}")
-            await asyncio.sleep(WATCH_SECONDS)
-            tune = await run_in_threadpool(tune_verbs.get_tune, services, tune.id)
-        if tune.status == "failed":
-            raise gr.Error(tune.error or "the tune failed", print_exception=False)
-        return tune.model_dump()
+    return check_photos
 
-    create_tune = functools.wraps(submit_tune)(spoken(submit_and_wait))  # the same parameters, written once
-    create_tune.__name__ = "create_tune"
-    create_tune.__doc__ = "Create a tune and wait for it and its prompts; it goes on when the caller leaves."
 
+def tune_endpoints(services: Services) -> list[Endpoint]:
     @spoken
     async def get_tune(tune_id: int) -> Answer:
         """One tune with its prompts."""
@@ -130,6 +154,31 @@ def endpoints(services: Services) -> list[Endpoint]:
         await run_in_threadpool(tune_verbs.delete_tune, services, tune_id)
         return {"message": "Tune successfully deleted"}
 
+    return [get_tune, list_tunes, cancel_tune, resume_tune, delete_tune]
+
+
+def prompt_endpoints(services: Services) -> list[Endpoint]:
+    @spoken
+    async def get_prompt(prompt_id: int) -> Answer:
+        """One prompt with its pictures."""
+        return (await run_in_threadpool(prompt_verbs.get_prompt, services, prompt_id)).model_dump()
+
+    @spoken
+    async def list_prompts(tune_id: int | None = None, limit: int = 20, offset: int = 0) -> list[Answer]:
+        """Prompts, newest first."""
+        prompts = await run_in_threadpool(prompt_verbs.list_prompts, services, tune_id, limit, offset)
+        return [prompt.model_dump() for prompt in prompts]
+
+    @spoken
+    async def delete_prompt(prompt_id: int) -> dict[str, str]:
+        """Remove a prompt and its pictures."""
+        await run_in_threadpool(prompt_verbs.delete_prompt, services, prompt_id)
+        return {"message": "Prompt successfully deleted"}
+
+    return [create_prompt_endpoint(services), get_prompt, list_prompts, delete_prompt]
+
+
+def create_prompt_endpoint(services: Services) -> Endpoint:
     @spoken
     async def create_prompt(
         tune_id: int,
@@ -171,23 +220,10 @@ def endpoints(services: Services) -> list[Endpoint]:
         tell = teller(gr.Progress())
         return (await run_in_threadpool(prompt_verbs.create_prompt, services, tune_id, values, tell)).model_dump()
 
-    @spoken
-    async def get_prompt(prompt_id: int) -> Answer:
-        """One prompt with its pictures."""
-        return (await run_in_threadpool(prompt_verbs.get_prompt, services, prompt_id)).model_dump()
+    return create_prompt
 
-    @spoken
-    async def list_prompts(tune_id: int | None = None, limit: int = 20, offset: int = 0) -> list[Answer]:
-        """Prompts, newest first."""
-        prompts = await run_in_threadpool(prompt_verbs.list_prompts, services, tune_id, limit, offset)
-        return [prompt.model_dump() for prompt in prompts]
 
-    @spoken
-    async def delete_prompt(prompt_id: int) -> dict[str, str]:
-        """Remove a prompt and its pictures."""
-        await run_in_threadpool(prompt_verbs.delete_prompt, services, prompt_id)
-        return {"message": "Prompt successfully deleted"}
-
+def list_endpoints(services: Services) -> list[Endpoint]:
     @spoken
     async def list_base_tunes(branch: str | None = None) -> list[Answer]:
         """Base models that a tune can start from."""
@@ -198,10 +234,7 @@ def endpoints(services: Services) -> list[Endpoint]:
         """Names for the parameter preset."""
         return await run_in_threadpool(settle.list_presets, services)
 
-    return [
-        create_tune, submit_tune, get_tune, list_tunes, cancel_tune, resume_tune, delete_tune,
-        create_prompt, get_prompt, list_prompts, delete_prompt, list_base_tunes, list_presets, check_photos,
-    ]  # fmt: skip
+    return [list_base_tunes, list_presets]
 
 
 def spoken(endpoint: Endpoint) -> Endpoint:

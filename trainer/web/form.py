@@ -176,6 +176,11 @@ class Form:
             self.checker = gr.Button("Check photos", size="lg", elem_id="check", scale=1)
             self.button = gr.Button("Create tune", variant="primary", size="lg", elem_id="create", scale=2)
         self._other = gr.HTML()
+        self._advanced()
+
+    def _advanced(self) -> None:
+        """The folds below the buttons."""
+        add = self._add
         with self._fold("Characteristics", "characteristics"):
             gr.Markdown("`{{eye_color}}` in a prompt becomes the value of the key `eye_color`.")
             table = {"headers": ["key", "value"], "value": [["", ""], ["", ""]], "column_count": 2, "type": "array"}

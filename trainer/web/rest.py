@@ -29,14 +29,24 @@ SqlInteger = Annotated[int, Query(ge=0, lt=2**63)]
 CALLS = ("/tunes", "/prompts", "/photos/", "/gallery/", "/presets", "/packs", "/p/")  # begin their paths
 
 
+PROMPT_BODY = {"requestBody": {"content": body_schema("prompt", PromptRequest)}}
+
+
 def create_app(services: Services) -> FastAPI:
     """All REST routes over the shared verbs."""
     app = FastAPI(title="Tunebooth", version=__version__, redirect_slashes=False, responses=REFUSALS)
     app.add_middleware(JsonSuffix)
     add_error_answers(app)
+    for add_routes in (
+        tune_routes, change_routes, file_routes, prompt_routes, prompt_change_routes, pack_routes, list_routes
+    ):  # fmt: skip
+        add_routes(app, services)
+    return app
 
+
+def tune_routes(app: FastAPI, services: Services) -> None:
+    """Create tunes, check photos, read tunes."""
     tune_body = {"requestBody": {"content": body_schema("tune", TuneRequest)}}
-    prompt_body = {"requestBody": {"content": body_schema("prompt", PromptRequest)}}
 
     @app.post("/tunes", status_code=201, response_model=Tune, responses={200: {"model": Tune}}, openapi_extra=tune_body)
     async def create_tune(request: Request) -> JSONResponse:
@@ -68,6 +78,10 @@ def create_app(services: Services) -> FastAPI:
     def get_tune(tune_id: int) -> Tune:
         return tunes.get_tune(services, tune_id)
 
+
+def change_routes(app: FastAPI, services: Services) -> None:
+    """What can be done to a tune that exists."""
+
     @app.patch("/tunes/{tune_id}", openapi_extra={"requestBody": {"content": body_schema("tune", TuneChange)}})
     async def change_tune(tune_id: int, request: Request) -> Tune:
         """Change title, class name, auto_extend or characteristics."""
@@ -88,6 +102,21 @@ def create_app(services: Services) -> FastAPI:
     def resume_tune(tune_id: int) -> Tune:
         return tunes.resume_tune(services, tune_id)
 
+    @app.get("/tunes/{tune_id}/callbacks")
+    def list_callbacks(tune_id: int) -> list[Callback]:
+        """What was posted, or is still to be, to the callbacks of a tune and its prompts; newest first."""
+        tunes.get_tune(services, tune_id)  # or there is none
+        return tunes.list_callbacks(services, tune_id)
+
+    @app.post("/tunes/{tune_id}/callbacks")
+    def send_callbacks_again(tune_id: int) -> list[Callback]:
+        """Post all of them once more."""
+        return tunes.send_callbacks_again(services, tune_id)
+
+
+def file_routes(app: FastAPI, services: Services) -> None:
+    """Models and pictures: files behind signed links."""
+
     answers: dict[int | str, dict[str, object]] = {
         307: {"description": "Leads to the file"},
         202: {"model": Done, "description": "It is being made; ask again"},
@@ -103,7 +132,24 @@ def create_app(services: Services) -> FastAPI:
             return JSONResponse(waiting.model_dump(), 202, {"Retry-After": "5"})
         return RedirectResponse(link)
 
-    @app.post("/tunes/{tune_id}/prompts", status_code=201, openapi_extra=prompt_body)
+    @app.get("/files/{path:path}", include_in_schema=False)
+    def get_file(path: str, signature: str = "", expires: int = 0) -> FileResponse:
+        file = open_link(services.settings, path, expires, signature)
+        if file is None:
+            raise NotFound("this link is wrong, over, or its file is gone")
+        model = file.suffix in (".safetensors", ".zip")
+        name = f"tune-{path.partition('/')[0]}-{file.name}" if model else file.name
+        picture = file.suffix in (".png", ".jpg")
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=86400"}
+        return FileResponse(
+            file, filename=name, content_disposition_type="inline" if picture else "attachment", headers=headers
+        )
+
+
+def prompt_routes(app: FastAPI, services: Services) -> None:
+    """Create and read prompts."""
+
+    @app.post("/tunes/{tune_id}/prompts", status_code=201, openapi_extra=PROMPT_BODY)
     async def create_prompt(tune_id: int, request: Request) -> Prompt:
         """Render a prompt with a tune; with its base's id where the text has `<lora:ID:WEIGHT>`."""
         async with sent(request, services, "prompt", len(PICTURES)) as data:
@@ -131,6 +177,10 @@ def create_app(services: Services) -> FastAPI:
             raise NotFound(f"tune {tune_id} has no prompt {prompt_id}")
         return prompt
 
+
+def prompt_change_routes(app: FastAPI, services: Services) -> None:
+    """Delete prompts, or render them again."""
+
     @app.delete("/prompts/{prompt_id}")
     def delete_prompt(prompt_id: int) -> Done:
         """Remove a prompt and its pictures; one that renders is stopped first."""
@@ -142,7 +192,7 @@ def create_app(services: Services) -> FastAPI:
         prompts.delete_prompt(services, prompt_id, tune_id)
         return Done(message="Prompt successfully deleted")
 
-    @app.post("/prompts/{prompt_id}/duplicate", status_code=201, openapi_extra=prompt_body)
+    @app.post("/prompts/{prompt_id}/duplicate", status_code=201, openapi_extra=PROMPT_BODY)
     async def duplicate_prompt(prompt_id: int, request: Request) -> Prompt:
         """Render a prompt again; the body, which may be empty, says what is to be different."""
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
@@ -154,21 +204,9 @@ def create_app(services: Services) -> FastAPI:
             mark = await run_in_threadpool(read_mark, request, data, [])
             return await run_in_threadpool(prompts.duplicate_prompt, services, prompt_id, data, untold, mark)
 
-    @app.get("/tunes/{tune_id}/callbacks")
-    def list_callbacks(tune_id: int) -> list[Callback]:
-        """What was posted, or is still to be, to the callbacks of a tune and its prompts; newest first."""
-        tunes.get_tune(services, tune_id)  # or there is none
-        return tunes.list_callbacks(services, tune_id)
 
-    @app.post("/tunes/{tune_id}/callbacks")
-    def send_callbacks_again(tune_id: int) -> list[Callback]:
-        """Post all of them once more."""
-        return tunes.send_callbacks_again(services, tune_id)
-
-    @app.get("/gallery/tunes")
-    def list_base_tunes(branch: str | None = None) -> list[dict[str, object]]:
-        """Base models that a tune can start from."""
-        return models.list_base_tunes(services, branch)
+def pack_routes(app: FastAPI, services: Services) -> None:
+    """Packs."""
 
     @app.get("/packs")
     def list_packs() -> list[dict[str, object]]:
@@ -197,24 +235,18 @@ def create_app(services: Services) -> FastAPI:
         """Make a pack of a tune's settings and prompts, under its own title or another."""
         return pack_verbs.save_pack(services, tune_id, title)
 
+
+def list_routes(app: FastAPI, services: Services) -> None:
+    """What a tune can start from."""
+
+    @app.get("/gallery/tunes")
+    def list_base_tunes(branch: str | None = None) -> list[dict[str, object]]:
+        """Base models that a tune can start from."""
+        return models.list_base_tunes(services, branch)
+
     @app.get("/presets")
     def list_presets() -> list[str]:
         return settle.list_presets(services)
-
-    @app.get("/files/{path:path}", include_in_schema=False)
-    def get_file(path: str, signature: str = "", expires: int = 0) -> FileResponse:
-        file = open_link(services.settings, path, expires, signature)
-        if file is None:
-            raise NotFound("this link is wrong, over, or its file is gone")
-        model = file.suffix in (".safetensors", ".zip")
-        name = f"tune-{path.partition('/')[0]}-{file.name}" if model else file.name
-        picture = file.suffix in (".png", ".jpg")
-        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=86400"}
-        return FileResponse(
-            file, filename=name, content_disposition_type="inline" if picture else "attachment", headers=headers
-        )
-
-    return app
 
 
 class JsonSuffix:
