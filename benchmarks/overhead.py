@@ -22,6 +22,7 @@ from trainer.config.train_config import TrainConfig
 from trainer.device import leave_a_core_free
 from trainer.library import bases
 from trainer.methods import lora
+from trainer.methods.protocol import Group
 from trainer.settings import read_settings
 from trainer.studio import demo
 from trainer.studio.store import Store
@@ -96,7 +97,7 @@ def bare(branch: Any, data: Dataset, config: TrainConfig) -> float:
     return (inner[-1] - inner[0]) / (len(inner) - 1)
 
 
-def attach(branch: Any, config: TrainConfig) -> list[dict[str, Any]]:
+def attach(branch: Any, config: TrainConfig) -> list[Group]:
     """Fresh adapters, in place of those of the round before."""
     if hasattr(branch.denoiser, "peft_config"):
         branch.pipeline.unload_lora_weights()

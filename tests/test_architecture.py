@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import graphlib
 import io
+import re
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,19 @@ HOMES = {
 
 MOST_MODULE_LINES = 350
 MOST_FUNCTION_LINES = 60
+MOST_ANY = 150
+# Handlers of every exception stand at the edges of threads and processes. What each must survive:
+BROAD_HANDLERS = {
+    "trainer.clock.Loop._run": "one failure of what a looping thread does",
+    "trainer.photos.child.Child._running": "the imports of a child process",
+    "trainer.photos.decode.decode": "decoders of files from strangers, in the decoding child",
+    "trainer.photos.looker.breaking": "what the looking child raised",
+    "trainer.studio.webhooks.Postman._post": "one callback, in a thread of its own",
+    "trainer.web.guard.Guard._run_inner": "an app that cannot be loaded or begun, in threads: /health says so",
+    "trainer.web.mcp.tool.called": "a tool that fails: its client is not told what is in the log",
+    "trainer.work.bench.Bench.run": "one job of the worker's thread",
+    "trainer.work.worker.Worker._set_up": "libraries and devices that the worker's thread begins with",
+}
 # Where the name of a family or of a model type may stand in code.
 NAMES_AT_HOME = ("trainer.names", "trainer.branches.", "trainer.methods.")
 
@@ -240,6 +255,57 @@ def test_packages_hold_no_logic() -> None:
     for package in PACKAGES:
         allowed = (ast.Expr, ast.ImportFrom, ast.Assign)
         assert all(isinstance(node, allowed) for node in TREES[package].body), package
+
+
+# Types and exceptions
+
+
+def test_types_are_told() -> None:
+    named = [module for module, text in SOURCES.items() for _ in re.findall(r"\bAny\b", text)]
+    assert 0 < len(named) < MOST_ANY, Counter(named).most_common(10)
+
+
+def test_the_contract_has_no_type_that_is_ignored() -> None:
+    assert [module for module, text in SOURCES.items() if room(module) == "contract" and "type: ignore" in text] == []
+    assert any("type: ignore" in text for text in SOURCES.values())  # what the check above would see
+
+
+def broad_handlers(node: ast.AST, inside: str) -> Iterator[str]:
+    """The functions, by their dotted names, that handle every exception."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield from broad_handlers(child, f"{inside}.{child.name}")
+            continue
+        caught: list[ast.expr] = []
+        if isinstance(child, ast.ExceptHandler):
+            caught = [child.type] if child.type else [ast.Name("Exception")]
+        elif isinstance(child, ast.Call) and ast.unparse(child.func).endswith("suppress"):
+            caught = child.args
+        names = {ast.unparse(one) for some in caught for one in (some.elts if isinstance(some, ast.Tuple) else [some])}
+        if names & {"Exception", "BaseException"}:
+            yield inside
+        yield from broad_handlers(child, inside)
+
+
+def test_only_the_edges_of_threads_and_processes_handle_every_exception() -> None:
+    assert {where for module, tree in TREES.items() for where in broad_handlers(tree, module)} == BROAD_HANDLERS.keys()
+    for text in SOURCES.values():
+        for line in text.splitlines():
+            assert not re.search(r"except (Base)?Exception\b", line) or "# the edge " in line, line
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "try: 1\nexcept: 2",
+        "try: 1\nexcept Exception: 2",
+        "try: 1\nexcept (OSError, BaseException) as e: 2",
+        "with contextlib.suppress(Exception): 1",
+    ],
+)
+def test_a_handler_of_every_exception_is_found(code: str) -> None:
+    assert list(broad_handlers(ast.parse(code), "a")) == ["a"]
+    assert list(broad_handlers(ast.parse("try: 1\nexcept (OSError, ValueError): 2"), "a")) == []
 
 
 # Names of families and model types

@@ -57,7 +57,7 @@ class Loop:
             pause = self._wake, self._seconds
             try:
                 self._act()
-            except Exception:
+            except Exception:  # the edge of a thread: one failure must not end it
                 log.exception("the thread %s goes on in a moment", self._name)
                 if self._retry_seconds is not None:
                     pause = self.stopping, self._retry_seconds

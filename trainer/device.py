@@ -8,10 +8,13 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 GIB = 2**30
 ROOM = 0.85  # of the free memory may be weights when a picture is rendered; the rest is for activations
@@ -61,7 +64,7 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def place_for_rendering(pipeline: Any, device: torch.device) -> None:
+def place_for_rendering(pipeline: DiffusionPipeline, device: torch.device) -> None:
     """All parts of a pipeline on the device; where they do not fit together, each when its turn comes (accelerate)."""
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     size = sum(weight.nbytes for part in parts for weight in part.parameters()) / GIB

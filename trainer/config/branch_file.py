@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from trainer.config.toml_file import read_toml
+from trainer.config.toml_file import Table, read_toml
 from trainer.names import BRANCHES, METHODS
 
 
@@ -38,7 +37,7 @@ class BaseRow:
     variant: str | None = None  # of its weight files: `fp16` where the repository has them twice
 
 
-def branch_table(folder: Path, branch: str) -> dict[str, Any]:
+def branch_table(folder: Path, branch: str) -> Table:
     """The TOML of a branch."""
     return read_toml(folder / f"{branch}.toml")
 

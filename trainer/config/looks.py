@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer.config.branch_file import ControlRow
-from trainer.config.toml_file import read_toml
+from trainer.config.toml_file import Table, read_toml
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,15 @@ def film_looks(folder: Path) -> dict[str, FilmLook]:
     }
 
 
-def looks(folder: Path, name: str) -> dict[str, Any]:
+def looks(folder: Path, name: str) -> Table:
     """A TOML of what can be done to a picture's look; an empty one where a user's folder has none."""
     file = folder / "looks" / f"{name}.toml"
     return read_toml(file) if file.exists() else {}
 
 
-def pack_tables(*folders: Path) -> dict[str, dict[str, Any] | str]:
+def pack_tables(*folders: Path) -> dict[str, Table | str]:
     """The TOMLs of the packs in some folders by their names; of one that cannot be read, why not."""
-    tables: dict[str, dict[str, Any] | str] = {}
+    tables: dict[str, Table | str] = {}
     for file in (file for folder in folders for file in sorted(folder.glob("*.toml"))):
         try:
             tables[file.stem] = read_toml(file)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from trainer.config.branch_file import branch_table
 from trainer.config.kinds import KINDS, OTHER_KIND, STYLE_KIND, kind_of
-from trainer.config.toml_file import read_toml
+from trainer.config.toml_file import Table, read_toml
 from trainer.config.train_config import TrainConfig, parse_args
 from trainer.contract.errors import InvalidRequest, nearest, words
 from trainer.names import METHODS, WORDS
@@ -80,13 +78,13 @@ def resolve(
     return config if "batch" in asked else config.model_copy(update={"batch": min(config.batch, photos)})
 
 
-def layer(table: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def layer(table: Table, kind: str) -> Table:
     """The values of one table of a model type, with those for a kind of subject over them."""
     plain = {key: value for key, value in table.items() if key in KEYS}
     return {**plain, **table.get(kind, {})}
 
 
-def overlay(file: Path, branch: str, model_type: str, kind: str) -> dict[str, Any]:
+def overlay(file: Path, branch: str, model_type: str, kind: str) -> Table:
     """What a preset says. Raises InvalidRequest for a TOML that is broken, of another branch, or has an unknown key."""
     try:
         preset = read_toml(file)
@@ -103,7 +101,7 @@ def overlay(file: Path, branch: str, model_type: str, kind: str) -> dict[str, An
     return plain | layer(preset.get(model_type, {}), kind)
 
 
-def section_problems(file: Path, section: str, table: Any) -> list[str]:
+def section_problems(file: Path, section: str, table: object) -> list[str]:
     """What is wrong with the table of a model type, in words; the values are checked when they are put together."""
     if not isinstance(table, dict):
         return [f"{file.name}: {section} must be a table, [{section}]"]
@@ -119,7 +117,7 @@ def section_problems(file: Path, section: str, table: Any) -> list[str]:
     return problems + [f"{file.name}: {key} must be a whole number" for key in sorted(wrong)]
 
 
-def unknown(file: Path, table: Mapping[str, Any], known: set[str]) -> list[str]:
+def unknown(file: Path, table: Table, known: set[str]) -> list[str]:
     return [f"{file.name} has an unknown key {key!r}{nearest(key, known)}" for key in table if key not in known]
 
 
@@ -131,7 +129,7 @@ def fit(
     Rows of [[MODEL_TYPE.memory]] apply in their order where the memory is below their `below_gib`. Afterwards
     micro_batch is from 1 to batch.
     """
-    changes: dict[str, Any] = {}
+    changes: Table = {}
     for row in branch_table(folder, branch)[model_type].get("memory", []):
         if free_gib < row["below_gib"]:
             changes |= {key: value for key, value in row.items() if key != "below_gib"}

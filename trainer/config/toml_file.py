@@ -7,10 +7,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-_parsed: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}
+Table = dict[str, Any]  # of a TOML: what its values are is checked where they are read
+_parsed: dict[Path, tuple[tuple[int, int], Table]] = {}
 
 
-def read_toml(file: Path) -> dict[str, Any]:
+def read_toml(file: Path) -> Table:
     """The content of a TOML. It is the caller's own copy, so that no caller changes what another one reads.
 
     A file is parsed again when its modification time or its size has changed. Raises OSError for a file that cannot be

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from trainer.contract.errors import InvalidRequest, nearest, words
 
 
-def _whole_numbers(value: Any) -> Any:
+def _whole_numbers(value: object) -> object:
     """`512`, `"512,768"` and `[512, 768]` -> a tuple."""
     if isinstance(value, str):
         return tuple(value.split(","))
@@ -117,7 +117,7 @@ def as_args(config: TrainConfig) -> str:
     return " ".join(f"{key}={_as_word(value)}" for key, value in config)
 
 
-def _as_word(value: Any) -> str:
+def _as_word(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

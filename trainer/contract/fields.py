@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -17,16 +17,17 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from trainer.contract.errors import InvalidRequest, nearest
 
 
-def blank_is_none(value: Any) -> Any:
+def blank_is_none(value: object) -> object:
     """Forms cannot say null: they send an empty field."""
     return None if isinstance(value, str) and not value.strip() else value
 
 
-def _no_control_characters(value: Any) -> Any:
+def _no_control_characters(value: object) -> object:
     if isinstance(value, str):
         if any(ord(c) < 32 and c not in "\t\n" for c in value):
             raise ValueError("must not contain control characters")
@@ -60,7 +61,7 @@ Address = Annotated[Annotated[Text, Field(max_length=2048), AfterValidator(_is_a
 T = TypeVar("T")
 
 
-def _number_or_none(value: Any) -> Any:
+def _number_or_none(value: object) -> object:
     value = blank_is_none(value)
     if isinstance(value, bool):
         raise ValueError("must be a number, not true or false")
@@ -83,11 +84,11 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    _ignored: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _ignored: dict[str, object] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
     @classmethod
-    def _set_aside(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _set_aside(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """Leave out what is null, and what the hosted service takes and we do not act on."""
         if not isinstance(data, dict):
             raise ValueError("must be an object")
@@ -98,7 +99,7 @@ class Request(BaseModel):
         return request
 
     @property
-    def ignored(self) -> dict[str, Any]:
+    def ignored(self) -> dict[str, object]:
         """What was set aside, by its name."""
         return self._ignored
 
@@ -153,7 +154,7 @@ MESSAGES = {  # pydantic's own words name its types; these name what the API tak
 }
 
 
-def parse_request(model: type[R], data: Any) -> R:
+def parse_request(model: type[R], data: object) -> R:
     """Check a request against its schema. Raises InvalidRequest with all problems at once."""
     try:
         return model.model_validate(data)
@@ -166,7 +167,7 @@ def parse_request(model: type[R], data: Any) -> R:
         raise InvalidRequest(problems) from None
 
 
-def _message(model: type[Request], problem: Any) -> str:
+def _message(model: type[Request], problem: ErrorDetails) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown parameter{nearest(str(problem['loc'][-1]), model.known_at(problem['loc']))}"

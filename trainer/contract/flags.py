@@ -137,7 +137,7 @@ def joined(left: str, right: str) -> str:
     return left + (" " if left and right and right[0] not in ",.;" else "") + right
 
 
-def read(name: str, value: str) -> tuple[Any, str | None]:
+def read(name: str, value: str) -> tuple[str | float | None, str | None]:
     """A value as Flags has it, None if it is wrong; and what to warn of."""
     if name in WORDS:
         return (value, None) if value else (None, f"--{name} needs words after it; it was left out")

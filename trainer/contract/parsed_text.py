@@ -30,7 +30,7 @@ def parse_text(text: str) -> ParsedText:
     return ParsedText(plain, tuple(models), flags, tuple(warnings))
 
 
-def as_row(parsed: ParsedText) -> dict[str, Any]:
+def as_row(parsed: ParsedText) -> dict[str, object]:
     """As the store keeps it: flags that were not given are left out."""
     flags = {name: value for name, value in asdict(parsed.flags).items() if value not in (None, False)}
     return {"text": parsed.text, "models": parsed.models, "flags": flags}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, PrivateAttr, model_validator
 
 from trainer.contract.fields import (
     Address,
@@ -48,7 +48,7 @@ Scheduler = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of(S
 ControlNet = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of((*CONTROLS, *HOSTED_CONTROLS)))]]
 
 
-def _enlarged(value: Any) -> Any:
+def _enlarged(value: object) -> object:
     """The hosted service's older word for super-resolution says by how much."""
     return True if isinstance(value, str) and value.strip().lower() in ("x2", "x4") else blank_is_none(value)
 
@@ -78,9 +78,9 @@ class PromptRequest(Request):
     inpaint_faces: OptionalBool = None
     face_correct: OptionalBool = None
     face_swap: OptionalBool = None
-    input_image: Any = Field(None, exclude=True)
+    input_image: object = Field(None, exclude=True)
     input_image_url: OptionalUrl = None
-    mask_image: Any = Field(None, exclude=True)
+    mask_image: object = Field(None, exclude=True)
     mask_image_url: OptionalUrl = None
     denoising_strength: Share = None
     controlnet: ControlNet = None
@@ -126,7 +126,7 @@ PICTURES = ("input_image", "mask_image")  # of a prompt: files, in a request and
 COLUMNS = ("text", "negative_prompt", "num_images", "seed", "steps", "cfg_scale", "w", "h", "callback")
 
 
-def attributes_of(request: PromptRequest) -> dict[str, Any]:
+def attributes_of(request: PromptRequest) -> dict[str, JsonValue]:
     """What was asked for beside the columns of a prompt's row; pictures are not among it."""
     beside = {name for name in PromptRequest.model_fields if name not in (*COLUMNS, *PICTURES)}
     return {name: value for name, value in request.model_dump(include=beside).items() if value is not None}

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import NotRequired, TypedDict
+
+from pydantic import JsonValue
 
 from trainer.contract.states import PromptStatus, TuneStatus
+
+
+class PhotoRow(TypedDict):
+    """A `Photo`, dumped: the keys that are read as they are."""
+
+    name: str
+    file: str
+    dropped: NotRequired[str | None]
+
+
+class ProgressRow(TypedDict, total=False):
+    """A `Progress`, dumped; empty before anything was done."""
+
+    stage: str
+    step: int
+    steps: int
+    loss: float | None
+    seconds_per_step: float | None
 
 
 class TuneValues(TypedDict):
@@ -34,11 +54,11 @@ class TuneRow(TuneValues):
     """A row of `tunes`. photos: a `Photo` each, dumped. files: names in `model/`, the one most widely read first."""
 
     id: int
-    photos: list[dict[str, Any]]
+    photos: list[PhotoRow]
     files: list[str]
     status: TuneStatus
     cancel: int
-    progress: dict[str, Any]
+    progress: ProgressRow
     error: str | None
     eta: str | None
     created_at: str
@@ -65,8 +85,8 @@ class PromptToRender(TypedDict):
     w: int | None
     h: int | None
     callback: str | None
-    attributes: dict[str, Any]
-    parsed: dict[str, Any] | None
+    attributes: dict[str, JsonValue]
+    parsed: dict[str, JsonValue] | None
 
 
 class PromptRow(PromptToRender):
@@ -78,10 +98,10 @@ class PromptRow(PromptToRender):
     files: list[str]
     status: PromptStatus
     cancel: int
-    progress: dict[str, Any]
+    progress: ProgressRow
     error: str | None
     warnings: list[str]
-    kept: dict[str, Any]
+    kept: dict[str, JsonValue]
     named: list[tuple[str, int, float]] | None
     created_at: str
     updated_at: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, Field
 
@@ -37,7 +37,7 @@ class TuneRequest(Request):
 
     name: ClassName
     title: Title
-    images: list[Any] = []
+    images: list[object] = []
     image_urls: ImageUrls = []
     callback: Address = None
     branch: Word = None
@@ -76,7 +76,7 @@ class CheckRequest(Request):
     """What a check of photos may be told: the tune parameters that decide what becomes of them."""
 
     name: OrNone[ClassName] = None
-    images: list[Any] = []
+    images: list[object] = []
     image_urls: ImageUrls = []
     branch: Word = None
     face_crop: OptionalBool = None

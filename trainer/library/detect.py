@@ -44,7 +44,7 @@ def branch_of_folder(folder: Path) -> str:
     return branch
 
 
-def _json_object(file: Path) -> dict[str, Any]:
+def _json_object(file: Path) -> dict[str, object]:
     try:
         content = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError):

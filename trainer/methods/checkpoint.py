@@ -17,6 +17,7 @@ from trainer.branches.protocol import Branch
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import sidecar
 from trainer.methods import lora, new_tokens
+from trainer.methods.protocol import Group
 from trainer.names import FORMATS
 
 LARGE = True
@@ -39,7 +40,7 @@ def encoders(branch: Branch, config: TrainConfig) -> list[str]:
     return list(branch.text_encoders) if config.text_encoder_lr or branch.whole_file else []
 
 
-def attach(branch: Branch, config: TrainConfig) -> list[dict[str, Any]]:
+def attach(branch: Branch, config: TrainConfig) -> list[Group]:
     """All weights of the denoiser, or those that `targets` names; and of the text encoders, at their learning rate."""
     if config.trained_dtype == "bfloat16":
         branch.dtype = torch.bfloat16  # what it computes in from now on: the CPU mixes no formats by itself
@@ -47,7 +48,7 @@ def attach(branch: Branch, config: TrainConfig) -> list[dict[str, Any]]:
     modules: dict[str, tuple[nn.Module, float]] = {"denoiser": (branch.denoiser, config.lr)}
     if config.text_encoder_lr:
         modules |= {name: (encoder, config.text_encoder_lr) for name, encoder in branch.text_encoders.items()}
-    groups = []
+    groups: list[Group] = []
     for name, (module, lr) in modules.items():
         if config.trained_dtype == "bfloat16":
             module.to(torch.bfloat16)  # what rests, too: the CPU's norms take no weights narrower than their input

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from trainer.branches.protocol import Branch
 from trainer.names import IDENTITY_FILE
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 LORA = "faceid_0"  # what diffusers calls the LoRA that comes in the adapter's file
 PARTS = ("image_proj", "ip_adapter")
@@ -39,7 +42,7 @@ def apply(branch: Branch, folder: Path, scale: float, adapter: Path, file: str =
         layer.set_scale(LORA, scale)
 
 
-def inputs(branch: Branch, folder: Path, cfg_scale: float, file: str = IDENTITY_FILE) -> dict[str, Any]:
+def inputs(branch: Branch, folder: Path, cfg_scale: float, file: str = IDENTITY_FILE) -> dict[str, list[Tensor]]:
     """What the call of a pipeline with the adapter needs: it does not run without it.
 
     One tensor (2, 1, 1, D) on the denoiser's device: nobody, who is guided away from, and the identity; (1, 1, 1, D)
@@ -51,7 +54,7 @@ def inputs(branch: Branch, folder: Path, cfg_scale: float, file: str = IDENTITY_
     return {"ip_adapter_image_embeds": [torch.cat([torch.zeros_like(identity), identity]) if guided else identity]}
 
 
-def remove(pipeline: Any) -> None:
+def remove(pipeline: DiffusionPipeline) -> None:
     """Take the adapter off again, and its LoRA; other LoRAs stay as they are."""
     unet = getattr(pipeline, "unet", None)
     if unet is None:  # FLUX.1 has no such adapter
@@ -102,7 +105,7 @@ def check(branch: Branch, state: dict[str, dict[str, Tensor]], adapter: Path, fi
 
 
 @contextmanager
-def active_again(pipeline: Any) -> Iterator[None]:
+def active_again(pipeline: DiffusionPipeline) -> Iterator[None]:
     """LoRAs that are active stay so, each at its scale, and the adapter's beside them.
 
     diffusers makes the adapter's the only one that is active, in the text encoders as well.
@@ -116,5 +119,5 @@ def active_again(pipeline: Any) -> Iterator[None]:
             layer.set_adapter(names + [LORA] * (LORA in layer.scaling))
 
 
-def lora_layers(module: nn.Module) -> Iterator[Any]:
+def lora_layers(module: nn.Module) -> Iterator[LoraLayer]:
     return (layer for layer in module.modules() if isinstance(layer, LoraLayer))

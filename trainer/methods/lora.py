@@ -7,7 +7,7 @@ them along.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from trainer.branches.protocol import Branch
 from trainer.config.train_config import TrainConfig
 from trainer.methods import new_tokens
+from trainer.methods.protocol import Group
 from trainer.names import FORMATS
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of transformers' CLIP
 ADAPTER, EARLIER = "default", "earlier"
@@ -40,27 +44,28 @@ def begin(branch: Branch, config: TrainConfig, token: str, name: str, earlier: P
     return warnings
 
 
-def attach(branch: Branch, config: TrainConfig) -> list[dict[str, Any]]:
+def attach(branch: Branch, config: TrainConfig) -> list[Group]:
     """Inject the adapters: into the denoiser, and into the text encoders where they have a learning rate.
 
     Where an earlier LoRA has the same layer at the same rank, it goes on from there (`on_top = "continue"`); its other
     layers stay beside the new ones.
     """
-    modules = {"denoiser": (branch.denoiser, branch.lora_targets[config.targets], config.lr)}
+    modules: dict[str, tuple[ModelMixin, list[str], float]] = {
+        "denoiser": (branch.denoiser, branch.lora_targets[config.targets], config.lr)
+    }
     if config.text_encoder_lr:
         for name, encoder in branch.text_encoders.items():
             modules[name] = (encoder, TEXT_ENCODER_TARGETS, config.text_encoder_lr)
-    groups = []
+    groups: list[Group] = []
     for name, (module, targets, lr) in modules.items():
-        adapter: Any = module
-        adapter.add_adapter(
+        module.add_adapter(
             LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights="gaussian"),
             adapter_name=ADAPTER,
         )
-        if EARLIER in adapter.peft_config:
+        if EARLIER in module.peft_config:
             if config.on_top == "continue":
                 go_on(module)
-            adapter.set_adapter([EARLIER, ADAPTER])
+            module.set_adapter([EARLIER, ADAPTER])
             for key, parameter in module.named_parameters():
                 parameter.requires_grad_(f".{ADAPTER}." in key)
         trained = {f"{name}.{key}": p for key, p in module.named_parameters() if p.requires_grad}
@@ -185,19 +190,19 @@ def apply(branch: Branch, folder: Path, scale: float, file: str = DIFFUSERS_FILE
     branch.pipeline.set_adapters("tune", scale)
 
 
-def remove(pipeline: Any) -> None:
+def remove(pipeline: DiffusionPipeline) -> None:
     """Leave the bare base."""
     pipeline.unload_lora_weights()
     new_tokens.remove(pipeline)
 
 
-def merge(pipeline: Any) -> None:
+def merge(pipeline: DiffusionPipeline) -> None:
     """Add the loaded adapters to the weights for good: those of all parts, where FLUX.1's pipeline takes one alone."""
     pipeline.fuse_lora(components=[part for part in pipeline._lora_loadable_modules if getattr(pipeline, part, None)])
     pipeline.unload_lora_weights()
 
 
-def load(pipeline: Any, model: Path, adapter: str, token: str | None = None) -> tuple[Path, list[str]]:
+def load(pipeline: DiffusionPipeline, model: Path, adapter: str, token: str | None = None) -> tuple[Path, list[str]]:
     """Load a LoRA with its words into a stock pipeline. Returns its file, and what to warn of.
 
     model: a file, with the words in it or in NAME_emb.safetensors beside it; or the `model/` of a tune. token: what the

@@ -11,11 +11,15 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from transformers import PreTrainedTokenizerBase
 
 # A pipeline's CLIP text encoders: their tokenizers, and their keys in the files that ComfyUI and A1111 read.
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -27,7 +31,9 @@ LEGACY_EOS = 2  # what the published configs of CLIP wrongly call the end of a t
 class NewWords(nn.Module):
     """A token embedding with rows (n, D) of its own for the ids from `first` on; the table under it never moves."""
 
-    def __init__(self, table: Any, rows: Tensor, first: int, token: str, tokenizer: Any) -> None:
+    def __init__(
+        self, table: nn.Embedding | NewWords, rows: Tensor, first: int, token: str, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         super().__init__()
         # The table comes first: an encoder's number format is that of its first weight.
         self.table = table
@@ -58,20 +64,20 @@ class NewWords(nn.Module):
         return torch.where(new[..., None], rows, known)
 
 
-def of(pipeline: Any, part: str) -> NewWords | None:
+def of(pipeline: DiffusionPipeline, part: str) -> NewWords | None:
     """The newest words of a text encoder; None where it has none, or is no CLIP, or gone."""
     encoder = getattr(pipeline, part, None)
     table = None if encoder is None else encoder.get_input_embeddings()
     return table if isinstance(table, NewWords) else None
 
 
-def rows_of(pipeline: Any) -> dict[str, Tensor]:
+def rows_of(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
     """Part of the pipeline -> its new rows (n, D), in ordinary memory."""
     found = {part: of(pipeline, part) for part in TOKENIZERS}
     return {part: words.rows.detach().cpu().clone() for part, words in found.items() if words}
 
 
-def token_of(pipeline: Any) -> str | None:
+def token_of(pipeline: DiffusionPipeline) -> str | None:
     words = of(pipeline, "text_encoder")
     return words.token if words else None
 
@@ -81,7 +87,7 @@ def spelled(token: str, count: int) -> list[str]:
     return [f"<{token.lower()}-{number}>" for number in range(count)]
 
 
-def expand(pipeline: Any, prompt: str | list[str], tokenizer: Any) -> str | list[str]:
+def expand(pipeline: DiffusionPipeline, prompt: str | list[str], tokenizer: PreTrainedTokenizerBase) -> str | list[str]:
     """Texts with each token that this tokenizer knows spelled out. It takes the place of diffusers'
     `maybe_convert_prompt`, which would also find the token within other words (`sks` in "masks")."""
     if isinstance(prompt, list):
@@ -93,23 +99,23 @@ def expand(pipeline: Any, prompt: str | list[str], tokenizer: Any) -> str | list
     return prompt
 
 
-def all_of(pipeline: Any, part: str) -> Iterator[NewWords]:
+def all_of(pipeline: DiffusionPipeline, part: str) -> Iterator[NewWords]:
     """All words of a text encoder, the newest first."""
-    words: Any = of(pipeline, part)
+    words: nn.Module | None = of(pipeline, part)
     while isinstance(words, NewWords):
         yield words
         words = words.table
 
 
-def add(pipeline: Any, token: str, rows: Mapping[str, Tensor]) -> None:
+def add(pipeline: DiffusionPipeline, token: str, rows: Mapping[str, Tensor]) -> None:
     """Teach a pipeline a token. rows: part -> (n, D). Raises ValueError for a part, or a D, that it does not have."""
     pipeline.maybe_convert_prompt = partial(expand, pipeline)
     for part, tensor in rows.items():
-        tokenizer: Any = getattr(pipeline, TOKENIZERS[part], None)
-        encoder: Any = getattr(pipeline, part, None)
+        encoder = getattr(pipeline, part, None)
         width = None if encoder is None else encoder.get_input_embeddings().weight.shape[1]
-        if width != tensor.shape[1]:
+        if encoder is None or width != tensor.shape[1]:
             raise ValueError(f"new words {tuple(tensor.shape)} do not fit {part}, whose words have {width} numbers")
+        tokenizer = getattr(pipeline, TOKENIZERS[part])
         names, wider = spelled(token, len(tensor)), copy.deepcopy(tokenizer)
         wider.add_tokens(names)
         table = encoder.get_input_embeddings()
@@ -122,7 +128,7 @@ def add(pipeline: Any, token: str, rows: Mapping[str, Tensor]) -> None:
                 module.eos_token_id = tokenizer.eos_token_id
 
 
-def remove(pipeline: Any) -> None:
+def remove(pipeline: DiffusionPipeline) -> None:
     """Forget all new words."""
     vars(pipeline).pop("maybe_convert_prompt", None)
     for part in TOKENIZERS:
@@ -131,7 +137,7 @@ def remove(pipeline: Any) -> None:
             pipeline.register_modules(**{TOKENIZERS[part]: words.tokenizer})
 
 
-def meaning(pipeline: Any, part: str, text: str) -> Tensor:
+def meaning(pipeline: DiffusionPipeline, part: str, text: str) -> Tensor:
     """The mean (D,) of a text's embeddings: what a new word starts from."""
     ids = getattr(pipeline, TOKENIZERS[part])(text, add_special_tokens=False).input_ids
     table = getattr(pipeline, part).get_input_embeddings().weight
@@ -140,7 +146,7 @@ def meaning(pipeline: Any, part: str, text: str) -> Tensor:
 
 
 @torch.no_grad()
-def keep_norms(pipeline: Any) -> None:
+def keep_norms(pipeline: DiffusionPipeline) -> None:
     """Scale each new row back into the range of the norms that the table has.
 
     A row that runs away drowns the rest of the text (diffusers' advanced DreamBooth script draws back the deviation of
@@ -164,7 +170,7 @@ def norm_range(words: NewWords) -> tuple[float, float]:
     return words.norms
 
 
-def save(pipeline: Any, file: Path, metadata: dict[str, str]) -> None:
+def save(pipeline: DiffusionPipeline, file: Path, metadata: dict[str, str]) -> None:
     """Write the new rows as `clip_l` (n, 768) and, with a second encoder, `clip_g` (n, 1280), float32."""
     save_file({KEYS[part]: rows for part, rows in rows_of(pipeline).items()}, file, metadata)
 

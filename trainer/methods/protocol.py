@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from torch import Tensor
 
     from trainer.branches.protocol import Branch
     from trainer.config.train_config import TrainConfig
+
+
+class Group(TypedDict):
+    """A parameter group. lr: its learning rate. names: of its parameters, for the state on disk.
+
+    weight_decay: its own, where it has one. until: the step from which it rests.
+    """
+
+    params: Sequence[Tensor]
+    names: list[str]
+    lr: float
+    weight_decay: NotRequired[float]
+    until: NotRequired[int]
 
 
 class Method(Protocol):
@@ -29,12 +45,8 @@ class Method(Protocol):
         """The text encoders that are needed once the captions are encoded, to be trained or to be saved."""
         ...
 
-    def attach(self, branch: Branch, config: TrainConfig) -> list[dict[str, Any]]:
-        """Make the branch trainable; returns the optimizer's parameter groups.
-
-        Each group has `params`, its learning rate `lr` and, for the state on disk, the parameters' `names`; it may have
-        its own `weight_decay`, and `until`, the step from which it rests.
-        """
+    def attach(self, branch: Branch, config: TrainConfig) -> list[Group]:
+        """Make the branch trainable; returns the optimizer's parameter groups."""
         ...
 
     def after_step(self, branch: Branch) -> None:

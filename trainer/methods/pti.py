@@ -6,11 +6,11 @@ The embeddings of a few new words are trained first and come to rest; the adapte
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from trainer.branches.protocol import Branch
 from trainer.config.train_config import TrainConfig
 from trainer.methods import lora, new_tokens
+from trainer.methods.protocol import Group
 
 LARGE = False
 readable, apply = lora.readable, lora.apply
@@ -37,7 +37,7 @@ def begin(branch: Branch, config: TrainConfig, token: str, name: str, earlier: P
     return warnings
 
 
-def attach(branch: Branch, config: TrainConfig) -> list[dict[str, Any]]:
+def attach(branch: Branch, config: TrainConfig) -> list[Group]:
     """The groups of the adapters, and one of the new words, which rests after `token_share` of the steps."""
     groups = lora.attach(branch, config)
     rows = {
@@ -48,8 +48,14 @@ def attach(branch: Branch, config: TrainConfig) -> list[dict[str, Any]]:
     for tensor in rows.values():
         tensor.requires_grad_(True)
     # No decay: it would draw the words towards silence.
-    group = {"params": list(rows.values()), "names": list(rows), "lr": config.token_lr, "weight_decay": 0.0}
-    return [*groups, group | {"until": config.token_steps}]
+    words: Group = {
+        "params": list(rows.values()),
+        "names": list(rows),
+        "lr": config.token_lr,
+        "weight_decay": 0.0,
+        "until": config.token_steps,
+    }
+    return [*groups, words]
 
 
 def after_step(branch: Branch) -> None:

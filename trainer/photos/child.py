@@ -41,14 +41,14 @@ class Child:
         self._purpose = purpose
         self._turn = threading.Lock()
         self._pool: ProcessPool | None = None
-        self._task: ProcessFuture[Any] | None = None
+        self._task: ProcessFuture[object] | None = None
         self._closed = False
 
     def warm(self) -> None:
         """Start the process in the background, so that the first call need not wait for it."""
         threading.Thread(target=self._try, daemon=True).start()
 
-    def run(self, seconds: float, function: str, *args: Any) -> Any:
+    def run(self, seconds: float, function: str, *args: object) -> Any:
         """What a function of the module returns or raises.
 
         Raises TimeoutError where it takes longer than so many seconds (the child is ended then), Broke where it ends
@@ -93,13 +93,13 @@ class Child:
                 self._result(self._pool, START_SECONDS, begin, self._module)
             except Closed:
                 raise
-            except Exception as problem:
+            except Exception as problem:  # the edge of a process: an import in the child may raise anything
                 self._stop()
                 reason = f"not within {START_SECONDS:g} s" if isinstance(problem, TimeoutError) else problem
                 raise NotStarted(f"the process that {self._purpose} did not start: {reason}") from problem
         return self._pool
 
-    def _result(self, pool: ProcessPool, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
+    def _result(self, pool: ProcessPool, seconds: float, function: Callable[..., object], *args: object) -> object:
         """What the child returns or raises.
 
         The limit is not Pebble's: that begins only when the child takes the task, and a child may die before it does.
@@ -129,7 +129,7 @@ def begin(module: str) -> None:
     importlib.import_module(module).begin()
 
 
-def call(module: str, function: str, *args: Any) -> Any:
+def call(module: str, function: str, *args: object) -> object:
     """Run in the child."""
     elsewhere, _, name = function.rpartition(":")
     return getattr(importlib.import_module(elsewhere or module), name)(*args)

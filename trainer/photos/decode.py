@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 import resource
+import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,11 @@ SAID_CHARS = 200  # of what a decoder says against a file
 STRIP_PX = 512  # lines that are hashed at once, so that the pixels need not be in memory twice
 RAW_16_BIT = re.compile(r"\b(I|LA|RGB[AX]?|CMYK);16")  # Pillow's name of what it unpacks; BGR;16 are 16 bits a pixel
 ORIENTATION = 0x0112  # in EXIF
+# What reading EXIF raises: anything may write it, and garbage leads wherever its numbers point.
+BROKEN_EXIF = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError,
+    ValueError, struct.error, zlib.error,
+)  # fmt: skip
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -101,14 +108,14 @@ def decode(source: Path, target: Path, name: str, max_pixels: int) -> Decoded:
         raise Refused(f"has too many pixels; at most {max_pixels / 1e6:g} million are allowed") from None
     except UnidentifiedImageError:
         raise Refused(why_unidentified(source)) from None
-    except Exception as error:  # noqa: BLE001  # a decoder may raise anything: SyntaxError and struct.error have been seen
+    except Exception as error:  # noqa: BLE001  # the edge of a process, for strangers' files: decoders raise anything
         said = " ".join(str(error).split())[:SAID_CHARS]  # some decoders write several lines
         raise Refused(f"is damaged and cannot be decoded ({type(error).__name__}: {said})") from None
     image.info.clear()  # comments and profiles would be written along with the pixels
     lossy = stored.form in LOSSY or (stored.form == "WEBP" and not is_lossless_webp(source))
     file = target.with_suffix(".jpg" if lossy else ".png")
-    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if lossy else {"compress_level": 1}
-    image.save(file, **options)
+    options = {"quality": 95, "subsampling": 0} if lossy else {"compress_level": 1}
+    image.save(file, None, **options)
     photo = Photo(
         name=name,
         file=file.name,
@@ -182,7 +189,7 @@ def orientation_of(image: Image.Image) -> int:
     """What EXIF or XMP says; 1, as it stands, where that cannot be understood."""
     try:
         found = image.getexif().get(ORIENTATION)
-    except Exception:  # noqa: BLE001  # EXIF is written by anything, and garbage raises whatever its numbers lead to
+    except BROKEN_EXIF:
         return 1
     return found if isinstance(found, int) and found in TURNS else 1
 

@@ -10,7 +10,6 @@ import io
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -111,7 +110,7 @@ def read_small(photo: Path) -> tuple[Array, float]:
 
 
 @lru_cache(maxsize=1)
-def load_detector(file: Path) -> Any:
+def load_detector(file: Path) -> RetinaFace:
     """RetinaFace over MobileNet 0.25 (Deng et al. 2019, arXiv 1905.00641)."""
     model = RetinaFace(network_name="mobile0.25", device="cpu")
     return load(model, file)
@@ -144,7 +143,7 @@ def identify(face: Array, recognizer: Path) -> tuple[float, ...]:
 
 
 @lru_cache(maxsize=1)
-def load_recognizer(file: Path) -> Any:
+def load_recognizer(file: Path) -> cv2.dnn.Net:
     return cv2.dnn.readNetFromONNX(str(file))
 
 
@@ -192,7 +191,7 @@ def write(image: Image.Image, file: Path) -> None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if file.suffix == ".jpg" else {"compress_level": 1}
+    options = {"quality": 95, "subsampling": 0} if file.suffix == ".jpg" else {"compress_level": 1}
     image.save(partial, "JPEG" if file.suffix == ".jpg" else "PNG", **options)
     fsync(partial)
     partial.rename(file)

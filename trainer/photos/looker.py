@@ -332,5 +332,5 @@ def breaking(photo: Photo) -> Iterator[None]:
         raise CannotLook(str(problem)) from problem
     except Closed:
         raise
-    except Exception as problem:
+    except Exception as problem:  # the edge of a process: whatever was raised in the child
         raise CannotLook(f"{photo.name} could not be looked at: {str(problem) or type(problem).__name__}") from problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw
@@ -14,6 +14,10 @@ from torch import Tensor
 from trainer.photos import geometry
 from trainer.photos.found import Box, Task
 from trainer.photos.nets import load
+
+if TYPE_CHECKING:
+    from facexlib.matting.modnet import MODNet
+    from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 
 MASK_MARGIN = 0.15  # of the box on each side: the detector's boxes end at chin and brow
 MATTING_PX = 512  # MODNet's reference size, of the shorter side; a multiple of 32
@@ -52,7 +56,7 @@ def mask_people(image: Image.Image, weights: Path) -> Image.Image:
 
 
 @lru_cache(maxsize=1)
-def load_matting(weights: Path) -> Any:
+def load_matting(weights: Path) -> MODNet:
     from facexlib.matting.modnet import MODNet
 
     return load(MODNet(backbone_pretrained=False), weights)
@@ -91,7 +95,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation th
 
 
 @lru_cache(maxsize=1)
-def load_segmenter(folder: Path) -> Any:
+def load_segmenter(folder: Path) -> tuple[CLIPTokenizer, CLIPSegForImageSegmentation]:
     from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)

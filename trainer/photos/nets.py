@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-Array = np.ndarray[Any, np.dtype[Any]]
+Array = NDArray[Any]
+M = TypeVar("M", bound=nn.Module)
 LONG_SIDE = 1024  # px at which faces are looked for; a smaller photo is enlarged, at most to twice its size
 
 
-def load(model: nn.Module, file: Path, key: str | None = None) -> Any:
+def load(model: M, file: Path, key: str | None = None) -> M:
     """Put weights into a model, all of them. key: under which the file has them."""
     state = torch.load(file, map_location="cpu", weights_only=True)
     state = state[key] if key else state
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -99,7 +98,7 @@ def soft_square(side: int) -> Array:
 
 
 @lru_cache(maxsize=1)
-def load_restorer(weights: Path) -> Any:
+def load_restorer(weights: Path) -> nn.Module:
     """GFPGAN 1.4 (Wang et al. 2021, arXiv 2101.04061)."""
     return load(gfpgan(), weights, "params_ema")
 

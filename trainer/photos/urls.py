@@ -6,10 +6,10 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
-from functools import cache
+from functools import cache, partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from ipaddress import ip_network
 from pathlib import Path, PurePosixPath
@@ -130,17 +130,15 @@ def _client(settings: Settings, policy: Policy) -> httpx.Client:
 
     It follows no redirect of itself, because it would read the whole body of each, and unpack it.
     """
-    options: dict[str, Any] = {
-        "timeout": STALL_SECONDS,
-        "headers": {"Accept-Encoding": "identity"},
-        "cookies": CookieJar(DefaultCookiePolicy(allowed_domains=())),
-        "trust_env": False,
-        "verify": _tls(),
-    }
-    if settings.private_urls == "allow":
-        return httpx.Client(**options)
-    client: httpx.Client = guarded.Client(policy=policy, **options)
-    return client
+    plain = settings.private_urls == "allow"
+    make: Callable[..., httpx.Client] = httpx.Client if plain else partial(guarded.Client, policy=policy)
+    return make(
+        timeout=STALL_SECONDS,
+        headers={"Accept-Encoding": "identity"},
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+        trust_env=False,
+        verify=_tls(),
+    )
 
 
 def post(settings: Settings, url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, str | None]:

@@ -7,9 +7,9 @@ import io
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from PIL import Image, ImageChops, ImageOps
 
 from trainer import device as device_memory
@@ -36,7 +36,7 @@ def draw_pictures(job: Job) -> list[Picture]:
         return [same] * len(plan.seeds)
     start = ImageOps.fit(plan.picture, size, RESAMPLING)
     mask = repaint_mask(job, start)
-    more: dict[str, Any] = {"image": start}
+    more: dict[str, object] = {"image": start}
     task: Task = "image"
     if mask:
         task, more["mask_image"] = "inpaint", mask
@@ -80,7 +80,7 @@ def mask_of_words(job: Job, picture: Picture, words: str) -> Picture | None:
     return Image.open(io.BytesIO(png)).convert("L")
 
 
-def control_model(job: Job, asked: Control) -> Any:
+def control_model(job: Job, asked: Control) -> ModelMixin | None:
     """The base's control model of this kind; None, with a warning, where it has none."""
     row, loaded = asked.model, job.loaded
     if row is None:
@@ -95,7 +95,7 @@ def control_model(job: Job, asked: Control) -> Any:
     return loaded.control[1]
 
 
-def control_arguments(job: Job, asked: Control, model: Any, start: Picture, task: Task) -> dict[str, Any]:
+def control_arguments(job: Job, asked: Control, model: ModelMixin, start: Picture, task: Task) -> dict[str, object]:
     """What a control model is told: what it sees of the picture, and how strongly it works."""
     plan = job.plan
 
@@ -121,8 +121,8 @@ def sample(
     size: tuple[int, int],
     cfg_scale: float,
     strength: float = 1.0,
-    model: Any = None,
-    **more: Any,
+    model: ModelMixin | None = None,
+    **more: object,
 ) -> list[Picture]:
     """A picture for each seed, as many at once as there is room for. Raises Stopped.
 

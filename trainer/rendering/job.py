@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from torch import Tensor
@@ -19,6 +19,9 @@ from trainer.photos.looker import Looker
 from trainer.rendering.plan import Plan
 from trainer.rendering.preview import Preview
 from trainer.rendering.upscale import Upscaler
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny, ModelMixin, SchedulerMixin
 
 RESAMPLING = Image.Resampling.LANCZOS
 Picture = Image.Image
@@ -63,12 +66,12 @@ class Loaded:
 
     base: Base
     branch: Branch
-    scheduler: Any  # the base's own; the pipeline may have another one, which a prompt asked for
-    decoder: Any  # a tiny one for previews (TAESD); None: there is none
+    scheduler: SchedulerMixin  # the base's own; the pipeline may have another one, which a prompt asked for
+    decoder: AutoencoderTiny | None  # a tiny one for previews (TAESD)
     loras: tuple[tuple[Path, int], ...] | None = ()  # files on the base, and when they changed; None: not known
     weights: tuple[float, ...] = ()  # of these LoRAs
-    texts: dict[tuple[Any, ...], dict[str, Tensor]] = field(default_factory=dict)  # encoded, with these LoRAs
-    control: tuple[ControlRow, Any] | None = None  # the last control model
+    texts: dict[tuple[object, ...], dict[str, Tensor]] = field(default_factory=dict)  # encoded, with these LoRAs
+    control: tuple[ControlRow, ModelMixin] | None = None  # the last control model
     upscaler: Upscaler | None = None
 
 
@@ -104,8 +107,15 @@ class Job:
             raise Stopped
 
     def watch(
-        self, count: int, each: int, size: tuple[int, int], _pipeline: Any, step: int, _at: Any, now: dict[str, Any]
-    ) -> dict[str, Any]:
+        self,
+        count: int,
+        each: int,
+        size: tuple[int, int],
+        _pipeline: object,
+        step: int,
+        _at: object,
+        now: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
         """Called by a pipeline after each of `each` steps of `count` pictures. Raises Stopped."""
         if not self.report.step(min(self.done + min(step + 1, each) * count, self.steps), self.steps):
             raise Stopped

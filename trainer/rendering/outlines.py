@@ -6,7 +6,6 @@ import colorsys
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -16,6 +15,8 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForDepthEstimation,
     AutoModelForObjectDetection,
+    BaseImageProcessor,
+    PreTrainedModel,
     VitPoseForPoseEstimation,
 )
 
@@ -160,7 +161,9 @@ def draw_people(people: Sequence[Sequence[Point]], size: tuple[int, int]) -> Pic
     return Image.fromarray(canvas)
 
 
-def _read(kind: Any, folder: Path, device: torch.device) -> tuple[Any, Any]:
+def _read(
+    kind: type[PreTrainedModel], folder: Path, device: torch.device
+) -> tuple[BaseImageProcessor, PreTrainedModel]:
     """A model that looks at pictures, and what prepares them for it. Raises ValueError for missing weights."""
     processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     model, facts = kind.from_pretrained(

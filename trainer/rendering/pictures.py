@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
@@ -46,7 +46,7 @@ class Facts:
     model: str
     base: str
     loras: list[tuple[str, float]] = field(default_factory=list)
-    more: dict[str, Any] = field(default_factory=dict)
+    more: dict[str, object] = field(default_factory=dict)
 
 
 def write(
@@ -100,7 +100,7 @@ def quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if odd else value
 
 
-def read_facts(file: Path) -> dict[str, Any]:
+def read_facts(file: Path) -> dict[str, object]:
     """What `write` was told of a picture. Raises ValueError for pictures of others, OSError for what is no picture."""
     with Image.open(file) as image:
         text = image.getexif().get(ExifTags.Base.ImageDescription) if image.format == "JPEG" else None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Literal
 
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 
 log = logging.getLogger("tunebooth.render")
 Task = Literal["text", "image", "inpaint"]  # what a picture is drawn from: text alone, a picture too, a mask as well
 
 
-def derive(stock: Any, task: Task) -> Any:
+def derive(stock: DiffusionPipeline, task: Task) -> DiffusionPipeline:
     """The pipeline that draws from a picture or into a mask, over the very same modules."""
     if task == "text":
         return stock

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-Array = np.ndarray[Any, np.dtype[Any]]
+Array = NDArray[Any]
 Picture = Image.Image
 
 

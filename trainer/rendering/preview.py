@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, DiffusionPipeline
 
 from trainer.library import hub
 from trainer.rendering.pictures import preview_bytes
@@ -20,7 +20,7 @@ class Preview:
     SHARE = 0.02  # of the time may go into previews
     FIRST_SECONDS = 0.05  # what the first one is reckoned to take
 
-    def __init__(self, file: Path, pipeline: Any, decoder: Any) -> None:
+    def __init__(self, file: Path, pipeline: DiffusionPipeline, decoder: AutoencoderTiny | None) -> None:
         """decoder: a tiny one (`load_tiny_decoder`); None: nothing is shown."""
         self._file = file
         self._pipeline = pipeline
@@ -56,7 +56,7 @@ class Preview:
         self._spent += self._cost
 
 
-def load_tiny_decoder(repository: str, device: torch.device) -> Any:
+def load_tiny_decoder(repository: str, device: torch.device) -> AutoencoderTiny | None:
     """A decoder of previews (TAESD, https://github.com/madebyollin/taesd); None where it cannot be had."""
     try:
         folder = hub.fetch_model(repository)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers import (
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    SchedulerMixin,
     TCDScheduler,
 )
 
-PLUS_PLUS, SDE = {"algorithm_type": "dpmsolver++"}, {"algorithm_type": "sde-dpmsolver++"}
-KARRAS = {"use_karras_sigmas": True}
+Options = dict[str, str | bool]
+PLUS_PLUS: Options = {"algorithm_type": "dpmsolver++"}
+SDE: Options = {"algorithm_type": "sde-dpmsolver++"}
+KARRAS: Options = {"use_karras_sigmas": True}
 # What the API calls a scheduler -> what its users do, and its class with options. The classes are those of diffusers'
 # own table (docs, api/schedulers/overview), but that DPM++ SDE draws noise in every step, as its name says.
-SCHEDULERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+SCHEDULERS: dict[str, tuple[str, type[SchedulerMixin], Options]] = {
     "euler": ("Euler", EulerDiscreteScheduler, {}),
     "euler_a": ("Euler a", EulerAncestralDiscreteScheduler, {}),
     "dpm++2m": ("DPM++ 2M", DPMSolverMultistepScheduler, PLUS_PLUS),
@@ -30,12 +31,12 @@ SCHEDULERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 DISTILLED_STEPS = 50  # of the teacher: LCM and TCD choose theirs among them (diffusers' default)
 
 
-def make_scheduler(own: Any, name: str) -> Any:
+def make_scheduler(own: SchedulerMixin, name: str) -> SchedulerMixin:
     """The scheduler of this name, with the noise of the base's own."""
     _, kind, options = SCHEDULERS[name]
     return kind.from_config(own.config, **options)
 
 
-def sampler_of(scheduler: Any, name: str | None) -> str:
+def sampler_of(scheduler: SchedulerMixin, name: str | None) -> str:
     """What users call a scheduler; name: what the API does, None for a base's own."""
     return SCHEDULERS[name][0] if name else type(scheduler).__name__.removesuffix("Scheduler").removesuffix("Discrete")

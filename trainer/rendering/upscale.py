@@ -10,19 +10,30 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer.device import release
 from trainer.rendering.pixels import Array, Picture, grey
 
+if TYPE_CHECKING:
+    from spandrel import ImageModelDescriptor
+
 SMALL = 512 * 512  # pixels below which the hosted service enlarges four times, and from which on twice
 LEAST_TILE = 64  # px; a card without room for this has none for the model either
+
+# What safetensors, torch and spandrel raise for a broken file.
+UNREADABLE = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SafetensorError,
+    TypeError, UnpicklingError, ValueError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class Upscaler:
     """A network that enlarges: (1, 3, H, W) of 0 to 1 -> (1, 3, H * scale, W * scale)."""
 
     name: str
-    network: Any  # spandrel's ImageModelDescriptor
+    network: ImageModelDescriptor
     scale: int
     multiple: int  # tiles start at multiples of this many px, as the network groups pixels
 
@@ -51,7 +62,7 @@ def upscaler(file: Path, device: torch.device) -> Upscaler:
         network = ModelLoader().load_from_state_dict(state)
     except UnsupportedModelError as problem:
         raise ValueError(f"{file.name} is no upscaler: its weights are of no model that spandrel knows") from problem
-    except Exception as problem:  # broken files make the libraries raise anything
+    except UNREADABLE as problem:
         raise ValueError(f"{file.name} cannot be read as an upscaler: {type(problem).__name__}: {problem}") from problem
     channels = (network.input_channels, network.output_channels)
     if not isinstance(network, ImageModelDescriptor) or network.purpose != "SR" or network.scale < 2:
@@ -66,7 +77,7 @@ def upscaler(file: Path, device: torch.device) -> Upscaler:
     return Upscaler(file.name, network, network.scale, network.size_requirements.multiple_of)
 
 
-def dtype_for(network: Any, device: torch.device) -> torch.dtype:
+def dtype_for(network: ImageModelDescriptor, device: torch.device) -> torch.dtype:
     """float16 on a card, which rounds pictures less than bfloat16; what the model supports; float32 elsewhere."""
     if device.type == "cuda" and network.supports_half:
         return torch.float16

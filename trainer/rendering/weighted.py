@@ -8,12 +8,16 @@ weight, and the mean of all is restored afterwards.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trainer.methods.new_tokens import TOKENIZERS
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from transformers import PreTrainedTokenizerBase
 
 UP, DOWN = 1.1, 1 / 1.1
 MOST = 100.0  # a weight beyond this is a slip of the hand; far beyond it hidden states would overflow
@@ -84,7 +88,7 @@ def pairs(marks: list[re.Match[str]]) -> dict[int, int]:
 
 
 @torch.no_grad()
-def encode(pipeline: Any, text: str, negative: str | None) -> dict[str, Tensor]:
+def encode(pipeline: DiffusionPipeline, text: str, negative: str | None) -> dict[str, Tensor]:
     """What a stock pipeline of SD 1.5 or SDXL takes in place of `prompt` and `negative_prompt`, for one picture.
 
     prompt_embeds and negative_prompt_embeds (1, 77 n, D) of n chunks, as many as the longer text has; for SDXL
@@ -126,7 +130,9 @@ def encode(pipeline: Any, text: str, negative: str | None) -> dict[str, Tensor]:
     return inputs
 
 
-def chunks(pipeline: Any, pieces: list[tuple[str, float]], tokenizer: Any) -> list[Tokens]:
+def chunks(
+    pipeline: DiffusionPipeline, pieces: list[tuple[str, float]], tokenizer: PreTrainedTokenizerBase
+) -> list[Tokens]:
     """Token ids and weights in chunks of at most 75 (the tokenizer's length without begin and end); at least one."""
     room = tokenizer.model_max_length - 2
     made: list[Tokens] = [[]]
@@ -143,7 +149,9 @@ def chunks(pipeline: Any, pieces: list[tuple[str, float]], tokenizer: Any) -> li
     return made if made[-1] else made[:-1] or made
 
 
-def hidden_states(pipeline: Any, part: str, texts: list[Tokens], *, penultimate: bool) -> tuple[Tensor, Tensor]:
+def hidden_states(
+    pipeline: DiffusionPipeline, part: str, texts: list[Tokens], *, penultimate: bool
+) -> tuple[Tensor, Tensor]:
     """Chunks -> their weighted hidden states one after another, (1, 77 n, D), and the pooled first one, (1, P)."""
     encoder, tokenizer = getattr(pipeline, part), getattr(pipeline, TOKENIZERS[part])
     device, length = pipeline._execution_device, tokenizer.model_max_length

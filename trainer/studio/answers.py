@@ -76,7 +76,7 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
         "url": f"{services.settings.base_url}/tunes/{tune_id}.json",
         "orig_images": [photo.url for photo in photos if photo.url],
         "photos": photos,
-        "progress": Progress(**row["progress"]),
+        "progress": Progress.model_validate(row["progress"]),
         "prompts": prompts,
     }
     return Tune.model_validate({**row, **told})
@@ -84,7 +84,7 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
 
 def photo_answers(services: Services, row: TuneRow) -> list[Photo]:
     """The verdicts with links to the photos as they came and as they are trained."""
-    tune_id, photos = row["id"], [Photo(**photo) for photo in row["photos"]]
+    tune_id, photos = row["id"], [Photo.model_validate(photo) for photo in row["photos"]]
     seen = {
         (Path(one["file"]).stem.rpartition("-")[0]): one["url"] for one in reversed(trained_pictures(services, tune_id))
     }
@@ -123,7 +123,7 @@ def prompt_answer(services: Services, row: PromptRow) -> Prompt:
             make_link(services.settings, f"{folder}/{CONTACT_SHEET}") if small and len(thumbs) > 1 else None
         ),
         "preview": preview_link,
-        "progress": Progress(**row["progress"]),
+        "progress": Progress.model_validate(row["progress"]),
         "user_error": row["error"],
         "tunes": list(dict.fromkeys([tune_id, *(one[1] for one in row["named"] or [])])),
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound, words
 from trainer.library import bases
 from trainer.names import MADE
@@ -12,7 +10,7 @@ from trainer.studio.links import MODEL_LINK_SECONDS, make_link
 from trainer.studio.rows import EARLIER_LISTED, Services, row_of, tune_row
 
 
-def list_base_tunes(services: Services, branch: str | None = None) -> list[dict[str, Any]]:
+def list_base_tunes(services: Services, branch: str | None = None) -> list[dict[str, object]]:
     """All base models, those of the models folder among them; `error` says why one cannot be used."""
     return [
         {

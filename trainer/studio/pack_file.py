@@ -6,7 +6,6 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import count
-from typing import Any
 
 import tomlkit
 from pydantic import BaseModel, ConfigDict
@@ -15,6 +14,7 @@ from trainer.contract.errors import InvalidRequest, nearest, words
 from trainer.contract.fields import parse_request
 from trainer.contract.prompts import PICTURES, PromptRequest
 from trainer.contract.references import REFERENCE, references
+from trainer.contract.rows import TuneRow
 from trainer.contract.tunes import TuneRequest, check_branch
 from trainer.names import METHODS
 
@@ -48,7 +48,7 @@ class PackPrompt(BaseModel):
 
     text: str
     classes: tuple[str, ...] = ()
-    attributes: dict[str, Any] = {}
+    attributes: dict[str, object] = {}
 
 
 class Pack(BaseModel):
@@ -59,9 +59,9 @@ class Pack(BaseModel):
     slug: str
     title: str
     description: str = ""
-    parameters: dict[str, Any]
+    parameters: dict[str, object]
     classes: tuple[str, ...]
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, object] = {}
     prompts: tuple[PackPrompt, ...]
 
     @property
@@ -69,7 +69,7 @@ class Pack(BaseModel):
         return str(self.parameters["branch"])
 
 
-def load(table: Mapping[str, Any], slug: str) -> Pack:
+def load(table: Mapping[str, object], slug: str) -> Pack:
     """The pack that a TOML's table is. Raises ValueError with all that is wrong with it, in words."""
     problems = [f"unknown key {key!r}{nearest(key, KEYS)}" for key in table if key not in KEYS]
     if not SLUG.fullmatch(slug):
@@ -127,7 +127,7 @@ def in_words(invalid: InvalidRequest) -> Iterator[str]:
     return (f"{field} {message}" for field, messages in invalid.problems.items() for message in messages)
 
 
-def read_classes(given: Any, where: str, problems: list[str]) -> list[str]:
+def read_classes(given: object, where: str, problems: list[str]) -> list[str]:
     """Class names in small letters; what is wrong with them is added to `problems`."""
     if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
         problems.append(f'{where} must be a list of class names, as ["man", "woman"] or ["{ANY}"]')
@@ -137,7 +137,7 @@ def read_classes(given: Any, where: str, problems: list[str]) -> list[str]:
     return list(dict.fromkeys(" ".join(one.lower().split()) for one in given if one not in wrong))
 
 
-def read_attributes(given: Mapping[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
+def read_attributes(given: Mapping[str, object], where: str, problems: list[str]) -> dict[str, object]:
     """Attributes of prompts as the API takes them; what is wrong with them is added to `problems`."""
     known = [name for name in PromptRequest.model_fields if name not in ("text", *OF_A_REQUEST)]
     told = [f"{name} is of a request, and not of a pack" for name in given if name in OF_A_REQUEST]
@@ -154,7 +154,7 @@ def read_attributes(given: Mapping[str, Any], where: str, problems: list[str]) -
     return attributes
 
 
-def read_prompt(row: Mapping[str, Any], where: str, classes: Sequence[str], problems: list[str]) -> PackPrompt:
+def read_prompt(row: Mapping[str, object], where: str, classes: Sequence[str], problems: list[str]) -> PackPrompt:
     """One of [[prompts]]; what is wrong with it is added to `problems`."""
     text, only, told = row.get("text"), [], []
     if not isinstance(text, str) or not text.strip():
@@ -182,7 +182,7 @@ def is_for(prompt: PackPrompt, class_: str) -> bool:
     return not prompt.classes or class_ in prompt.classes or ANY in prompt.classes
 
 
-def over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def over(lower: Mapping[str, object], upper: Mapping[str, object]) -> dict[str, object]:
     """Attributes over others, each with what it takes the place of; null takes away what was there."""
     gone = {other for name, value in upper.items() if value is not None for other in INSTEAD_OF.get(name, ())}
     merged = {name: value for name, value in lower.items() if name not in gone} | dict(upper)
@@ -191,8 +191,8 @@ def over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_toml(
     title: str,
-    tune: Mapping[str, Any],
-    prompts: Sequence[Mapping[str, Any]],
+    tune: TuneRow,
+    prompts: Sequence[Mapping[str, object]],
     args: str | None = None,
     description: str = "",
 ) -> str:
@@ -206,7 +206,8 @@ def to_toml(
     """
     if not prompts:
         raise InvalidRequest({"prompts": ["a pack needs one prompt at least; render one with the tune first"]})
-    asked = {key: tune.get(key) for key in PARAMETERS if key not in ("token", "args")}
+    columns: Mapping[str, object] = tune
+    asked = {key: columns.get(key) for key in PARAMETERS if key not in ("token", "args")}
     asked |= {"model_type": tune["method"], "args": args}
     if not tune["training_face_correct"]:  # which is what nobody asked for; face_crop=false was asked
         asked["training_face_correct"] = None
@@ -222,7 +223,7 @@ def to_toml(
     }
     if any(row.get(name) != rows[0].get(name) for row in rows for name in SIZES):  # a ratio would displace w and h
         shared = {name: value for name, value in shared.items() if name not in SIZES}
-    table: dict[str, Any] = {"title": title, **({"description": description} if description else {})}
+    table: dict[str, object] = {"title": title, **({"description": description} if description else {})}
     table |= {key: value for key, value in asked.items() if value is not None and value != ""}
     table |= {"classes": [" ".join(tune["name"].lower().split())], **({"defaults": shared} if shared else {})}
     table["prompts"] = [{name: value for name, value in row.items() if name not in shared} for row in rows]
@@ -233,14 +234,14 @@ def to_toml(
     return tomlkit.dumps(table)
 
 
-def general_prompt(prompt: Mapping[str, Any], tune: Mapping[str, Any]) -> dict[str, Any]:
+def general_prompt(prompt: Mapping[str, object], tune: TuneRow) -> dict[str, object]:
     """A prompt request without what is of one tune and one user."""
     left_out = ("text", *OF_A_REQUEST, *FROM_A_PICTURE)
     attributes = {name: value for name, value in prompt.items() if value is not None and name not in left_out}
     kind = "faceid" if tune["method"] == "faceid" else "lora"
     names = {str(tune["id"]), tune["token"], tune["title"]}
-    own = [weight for kind_, name, weight in references(prompt["text"])[1] if kind_ == kind and name in names]
-    text = prompt["text"]
+    text = str(prompt["text"])
+    own = [weight for kind_, name, weight in references(text)[1] if kind_ == kind and name in names]
     if own:
         text = REFERENCE.sub(lambda found: "" if found[1] == kind and found[2].strip() in names else found[0], text)
         text = re.sub(r" {2,}", " ", text).strip()  # as `references` leaves it

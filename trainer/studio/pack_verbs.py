@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from trainer.config import branch_file, looks
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound, nearest, words
@@ -24,7 +23,7 @@ from trainer.studio.settle import token_for
 from trainer.studio.tunes import create_tune, get_tune
 
 
-def list_packs(services: Services) -> list[dict[str, Any]]:
+def list_packs(services: Services) -> list[dict[str, object]]:
     """All packs, with their prompts for each class; `error` of one that cannot be read."""
     told = []
     for slug, table in all_pack_tables(services).items():
@@ -36,7 +35,7 @@ def list_packs(services: Services) -> list[dict[str, Any]]:
     return told
 
 
-def get_pack(services: Services, slug: str) -> dict[str, Any]:
+def get_pack(services: Services, slug: str) -> dict[str, object]:
     """Raises NotFound, Conflict."""
     pack = pack_of(services, slug)
     return packs.describe(pack, branch_file.default_token(services.settings.presets, pack.branch))
@@ -45,7 +44,7 @@ def get_pack(services: Services, slug: str) -> dict[str, Any]:
 def create_pack_tune(
     services: Services,
     slug: str,
-    data: Mapping[str, Any],
+    data: Mapping[str, object],
     uploads: Sequence[Upload],
     tell: Tell = untold,
     mark: Mark | None = None,
@@ -74,7 +73,7 @@ def create_pack_tune(
     )
 
 
-def save_pack(services: Services, tune_id: int, title: str | None = None) -> dict[str, Any]:
+def save_pack(services: Services, tune_id: int, title: str | None = None) -> dict[str, object]:
     """Make a pack of a tune's settings and prompts. Raises NotFound, InvalidRequest."""
     tune = row_of(services, "tunes", tune_id)
     prompts = [prompt_of(row) for row in services.store.find("prompts", tune_id=tune_id, oldest_first=True)]
@@ -90,7 +89,7 @@ def save_pack(services: Services, tune_id: int, title: str | None = None) -> dic
     return get_pack(services, slug)
 
 
-def all_pack_tables(services: Services) -> dict[str, dict[str, Any] | str]:
+def all_pack_tables(services: Services) -> dict[str, dict[str, object] | str]:
     """The program's packs, and those that were saved here."""
     return looks.pack_tables(services.settings.presets / "packs", services.settings.outputs / "packs")
 
@@ -102,7 +101,7 @@ def pack_of(services: Services, slug: str) -> Pack:
     return read_pack(slug, tables[slug])
 
 
-def read_pack(slug: str, table: dict[str, Any] | str) -> Pack:
+def read_pack(slug: str, table: dict[str, object] | str) -> Pack:
     if isinstance(table, str):
         raise Conflict(table)
     try:

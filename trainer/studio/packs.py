@@ -20,7 +20,7 @@ A pack is a TOML in `presets/packs/` (`presets.py` reads it), its name is the pa
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -38,7 +38,7 @@ Number = Annotated[int, Field(ge=1, lt=2**53)]
 class PackRequest(TuneRequest):
     """The tune parameters, of which the pack knows some; then those of a pack."""
 
-    prompt_attributes: dict[str, Any] = Field({}, description="attributes over those of each prompt of the pack")
+    prompt_attributes: dict[str, object] = Field({}, description="attributes over those of each prompt of the pack")
     prompt_ids: list[Number] = Field([], description="only these prompts of the pack, by their `id`")
     tune_ids: list[Number] = Field([], description="a trained tune to render with; nothing is trained then")
 
@@ -70,9 +70,9 @@ def prompts_for(
     pack: Pack,
     name: str,
     token: str | None,
-    prompt_attributes: Mapping[str, Any] | None = None,
+    prompt_attributes: Mapping[str, object] | None = None,
     prompt_ids: Collection[int] = (),
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """The prompt requests of a pack for a class name, in its order.
 
     prompt_attributes: go over those of each prompt; null or an empty text takes the pack's own away. prompt_ids: only
@@ -83,11 +83,11 @@ def prompts_for(
 
 
 def numbered_prompts(
-    pack: Pack, name: str, token: str | None, prompt_attributes: Mapping[str, Any], prompt_ids: Collection[int]
-) -> dict[int, dict[str, Any]]:
+    pack: Pack, name: str, token: str | None, prompt_attributes: Mapping[str, object], prompt_ids: Collection[int]
+) -> dict[int, dict[str, object]]:
     """`prompts_for`, by their numbers in the pack."""
     problems: dict[str, list[str]] = {}
-    upper: dict[str, Any] = {}
+    upper: dict[str, object] = {}
     class_ = class_of(pack, name)
     if class_ is None:
         problems["name"] = [f"the pack {pack.title} has prompts for {words(pack.classes)}, not for {name!r}"]
@@ -109,7 +109,7 @@ def numbered_prompts(
     }
 
 
-def asked_attributes(given: Mapping[str, Any]) -> dict[str, Any]:
+def asked_attributes(given: Mapping[str, object]) -> dict[str, object]:
     """The attributes that a request wants on each prompt, as the API takes them. Raises InvalidRequest."""
     if "text" in given:
         told = "text is each prompt's own; send prompts of yours as prompts_attributes"
@@ -121,13 +121,13 @@ def asked_attributes(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(request, name, given[name]) for name in given}
 
 
-def describe(pack: Pack, token: str) -> dict[str, Any]:
+def describe(pack: Pack, token: str) -> dict[str, object]:
     """What GET /packs answers of a pack.
 
     token: the one that its tunes get where nobody says. Prompts are listed for each class as they would be sent, with
     their numbers (`id`) in the pack; {name} stands for the class name where the pack takes any.
     """
-    own = pack.parameters.get("token") or token
+    own = str(pack.parameters.get("token") or token)
     token_ = None if pack.parameters.get("model_type") == "faceid" else own
     return {
         "slug": pack.slug,
@@ -145,7 +145,7 @@ def describe(pack: Pack, token: str) -> dict[str, Any]:
     }
 
 
-def check_names(data: Mapping[str, Any]) -> None:
+def check_names(data: Mapping[str, object]) -> None:
     """Raises InvalidRequest for a field that POST /p/SLUG/tunes does not have."""
     known = (*PackRequest.parameters(), *PackRequest.accepted())
     unknown = {name: [f"unknown parameter{nearest(name, known)}"] for name in data if name not in known}
@@ -153,13 +153,13 @@ def check_names(data: Mapping[str, Any]) -> None:
         raise InvalidRequest(unknown)
 
 
-def own_fields(data: Mapping[str, Any]) -> PackRequest:
+def own_fields(data: Mapping[str, object]) -> PackRequest:
     """Those of a pack, the others left empty. Raises InvalidRequest."""
     own = {name: data[name] for name in OWN if name in data}
     return parse_request(PackRequest, {"name": "person", "title": "pack", **own})
 
 
-def asked_base(pack: Pack, data: Mapping[str, Any]) -> tuple[int | None, str | None]:
+def asked_base(pack: Pack, data: Mapping[str, object]) -> tuple[int | None, str | None]:
     """base_tune_id and branch of a tune: the request's where it says one of them, else the pack's.
 
     Raises InvalidRequest for what is neither.
@@ -168,11 +168,11 @@ def asked_base(pack: Pack, data: Mapping[str, Any]) -> tuple[int | None, str | N
     if given.base_tune_id is not None:
         return given.base_tune_id, given.branch
     branch = given.branch or pack.branch
-    own = "base_tune_id" not in data and branch == pack.branch
-    return pack.parameters.get("base_tune_id") if own else None, branch
+    base = pack.parameters.get("base_tune_id") if "base_tune_id" not in data and branch == pack.branch else None
+    return base if isinstance(base, int) else None, branch
 
 
-def tune_request(pack: Pack, data: Mapping[str, Any], branch: str, token: str) -> dict[str, Any]:
+def tune_request(pack: Pack, data: Mapping[str, object], branch: str, token: str) -> dict[str, object]:
     """The data of POST /tunes for a request that names a pack.
 
     The request's parameters go over the pack's; null or an empty text takes the pack's own away. On another branch the
@@ -204,7 +204,7 @@ def tune_request(pack: Pack, data: Mapping[str, Any], branch: str, token: str) -
     return request
 
 
-def asked_tune(data: Mapping[str, Any]) -> int | None:
+def asked_tune(data: Mapping[str, object]) -> int | None:
     """The tune that a request with a pack renders with; None: it trains one. Raises InvalidRequest."""
     check_names(data)
     tune_ids = own_fields(data).tune_ids
@@ -213,7 +213,7 @@ def asked_tune(data: Mapping[str, Any]) -> int | None:
     if len(tune_ids) > 1:
         told = f"takes one tune, got {len(tune_ids)}; send the request once for each"
         raise InvalidRequest({"tune_ids": [told]})
-    blank: tuple[Any, ...] = (None, "", [], {})
+    blank: tuple[object, ...] = (None, "", [], {})
     needless = [name for name, value in data.items() if name not in BESIDE_TUNE_IDS and value not in blank]
     if needless:
         told = "has no effect with tune_ids, for nothing is trained; leave it out"
@@ -221,7 +221,7 @@ def asked_tune(data: Mapping[str, Any]) -> int | None:
     return tune_ids[0]
 
 
-def prompt_requests(pack: Pack, data: Mapping[str, Any], name: str, token: str | None) -> list[dict[str, Any]]:
+def prompt_requests(pack: Pack, data: Mapping[str, object], name: str, token: str | None) -> list[dict[str, object]]:
     """The data of POST /tunes/ID/prompts for a request with `tune_ids`, one for each prompt of the pack.
 
     name, token: those of the tune. Raises InvalidRequest.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound
 from trainer.contract.fields import parse_request
@@ -24,7 +23,7 @@ from trainer.studio.rows import STOP_SECONDS, Mark, Services, find_marked, marks
 
 
 def create_prompt(
-    services: Services, tune_id: int, data: Mapping[str, Any], tell: Tell = untold, mark: Mark | None = None
+    services: Services, tune_id: int, data: Mapping[str, object], tell: Tell = untold, mark: Mark | None = None
 ) -> Prompt:
     """Queue a prompt on a tune that has, or is getting, a model. Raises NotFound, InvalidRequest.
 
@@ -86,7 +85,7 @@ def root_id(services: Services, tune: TuneRow) -> int:
 
 
 def duplicate_prompt(
-    services: Services, prompt_id: int, data: Mapping[str, Any], tell: Tell = untold, mark: Mark | None = None
+    services: Services, prompt_id: int, data: Mapping[str, object], tell: Tell = untold, mark: Mark | None = None
 ) -> Prompt:
     """Queue a prompt again, with other values where `data` has some. Raises NotFound, InvalidRequest."""
     row = row_of(services, "prompts", prompt_id)
@@ -98,11 +97,11 @@ def duplicate_prompt(
     return create_prompt(services, row["base_id"] or row["tune_id"], pack_file.over(same, data), tell, mark)
 
 
-def own_pictures(services: Services, row: PromptRow) -> dict[str, Any]:
+def own_pictures(services: Services, row: PromptRow) -> dict[str, object]:
     """The pictures that a prompt starts from, as uploads in place of their addresses."""
     folder = pictures_of(services, row["tune_id"], row["id"])
     found = {name: inputs.find(folder, name) for name in PICTURES}
-    kept: dict[str, Any] = {name: Upload(path.name, path) for name, path in found.items() if path}
+    kept: dict[str, object] = {name: Upload(path.name, path) for name, path in found.items() if path}
     return kept | {f"{name}_url": None for name in kept}
 
 
@@ -143,7 +142,7 @@ def list_prompts(services: Services, tune_id: int | None = None, limit: int = 20
     ]
 
 
-def still_good(kept: Mapping[str, Any]) -> dict[str, Any]:
+def still_good(kept: Mapping[str, object]) -> dict[str, object]:
     """What was kept of an older prompt, when nobody rendered it, as far as it is a request now."""
     good = {}
     for name, value in kept.items():

@@ -117,12 +117,8 @@ class Store:
             return
         with self._writing:
             self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with self._db:  # commits, or rolls back where anything is raised
                 yield self._db
-                self._db.commit()
-            except BaseException:
-                self._db.rollback()
-                raise
 
     def _migrate(self) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from trainer.clock import stamp
 from trainer.config import kinds, train_config
@@ -34,7 +34,7 @@ R = TypeVar("R", bound=Request)
 
 def create_tune(
     services: Services,
-    data: Mapping[str, Any],
+    data: Mapping[str, object],
     uploads: Sequence[Upload],
     tell: Tell = untold,
     mark: Mark | None = None,
@@ -95,7 +95,9 @@ def own_name(request: TuneRequest, values: TuneValues | None) -> NamedTune:
     return {"id": 0, "title": values["title"], "token": values["token"], "method": values["method"]}
 
 
-def check_photos(services: Services, data: Mapping[str, Any], uploads: Sequence[Upload], tell: Tell = untold) -> Check:
+def check_photos(
+    services: Services, data: Mapping[str, object], uploads: Sequence[Upload], tell: Tell = untold
+) -> Check:
     """The verdicts that a tune with these parameters would give its photos; nothing is kept.
 
     data: tune parameters but `images`; none of them is needed, but without `name` nobody looks for faces. Raises
@@ -128,7 +130,7 @@ def check_photos(services: Services, data: Mapping[str, Any], uploads: Sequence[
 
 
 def _parse(
-    services: Services, model: type[R], data: Mapping[str, Any], uploads: Sequence[Upload]
+    services: Services, model: type[R], data: Mapping[str, object], uploads: Sequence[Upload]
 ) -> tuple[R, int, dict[str, list[str]]]:
     """The request, how many photos come with it, and what is wrong with their number. Raises InvalidRequest."""
     problems: dict[str, list[str]] = {}
@@ -185,7 +187,7 @@ def resume_tune(services: Services, tune_id: int) -> Tune:
     return get_tune(services, tune_id)
 
 
-def change_tune(services: Services, tune_id: int, data: Mapping[str, Any]) -> Tune:
+def change_tune(services: Services, tune_id: int, data: Mapping[str, object]) -> Tune:
     """Change a tune's title, class name, auto_extend or characteristics. Raises NotFound, InvalidRequest."""
     with services.store.transaction():
         row = row_of(services, "tunes", tune_id)

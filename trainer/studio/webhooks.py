@@ -12,7 +12,6 @@ import random
 import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any
 
 from standardwebhooks import Webhook
 
@@ -61,7 +60,7 @@ class Postman:
     def _post(self, callback: CallbackRow) -> None:
         try:
             attempt(self._services, callback)
-        except Exception:
+        except Exception:  # the edge of a thread: the callback is due again later
             log.exception("callback %s was not posted", callback["id"])
         finally:
             self._under_way.discard(callback["id"])
@@ -84,7 +83,7 @@ def attempt(services: Services, callback: CallbackRow) -> None:
     services.store.note_attempt(callback["id"], answer, arrived=arrived, due_at=due_at)
 
 
-def entity(services: Services, callback: CallbackRow) -> dict[str, Any]:
+def entity(services: Services, callback: CallbackRow) -> dict[str, object]:
     """What is posted: as `GET` would answer it now, so that its links are fresh. Raises NotFound."""
     if callback["kind"] == "tune":
         return {"tune": tunes.get_tune(services, callback["tune_id"]).model_dump()}

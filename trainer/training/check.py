@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,7 +14,7 @@ from trainer.methods.protocol import Method
 
 CHECK_STEPS = 2  # enough to see that a model changes something
 ROUNDING = 4  # units in the last place of the largest value: what summing in another order changes as well
-Render = Callable[..., Any]
+Render = Callable[[int, str], Tensor]  # (steps, "latent") -> the latents of a picture
 
 
 class BadArtefact(Exception):
@@ -45,7 +44,7 @@ def check_effect(branch: Branch, method: Method, model: Path, render: Render, be
     least = ROUNDING * torch.finfo(branch.dtype).eps * float(before.abs().max())
     for file in method.readable(branch):
         method.apply(branch, model, 1.0, file)
-        changed: Tensor = render(CHECK_STEPS, "latent")
+        changed = render(CHECK_STEPS, "latent")
         difference = float((changed - before).abs().max())
         if not difference > least:  # also where it is not a number
             raise BadArtefact(

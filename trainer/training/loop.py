@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from trainer.branches.protocol import Branch
 from trainer.config.train_config import TrainConfig
 from trainer.contract.report import Report
+from trainer.methods.protocol import Group
 from trainer.training import optimizers
 from trainer.training.dataset import Dataset
 from trainer.training.optimizers import Adafactor
@@ -24,7 +24,7 @@ MAX_HALVINGS = 2  # of the learning rate, where the loss stops being a number
 
 def train(
     branch: Branch,
-    groups: list[dict[str, Any]],
+    groups: list[Group],
     data: Dataset,
     config: TrainConfig,
     report: Report,
@@ -84,7 +84,7 @@ def train(
     return done == config.steps
 
 
-def set_rates(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], rate: float, step: int) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, groups: list[Group], rate: float, step: int) -> None:
     """Give each group its learning rate times `rate`; 0 to a group that rests from its step `until` on."""
     for group, described in zip(optimizer.param_groups, groups, strict=True):
         group["lr"] = described["lr"] * rate if step < described.get("until", math.inf) else 0.0
@@ -96,7 +96,7 @@ def step_once(
     config: TrainConfig,
     step: int,
     optimizer: torch.optim.Optimizer,
-    params: list[torch.nn.Parameter],
+    params: list[Tensor],
 ) -> Tensor:
     """One optimizer step; returns loss and gradient norm, (2,), on the device. Nothing here waits for the device."""
     total = torch.zeros((), device=branch.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any
 
 from trainer.branches.protocol import Branch
 from trainer.clock import now
@@ -22,7 +21,7 @@ def describe(
 ) -> dict[str, str]:
     """What a model file says of itself: modelspec.* (Stability-AI/ModelSpec 1.0.0), kohya's ss_*, and our own words."""
     side, tags = config.resolution[0], Counter(picture.caption for picture in pictures if picture.kind != "class")
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "diffusers",
         "modelspec.title": tune["title"],
@@ -64,5 +63,5 @@ def describe(
     if tune["method"] == "checkpoint":
         facts = {key: value for key, value in facts.items() if not key.startswith("ss_network_")}
     else:
-        facts["modelspec.architecture"] += "/lora"
+        facts["modelspec.architecture"] = f"{facts['modelspec.architecture']}/lora"
     return {key: str(value) for key, value in facts.items()}

@@ -6,25 +6,26 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from trainer.methods.protocol import Group
+
 FORGET = -0.8  # beta2 of step t is 1 - t^-0.8 (Shazeer & Stern 2018, §7.2)
 LARGEST_UPDATE = 1.0  # root mean square to which one weight's update is clipped (§6)
 LEAST_SQUARE = 1e-30  # added to squared gradients, so that nothing is divided by zero
 
 
-def make(groups: list[dict[str, Any]], config_optimizer: str, weight_decay: float, seed: int) -> torch.optim.Optimizer:
+def make(groups: list[Group], config_optimizer: str, weight_decay: float, seed: int) -> torch.optim.Optimizer:
     """The optimizer that a configuration names: `adamw` or `adafactor`.
 
-    groups: those of `Method.attach`, with `params`, `lr` and, where it differs, `weight_decay`. seed: of the rounding.
+    groups: those of `Method.attach`. seed: of the rounding.
     """
-    words = ("params", "lr", "weight_decay")
-    plain = [{word: group[word] for word in words if word in group} for group in groups]
+    known = ("params", "lr", "weight_decay")
+    plain = [{key: value for key, value in group.items() if key in known} for group in groups]
     if config_optimizer == "adafactor":
         return Adafactor(plain, weight_decay, seed)
     assert config_optimizer == "adamw", config_optimizer
@@ -43,7 +44,7 @@ class Adafactor(torch.optim.Optimizer):
     squared gradients along rows and columns, or `sq` for vectors.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], weight_decay: float, seed: int) -> None:
+    def __init__(self, groups: list[dict[str, object]], weight_decay: float, seed: int) -> None:
         super().__init__(groups, {"weight_decay": weight_decay})
         self._seed = seed
         held = [(at, weight) for at, group in enumerate(self.param_groups) for weight in group["params"]]
@@ -123,7 +124,7 @@ def round_at_random(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def released(optimizer: Adafactor, weights: Iterable[torch.nn.Parameter]) -> Iterator[Tensor]:
+def released(optimizer: Adafactor, weights: Iterable[Tensor]) -> Iterator[Tensor]:
     """Within, a backward pass updates each weight as soon as its gradient is whole, and frees the gradient.
 
     Yields the sum of the squared gradients so far, () in float32 on the device: the square of their norm, and not

@@ -22,7 +22,7 @@ SINCE = {
     "optimizer": "adamw", "trained_dtype": "float32", "on_top": "continue", "tokens": 0, "token_lr": 0.0,
     "token_share": 0.0,
 }  # fmt: skip
-Parameters = dict[str, torch.nn.Parameter]
+Parameters = dict[str, torch.Tensor]
 
 
 class Diverged(Exception):

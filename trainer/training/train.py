@@ -22,7 +22,7 @@ from trainer.contract.rows import TuneRow
 from trainer.device import placed
 from trainer.files import whole_folder
 from trainer.library.bases import Base
-from trainer.methods.protocol import Method, get_method
+from trainer.methods.protocol import Group, Method, get_method
 from trainer.settings import Settings
 from trainer.training import dataset, loop, seeds
 from trainer.training.check import CHECK_STEPS, check_effect, check_file
@@ -136,7 +136,7 @@ def encode(run: Run) -> Dataset:
     return data
 
 
-def attach(run: Run) -> list[dict[str, Any]]:
+def attach(run: Run) -> list[Group]:
     """Make the branch trainable; returns the optimizer's parameter groups (see `Method.attach`)."""
     with torch.random.fork_rng():
         torch.manual_seed(seeds.derive(run.config.seed, 0, "adapters"))

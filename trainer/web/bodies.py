@@ -7,14 +7,15 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Never
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.types import Message
 
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import Upload
@@ -33,7 +34,7 @@ class Malformed(Exception):
 
 
 @asynccontextmanager
-async def sent(request: Request, services: Services, root: str, max_files: int) -> AsyncIterator[dict[str, Any]]:
+async def sent(request: Request, services: Services, root: str, max_files: int) -> AsyncIterator[dict[str, object]]:
     """The object under `root` of a request; its files, which are Uploads in it, are gone afterwards."""
     work = services.settings.outputs / "incoming" / f"{PARTIAL}upload-{uuid.uuid4().hex[:12]}"
     try:
@@ -43,7 +44,7 @@ async def sent(request: Request, services: Services, root: str, max_files: int) 
 
 
 @asynccontextmanager
-async def sent_tune(request: Request, services: Services) -> AsyncIterator[tuple[dict[str, Any], list[Upload]]]:
+async def sent_tune(request: Request, services: Services) -> AsyncIterator[tuple[dict[str, object], list[Upload]]]:
     """The object `tune` of a request, and the files of its `images`."""
     max_files = services.settings.max_images + len(PICTURES) * services.settings.max_prompts
     async with sent(request, services, "tune", max_files) as data:
@@ -54,7 +55,7 @@ async def sent_tune(request: Request, services: Services) -> AsyncIterator[tuple
         yield data, uploads
 
 
-def read_mark(request: Request, data: dict[str, Any], uploads: list[Upload]) -> Mark | None:
+def read_mark(request: Request, data: dict[str, object], uploads: list[Upload]) -> Mark | None:
     """The header `Idempotency-Key` with a digest of what is asked for. Raises InvalidRequest."""
     key = request.headers.get("idempotency-key")
     if key is None:
@@ -73,7 +74,7 @@ def _sha256(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-async def read_body(request: Request, root: str, max_files: int, work: Path | None) -> dict[str, Any]:
+async def read_body(request: Request, root: str, max_files: int, work: Path | None) -> dict[str, object]:
     """The object under `root` in a JSON, multipart or urlencoded body; files are written into `work`.
 
     work None: of a file only its name is kept.
@@ -101,16 +102,16 @@ async def read_body(request: Request, root: str, max_files: int, work: Path | No
     return {name: value for name, value in inner.items() if not (name == "characteristics" and not value)}
 
 
-def parse_json(body: bytes, what: str = "the body") -> dict[str, Any]:
+def parse_json(body: bytes, what: str = "the body") -> dict[str, object]:
     """A JSON object; refuses doubled names, and numbers that JSON does not have."""
 
-    def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def no_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
         seen = dict(pairs)
         if len(seen) != len(pairs):
             raise Malformed(f"{what} gives a name twice")
         return seen
 
-    def no_constant(name: str) -> Any:
+    def no_constant(name: str) -> Never:
         raise Malformed(f"{what} has {name}, which is not JSON")
 
     if len(body) > MAX_JSON_BYTES:
@@ -125,11 +126,11 @@ def parse_json(body: bytes, what: str = "the body") -> dict[str, Any]:
     return data
 
 
-async def _read_form(request: Request, max_files: int, work: Path | None) -> dict[str, Any]:
+async def _read_form(request: Request, max_files: int, work: Path | None) -> dict[str, object]:
     tail = b""
     plain_receive = request.receive
 
-    async def receive() -> Any:
+    async def receive() -> Message:
         nonlocal tail
         message = await plain_receive()
         tail = (tail + message.get("body", b""))[-256:]
@@ -156,26 +157,26 @@ async def _read_form(request: Request, max_files: int, work: Path | None) -> dic
     return nest(items)
 
 
-def nest(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def nest(items: Sequence[tuple[str, object]]) -> dict[str, object]:
     """Rails' form names: `a[b]=1&a[c][]=2&a[d][][e]=3` -> {"a": {"b": "1", "c": ["2"], "d": [{"e": "3"}]}}.
 
     A list of objects goes on to its next object when a name comes again; `[0]`, `[1]` say it outright.
     Raises Malformed where a name is no such name, is given twice, or is two kinds of thing.
     """
-    root: dict[str, Any] = {}
+    root: dict[str, object] = {}
     for key, value in items:
         match = KEY.fullmatch(key)
         parts = [match[1], *re.findall(r"\[([\w-]*)\]", match[2])] if match else []
         if not match or len(parts) > 5:
             raise Malformed(f"{key[:100]!r} is not a name that this API has")
-        place: Any = root
+        place: object = root
         for part, following in zip(parts, [*parts[1:], None], strict=True):
             place = _step_into(place, part, following, key, value, parts)
     return root
 
 
-def _step_into(place: Any, part: str, following: str | None, key: str, value: Any, parts: list[str]) -> Any:
-    fresh: Any = value if following is None else [] if following == "" or NUMBER.fullmatch(following) else {}
+def _step_into(place: object, part: str, following: str | None, key: str, value: object, parts: list[str]) -> object:
+    fresh: object = value if following is None else [] if following == "" or NUMBER.fullmatch(following) else {}
     if isinstance(place, list):
         if NUMBER.fullmatch(part):
             if int(part) > len(place):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from trainer.studio import tunes as tune_verbs
 from trainer.studio.rows import Services
 from trainer.web.progress import WATCH_SECONDS, busy, teller
 
-Endpoint = Callable[..., Coroutine[Any, Any, Any]]
+Answer = dict[str, Any]  # Gradio shows this type to its clients
+Endpoint = Callable[..., Awaitable[Any]]
 
 
-def endpoints(services: Services) -> list[Callable[..., Any]]:
+def endpoints(services: Services) -> list[Endpoint]:
     """The functions that gradio_client calls. Gradio shows their types and does not enforce them: the contract does."""
     submit_tune = submit_endpoint(services)
     return [
@@ -56,10 +57,10 @@ def submit_endpoint(services: Services) -> Endpoint:
         auto_extend: bool | None = None,
         preset: str | None = None,
         characteristics: dict[str, str] | None = None,
-        prompts_attributes: list[dict[str, Any]] | None = None,
+        prompts_attributes: list[Answer] | None = None,
         args: str | None = None,
         prompts_callback: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """Create a tune and answer at once."""
         given = locals()
         values = {key: given[key] for key in TuneRequest.parameters() if given[key] is not None}
@@ -73,7 +74,7 @@ def submit_endpoint(services: Services) -> Endpoint:
 def waiting_endpoint(services: Services, submit_tune: Endpoint) -> Endpoint:
     """`create_tune`: the parameters of `submit_tune`, written once."""
 
-    async def submit_and_wait(*positional: Any, **named: Any) -> dict[str, Any]:
+    async def submit_and_wait(*positional: object, **named: object) -> Answer:
         tune = Tune(**await submit_tune(*positional, **named))
         progress = gr.Progress()
         while busy(tune):
@@ -107,7 +108,7 @@ def check_endpoint(services: Services) -> Endpoint:
         base_tune_id: int | None = None,
         model_type: str | None = None,
         args: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """A verdict for each photo, as a tune with these parameters would give it; nothing is kept."""
         given = locals()
         values = {key: given[key] for key in CheckRequest.parameters() if given[key] is not None}
@@ -121,7 +122,7 @@ def check_endpoint(services: Services) -> Endpoint:
 
 def tune_endpoints(services: Services) -> list[Endpoint]:
     @spoken
-    async def get_tune(tune_id: int) -> dict[str, Any]:
+    async def get_tune(tune_id: int) -> Answer:
         """One tune with its prompts."""
         return (await run_in_threadpool(tune_verbs.get_tune, services, tune_id)).model_dump()
 
@@ -132,18 +133,18 @@ def tune_endpoints(services: Services) -> list[Endpoint]:
         title: str | None = None,
         branch: str | None = None,
         model_type: str | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Answer]:
         """Tunes, newest first."""
         tunes = await run_in_threadpool(tune_verbs.list_tunes, services, limit, offset, None, title, branch, model_type)
         return [tune.model_dump() for tune in tunes]
 
     @spoken
-    async def cancel_tune(tune_id: int) -> dict[str, Any]:
+    async def cancel_tune(tune_id: int) -> Answer:
         """Stop a tune, within one step; its state is kept for resume_tune."""
         return (await run_in_threadpool(tune_verbs.cancel_tune, services, tune_id)).model_dump()
 
     @spoken
-    async def resume_tune(tune_id: int) -> dict[str, Any]:
+    async def resume_tune(tune_id: int) -> Answer:
         """Queue a canceled or failed tune again; it goes on from its last state."""
         return (await run_in_threadpool(tune_verbs.resume_tune, services, tune_id)).model_dump()
 
@@ -158,12 +159,12 @@ def tune_endpoints(services: Services) -> list[Endpoint]:
 
 def prompt_endpoints(services: Services) -> list[Endpoint]:
     @spoken
-    async def get_prompt(prompt_id: int) -> dict[str, Any]:
+    async def get_prompt(prompt_id: int) -> Answer:
         """One prompt with its pictures."""
         return (await run_in_threadpool(prompt_verbs.get_prompt, services, prompt_id)).model_dump()
 
     @spoken
-    async def list_prompts(tune_id: int | None = None, limit: int = 20, offset: int = 0) -> list[dict[str, Any]]:
+    async def list_prompts(tune_id: int | None = None, limit: int = 20, offset: int = 0) -> list[Answer]:
         """Prompts, newest first."""
         prompts = await run_in_threadpool(prompt_verbs.list_prompts, services, tune_id, limit, offset)
         return [prompt.model_dump() for prompt in prompts]
@@ -211,7 +212,7 @@ def create_prompt_endpoint(services: Services) -> Endpoint:
         controlnet: str | None = None,
         controlnet_conditioning_scale: float | None = None,
         controlnet_txt2img: bool | None = None,
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """Render a prompt with a tune."""
         given = locals()
         values = {key: given[key] for key in PromptRequest.parameters() if given[key] is not None}
@@ -224,7 +225,7 @@ def create_prompt_endpoint(services: Services) -> Endpoint:
 
 def list_endpoints(services: Services) -> list[Endpoint]:
     @spoken
-    async def list_base_tunes(branch: str | None = None) -> list[dict[str, Any]]:
+    async def list_base_tunes(branch: str | None = None) -> list[Answer]:
         """Base models that a tune can start from."""
         return await run_in_threadpool(models.list_base_tunes, services, branch)
 
@@ -240,7 +241,7 @@ def spoken(endpoint: Endpoint) -> Endpoint:
     """Our own errors reach the client as `gr.Error` texts, others do not."""
 
     @functools.wraps(endpoint)
-    async def wrapped(*positional: Any, **named: Any) -> Any:
+    async def wrapped(*positional: object, **named: object) -> object:
         try:
             return await endpoint(*positional, **named)
         except (InvalidRequest, NotFound, Conflict, CannotLook) as problem:
@@ -249,7 +250,7 @@ def spoken(endpoint: Endpoint) -> Endpoint:
     return wrapped
 
 
-def _upload(image: Any, name: str = "images") -> Upload:
+def _upload(image: object, name: str = "images") -> Upload:
     if not isinstance(image, dict) or not image.get("path"):
         raise InvalidRequest({name: ["must be files: handle_file('photo.jpg') of gradio_client makes one"]})
     path = Path(str(image["path"])).resolve()

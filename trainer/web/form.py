@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 
 from trainer.config import branch_file, looks
 from trainer.config.kinds import default_caption
@@ -36,11 +37,11 @@ START_FIELDS = (  # of a prompt that starts from a picture
 )  # fmt: skip
 
 
-def picture_fields(services: Services) -> dict[str, Any]:
+def picture_fields(services: Services) -> dict[str, Component]:
     """Fields for PROMPT_FIELDS, placed where this is called. Numbers are texts: an empty gr.Number turns into 0 when
     its accordion is opened."""
     folder = services.settings.presets
-    fields: dict[str, Any] = {}
+    fields: dict[str, Component] = {}
 
     def choose(name: str, label: str, known: Iterable[str], own: str = "none") -> None:
         fields[name] = gr.Dropdown(choices=[(own, ""), *known], value="", label=label, min_width=110)
@@ -97,10 +98,10 @@ class PromptForm:
         self._fields = {"text": text, **shared, **start}
 
     @property
-    def inputs(self) -> list[Any]:
+    def inputs(self) -> list[Component]:
         return [self.tune, *self._fields.values()]
 
-    def choices(self) -> Any:
+    def choices(self) -> object:
         """The tunes there are now that have a model."""
         return gr.update(choices=models.rendering_tunes(self._services))
 
@@ -127,7 +128,7 @@ class Form:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self.fields: dict[str, Any] = {}
+        self.fields: dict[str, Component] = {}
         self._notes: dict[str, gr.HTML] = {}
         self._folds: list[tuple[gr.Accordion, tuple[str, ...]]] = []
         add = self._add
@@ -161,7 +162,7 @@ class Form:
             )  # fmt: skip
             self._automatic = gr.State("")
         named = [self.fields[name] for name in ("images", "name", "token", "branch")]
-        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         captions = [self._captions, self._automatic]
         gr.on([field.change for field in named], self.caption, [*named, *captions], captions, **quiet)
         add(
@@ -200,7 +201,7 @@ class Form:
             add("callback", gr.Textbox, label="Callback URL")
             add("prompts_callback", gr.Textbox, label="Callback URL when all prompts are rendered")
 
-    def _add(self, name: str, component: type[Any], **options: Any) -> None:
+    def _add(self, name: str, component: type[Component], **options: object) -> None:
         """Place a field, with room for what is wrong with it right below."""
         with gr.Column(min_width=160, elem_classes="tb-field"):
             self.fields[name] = component(elem_id=f"field-{name}", **options)
@@ -212,10 +213,10 @@ class Form:
         return self._folds[-1][0]
 
     @property
-    def inputs(self) -> list[Any]:
+    def inputs(self) -> list[Component]:
         return [*self.fields.values(), *self._prompt_fields, self._captions, self._automatic, self.pack]
 
-    def take_pack(self, slug: str) -> list[Any]:
+    def take_pack(self, slug: str) -> list[object]:
         """The settings of a pack, put into the form, where they can be changed."""
         if not slug:
             return [gr.skip() for _ in PACK_FIELDS]
@@ -223,10 +224,10 @@ class Form:
         return [pack[name] or (0 if name == "base_tune_id" else "") for name in PACK_FIELDS]
 
     @property
-    def outputs(self) -> list[Any]:
+    def outputs(self) -> list[Component]:
         return [*self._notes.values(), self._other, *(fold for fold, _ in self._folds)]
 
-    def choices(self) -> tuple[Any, Any]:
+    def choices(self) -> tuple[object, object]:
         """The bases and presets there are now: files may have been added since the start."""
         found = models.list_base_tunes(self._services)
         bases = [(f"{b['title']} ({'cannot be used' if b['error'] else b['branch']})", b["id"]) for b in found]
@@ -240,7 +241,7 @@ class Form:
             self._services.looker.warm()
         return thumbnails(paths)
 
-    def check(self, *values: Any) -> list[Any]:
+    def check(self, *values: Any) -> list[object]:
         """Show a verdict for each photo; then as `submit`."""
         data, uploads = self._read(values)
         asked = {name: data[name] for name in CheckRequest.parameters() if name in data}
@@ -260,7 +261,7 @@ class Form:
         data["image_urls"] = str(data["image_urls"] or "").split()
         return data, uploads
 
-    def submit(self, *values: Any) -> list[Any]:
+    def submit(self, *values: Any) -> list[object]:
         """Create the tune; returns what is wrong beside each field, what is wrong elsewhere, and what to unfold."""
         data, uploads = self._read(values)
         *_, rows, automatic, pack = values
@@ -289,7 +290,7 @@ class Form:
             problems = invalid.problems
         return self._told(problems)
 
-    def _told(self, problems: dict[str, list[str]]) -> list[Any]:
+    def _told(self, problems: dict[str, list[str]]) -> list[object]:
         """What is wrong beside each field, what is wrong elsewhere, and what to unfold."""
         if problems:
             gr.Warning("The form needs a look: what is wrong is said beside the field.", duration=6)

@@ -9,14 +9,17 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from trainer.settings import LOOPBACK, Settings, digest_of
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
 Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
+Message = Scope
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -82,14 +85,14 @@ class Guard:
     """Answers `/health` and a waiting page at once; lets everything else through when the app has been loaded."""
 
     def __init__(
-        self, settings: Settings, load: Callable[[], Any], begin: Callable[[], None], unload: Callable[[], None]
+        self, settings: Settings, load: Callable[[], FastAPI], begin: Callable[[], None], unload: Callable[[], None]
     ) -> None:
         """load: builds the inner app (a FastAPI one); begin: called once it is up; unload: ends what they started."""
         self._settings = settings
         self._load = load
         self._begin = begin
         self._unload = unload
-        self._inner: Any = None
+        self._inner: FastAPI | None = None
         self._ready = asyncio.Event()
         self._end = asyncio.Event()
         self.failed: BaseException | None = None
@@ -120,7 +123,7 @@ class Guard:
         """Load the app while `/health` answers already, and keep its own lifespan open until the end."""
         try:
             app = await asyncio.to_thread(self._load)
-        except BaseException as error:
+        except BaseException as error:  # the edge of a thread: whoever waits for the app must hear of it
             log.exception("Tunebooth cannot start")
             self.failed = error
             self._ready.set()
@@ -130,7 +133,7 @@ class Guard:
             self._ready.set()
             try:
                 await asyncio.to_thread(self._begin)
-            except Exception as error:
+            except Exception as error:  # the edge of a thread: the app answers on without it
                 log.exception("Tunebooth cannot work; it only answers")
                 self.failed = error
             await self._end.wait()
@@ -250,7 +253,7 @@ def _hostname(host: str) -> str | None:
     return urlsplit(f"//{host}").hostname
 
 
-async def _json(send: Send, status: int, content: dict[str, Any], *headers: tuple[bytes, bytes]) -> None:
+async def _json(send: Send, status: int, content: Mapping[str, object], *headers: tuple[bytes, bytes]) -> None:
     await _answer(send, status, b"application/json", json.dumps(content).encode(), *headers)
 
 

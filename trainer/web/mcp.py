@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, get_type_hints
 
@@ -16,12 +16,13 @@ from fastapi import FastAPI
 from mcp.server.fastmcp import FastMCP
 from mcp.server.transport_security import TransportSecuritySettings
 
+Endpoint = Callable[..., Awaitable[object]]
 log = logging.getLogger(__name__)
 # A tool's caller has no files; a path that it gave would be one of this machine.
 FILES = ("images", "input_image", "mask_image")
 
 
-def mount(app: FastAPI, endpoints: list[Callable[..., Any]], spoken: type[Exception]) -> None:
+def mount(app: FastAPI, endpoints: list[Endpoint], spoken: type[Exception]) -> None:
     """Serve the endpoints as tools. spoken: the error whose text is for the caller; any other is masked."""
     server = FastMCP(
         "Tunebooth",
@@ -36,23 +37,23 @@ def mount(app: FastAPI, endpoints: list[Callable[..., Any]], spoken: type[Except
     outer = app.router.lifespan_context
 
     @asynccontextmanager
-    async def lifespan(running: Any) -> AsyncIterator[Any]:
+    async def lifespan(running: FastAPI) -> AsyncIterator[Any]:
         async with outer(running) as state, server.session_manager.run():
             yield state
 
     app.router.lifespan_context = lifespan
 
 
-def tool(endpoint: Callable[..., Any], spoken: type[Exception]) -> Callable[..., Any]:
+def tool(endpoint: Endpoint, spoken: type[Exception]) -> Endpoint:
     """An endpoint without its files."""
 
     @functools.wraps(endpoint)
-    async def called(**named: Any) -> Any:
+    async def called(**named: object) -> object:
         try:
             return await endpoint(**named)
         except spoken:
             raise
-        except Exception:
+        except Exception:  # the edge to a client: what an error says is not for strangers, and is in the log
             log.exception("the tool %s failed", endpoint.__name__)
             raise RuntimeError("internal error") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -33,7 +33,7 @@ class Done(BaseModel):
 
 
 PHOTO_URLS = [f"https://example.com/rex-{number}.jpg" for number in range(1, 5)]
-EXAMPLES: dict[type[BaseModel], dict[str, Any]] = {  # of bodies, for whoever reads the OpenAPI page
+EXAMPLES: dict[type[BaseModel], dict[str, object]] = {  # of bodies, for whoever reads the OpenAPI page
     TuneRequest: {
         "title": "Rex - 1234-6789", "name": "dog", "branch": "fast", "image_urls": PHOTO_URLS,
         "characteristics": {"colour": "brown"},
@@ -44,7 +44,7 @@ EXAMPLES: dict[type[BaseModel], dict[str, Any]] = {  # of bodies, for whoever re
     PromptRequest: {"text": "ohwx dog in the snow", "num_images": 2, "seed": 7},
     PackRequest: {"title": "Rex for the shop", "name": "dog", "branch": "fast", "image_urls": PHOTO_URLS},
 }  # fmt: skip
-REFUSALS: dict[int | str, dict[str, Any]] = {
+REFUSALS: dict[int | str, dict[str, object]] = {
     400: {"model": Error, "description": "The body cannot be read"},
     401: {"model": Error, "description": "A key is needed"},
     403: {"model": Error, "description": "From another site's page, or under a name that is not this app's"},
@@ -62,7 +62,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def add_error_answers(app: FastAPI) -> None:
-    def error(status: int) -> Any:
+    def error(status: int) -> Callable[[Request, Exception], JSONResponse]:
         return lambda _request, problem: JSONResponse({"error": str(problem)}, status)
 
     def invalid(_request: Request, problem: Exception) -> JSONResponse:
@@ -89,7 +89,7 @@ def add_error_answers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, lambda _request, _problem: JSONResponse({"error": "internal error"}, 500))
 
 
-def body_schema(root: str, model: type[BaseModel]) -> dict[str, Any]:
+def body_schema(root: str, model: type[BaseModel]) -> dict[str, dict[str, object]]:
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
     body = {"type": "object", "required": [root], "properties": {root: schema}, "additionalProperties": False}
@@ -98,6 +98,8 @@ def body_schema(root: str, model: type[BaseModel]) -> dict[str, Any]:
     )
     if "PromptRequest" in definitions:
         wrapped["properties"][root]["properties"]["prompts_attributes"]["items"] = definitions["PromptRequest"]
-    kinds: dict[str, Any] = {kind: {"schema": wrapped} for kind in ("application/json", "multipart/form-data")}
+    kinds: dict[str, dict[str, object]] = {
+        kind: {"schema": wrapped} for kind in ("application/json", "multipart/form-data")
+    }
     kinds["application/json"]["example"] = {root: EXAMPLES[model]}
     return kinds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
@@ -66,7 +65,7 @@ def build(services: Services) -> gr.Blocks:
         shown = gr.State(("", "", ""))
         live = [now, seen, tunes, shown]
         watch = functools.partial(live_parts, services)
-        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         gr.Timer(WATCH_SECONDS).tick(watch, shown, live, **quiet)
         blocks.load(watch, shown, live, **quiet)
         blocks.load(form.choices, None, [form.fields["base_tune_id"], form.fields["preset"]], **quiet)
@@ -105,7 +104,7 @@ def build(services: Services) -> gr.Blocks:
     return blocks
 
 
-def live_parts(services: Services, shown: tuple[str, str, str]) -> tuple[Any, Any, Any, Any]:
+def live_parts(services: Services, shown: tuple[str, str, str]) -> tuple[object, object, object, object]:
     """The live parts of the page, and what they are; what has not changed is left alone, so that nothing folds up or
     flickers."""
     tunes = list_tunes(services, limit=TUNES_ON_PAGE)
@@ -141,7 +140,7 @@ def beside(services: Services, tune_id: int) -> Beside:
         return Beside()
 
 
-def pack_shelf(services: Services) -> tuple[str, Any]:
+def pack_shelf(services: Services) -> tuple[str, object]:
     """The packs as cards, and as choices."""
     known = pack_verbs.list_packs(services)
     usable = [(pack["title"], pack["slug"]) for pack in known if "error" not in pack]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import gradio as gr
 
 from trainer.contract.photos import Tell
 from trainer.contract.states import ENDED
@@ -15,6 +15,6 @@ def busy(tune: Tune) -> bool:
     return tune.status not in ENDED or any(prompt.status not in ENDED for prompt in tune.prompts)
 
 
-def teller(progress: Any) -> Tell:
+def teller(progress: gr.Progress) -> Tell:
     """Tell a Gradio progress bar how far a request has come."""
     return lambda what, done, of: progress((done, of), what)

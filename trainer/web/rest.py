@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import FastAPI, Query, Request
 from fastapi import Path as UrlPath
@@ -117,7 +117,7 @@ def change_routes(app: FastAPI, services: Services) -> None:
 def file_routes(app: FastAPI, services: Services) -> None:
     """Models and pictures: files behind signed links."""
 
-    answers: dict[int | str, dict[str, Any]] = {
+    answers: dict[int | str, dict[str, object]] = {
         307: {"description": "Leads to the file"},
         202: {"model": Done, "description": "It is being made; ask again"},
     }
@@ -209,12 +209,12 @@ def pack_routes(app: FastAPI, services: Services) -> None:
     """Packs."""
 
     @app.get("/packs")
-    def list_packs() -> list[dict[str, Any]]:
+    def list_packs() -> list[dict[str, object]]:
         """Packs: settings and prompts for a purpose."""
         return pack_verbs.list_packs(services)
 
     @app.get("/p/{slug}")
-    def get_pack(slug: Slug) -> dict[str, Any]:
+    def get_pack(slug: Slug) -> dict[str, object]:
         return pack_verbs.get_pack(services, slug)
 
     pack_body = {"requestBody": {"content": body_schema("tune", PackRequest)}}
@@ -231,7 +231,7 @@ def pack_routes(app: FastAPI, services: Services) -> None:
         return tune
 
     @app.post("/tunes/{tune_id}/pack", status_code=201)
-    def save_pack(tune_id: int, title: str | None = None) -> dict[str, Any]:
+    def save_pack(tune_id: int, title: str | None = None) -> dict[str, object]:
         """Make a pack of a tune's settings and prompts, under its own title or another."""
         return pack_verbs.save_pack(services, tune_id, title)
 
@@ -240,7 +240,7 @@ def list_routes(app: FastAPI, services: Services) -> None:
     """What a tune can start from."""
 
     @app.get("/gallery/tunes")
-    def list_base_tunes(branch: str | None = None) -> list[dict[str, Any]]:
+    def list_base_tunes(branch: str | None = None) -> list[dict[str, object]]:
         """Base models that a tune can start from."""
         return models.list_base_tunes(services, branch)
 

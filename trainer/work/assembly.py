@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import webbrowser
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer.settings import Settings
 from trainer.studio.store import Store
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 
 class Studio:
@@ -21,7 +24,7 @@ class Studio:
         self._looker = Looker(settings)
         self._worker = Worker(settings, store, self._looker)
 
-    def load(self) -> Any:
+    def load(self) -> FastAPI:
         """Build the web app."""
         from trainer.files import sweep
         from trainer.photos.intake import Decoder

@@ -7,7 +7,7 @@ import logging
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -77,7 +77,7 @@ class Bench:
             self._store.finish(job, "failed", error=str(problem))
         except (Aside, Closed):
             self._put_aside(job, reporter)
-        except Exception as error:
+        except Exception as error:  # the edge of a job: it must end, whatever a library raises
             log.exception("job %s failed", job)
             self._store.finish(job, "failed", error=explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING))
 
@@ -122,7 +122,7 @@ class Bench:
 
         photos, warnings = self._looker.prepare(
             folder,
-            [Photo(**photo) for photo in tune["photos"]],
+            [Photo.model_validate(photo) for photo in tune["photos"]],
             config,
             tune["name"],
             bool(tune["training_face_correct"]),
@@ -195,7 +195,8 @@ class Bench:
         else:
             base = bases.of_tune(self._settings, tune, self._tune_row)
         loras = [Lora(base.model, 1.0, base.title)] if base.model and base.model != own_model else []
-        own_scale = weights_of.pop(("lora", tune["id"]), prompt["attributes"].get("lora_scale", 1.0))
+        asked = prompt["attributes"].get("lora_scale")
+        own_scale = weights_of.pop(("lora", tune["id"]), asked if isinstance(asked, int | float) else 1.0)
         if tune["method"] in references.ADAPTERS:
             loras.append(Lora(own_model, own_scale, tune["title"]))
         elif tune["method"] == "checkpoint" and own_scale != 1.0:
@@ -254,6 +255,6 @@ class Bench:
         return row
 
 
-def verdicts(photos: list[Photo]) -> list[dict[str, Any]]:
+def verdicts(photos: list[Photo]) -> list[dict[str, object]]:
     """As the store keeps them."""
     return [photo.model_dump() for photo in photos]

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.clock import now, stamp
+from trainer.contract.rows import ProgressRow
 from trainer.files import read_json_lines
 from trainer.settings import Settings
 from trainer.studio.store import Job, Store
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.tensorboard import SummaryWriter
 
 TELL_EVERY_SECONDS = 0.5  # progress in the store: each write waits for the disk
 PACE_MEMORY = 0.9  # of the moving average of seconds per step
@@ -37,7 +40,7 @@ class Reporter:
         self._board = tensorboard(folder / "tensorboard") if settings.tensorboard and self._table == "tunes" else None
         self._began = time.monotonic()
         self._told = self._stepped = 0.0
-        self.progress: dict[str, Any] = {
+        self.progress: ProgressRow = {
             "stage": "queued",
             "step": 0,
             "steps": 0,
@@ -107,12 +110,12 @@ class Reporter:
             return None
         return stamp(datetime.now(UTC) + timedelta(seconds=pace * (self.progress["steps"] - self.progress["step"])))
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, line: Mapping[str, object]) -> None:
         with self._log.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def tensorboard(folder: Path) -> Any:
+def tensorboard(folder: Path) -> SummaryWriter:
     """A writer of TensorBoard files. Raises RuntimeError in words where the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter

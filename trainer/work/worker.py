@@ -64,6 +64,6 @@ class Worker:
             leave_a_core_free()
             device = pick_device(self._settings.device)
             self._bench = Bench(self._settings, self._store, self._looker, device, self._loop.stopping)
-        except Exception as error:
+        except Exception as error:  # the edge of a thread: a driver or library that is broken raises anything
             log.exception("nothing can be trained here")
             self._unable = f"nothing can be trained here: {explain(error)}"
