@@ -6,7 +6,9 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -82,6 +84,7 @@ class Child:
         if self._closed:
             raise Closed
         if self._pool is None:
+            _wait_for_cv2()
             self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
             try:
                 self._pool.submit(begin, self._module).result(timeout=START_SECONDS)
@@ -103,6 +106,18 @@ class Child:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def _wait_for_cv2() -> None:
+    """Return when no other thread is importing cv2, or after the time that a start may take: an import may fail.
+
+    While it is imported, its folder is in `sys.path`. A child that starts then gets this path, takes `cv2/typing` for
+    Python's `typing`, and dies.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    # cv2 sets this name before it changes the path, and deletes it afterwards.
+    while hasattr(sys, "OpenCV_LOADER") and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def begin(module: str) -> None:
