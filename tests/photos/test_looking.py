@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -744,6 +745,24 @@ def test_the_weights_of_the_registry_are_those_beside_the_repository() -> None:
 def test_a_child_that_cannot_start_says_why() -> None:
     with pytest.raises(RuntimeError, match="the process that does nothing did not start: No module named 'nowhere'"):
         Child("nowhere", "does nothing").run(1, "anything")
+
+
+def test_a_child_does_not_start_while_another_thread_imports_cv2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cv2 puts its folder into the path for that time, where `typing` is not Python's."""
+    (tmp_path / "typing.py").write_text("raise ImportError('not the one of Python')")
+    before, child = sys.path, Child("trainer.photos.decode", "decodes photos")
+
+    def imported() -> None:
+        sys.path = before
+        del sys.OpenCV_LOADER  # type: ignore[attr-defined]
+
+    sys.OpenCV_LOADER = True  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *before])
+    threading.Timer(0.5, imported).start()
+    child.start()
+    child.close()
 
 
 def test_closing_ends_a_child_in_the_middle_of_its_work(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
@@ -88,6 +90,7 @@ class Child:
         if self._closed:
             raise Closed
         if self._pool is None:
+            _wait_for_cv2()
             self._pool = ProcessPool(1, context=multiprocessing.get_context("spawn"))
             try:
                 self._result(self._pool, START_SECONDS, begin, self._module)
@@ -120,6 +123,18 @@ class Child:
             self._pool.stop()
             self._pool.join()
             self._pool = self._task = None
+
+
+def _wait_for_cv2() -> None:
+    """Return when no other thread is importing cv2, or after the time that a start may take: an import may fail.
+
+    While it is imported, its folder is in `sys.path`. A child that starts then gets this path, takes `cv2/typing` for
+    Python's `typing`, and dies.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    # cv2 sets this name before it changes the path, and deletes it afterwards.
+    while hasattr(sys, "OpenCV_LOADER") and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def begin(module: str) -> None:
