@@ -105,7 +105,7 @@ def draw_mask(file: Path, size: tuple[int, int], box: tuple[int, int, int, int])
 
 def encode(tmp_path: Path, picture: Picture, **changes: object) -> Sample:
     config = settled(**changes)
-    return views_.encode(Plain(), picture, config.resolution[0], config, tmp_path)
+    return views_.encode(Plain(), views_.read(picture, tmp_path), config.resolution[0], config)
 
 
 def sample(name: str = "a", shape: tuple[int, int] = (1, 1), mean: float = 0, std: float = 1, **view: Any) -> Sample:
@@ -812,3 +812,21 @@ def test_gradients_of_a_step_in_pieces_are_those_of_the_whole_step(
         gradients.append([param.grad for group in run.groups for param in group["params"]])
     assert any(gradient.abs().max() > 1e-4 for gradient in gradients[0])
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*gradients, strict=True))
+
+
+def test_a_photo_is_decoded_once_whatever_is_made_of_it(
+    tmp_path: Path, tiny_sd15: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    open_image = Image.open
+
+    def spy(file: Path, *arguments: object) -> Image.Image:
+        opened.append(Path(file))
+        return open_image(file, *arguments)
+
+    config = config_of(resolution="32,64", crops=2, flip="true")
+    bench = Bench(tiny_sd15, tmp_path, photos, config)
+    monkeypatch.setattr(views_.Image, "open", spy)
+    run = bench.start()
+    assert len(run.data.samples) == 2 * len(photos)
+    assert sorted(opened) == sorted(photos)

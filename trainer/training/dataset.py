@@ -30,7 +30,7 @@ from trainer.device import placed
 from trainer.files import whole_folder
 from trainer.photos.geometry import FACE_SUFFIX
 from trainer.training.seeds import derive
-from trainer.training.views import Picture, Sample, View, encode, mask_file, show
+from trainer.training.views import Picture, Sample, View, encode, mask_file, read, show
 
 Image.MAX_IMAGE_PIXELS = None  # the intake has checked that, by the setting
 
@@ -166,9 +166,12 @@ def build(
         said = [branch.encode_prompts([prompt]) for prompt in prompts]
     branch.keep_text_encoders(keep)
     with whole_folder(folder / "seen") as partial, placed(branch.device, branch.vae):
-        asked = [(picture, resolution) for picture in pictures for resolution in config.resolution]
-        samples = [encode(branch, picture, resolution, config, folder) for picture, resolution in asked]
-        shown = [show(branch, *one, config, folder, partial) for one in asked if one[0].kind != "class"]
+        samples: list[Sample] = []
+        shown: list[dict[str, object]] = []
+        for opened in (read(picture, folder) for picture in pictures):  # each is decoded once, and one is in memory
+            samples += [encode(branch, opened, resolution, config) for resolution in config.resolution]
+            if opened.picture.kind != "class":
+                shown += [show(branch, opened, resolution, config, partial) for resolution in config.resolution]
         (partial / "seen.json").write_text(json.dumps(shown, indent=1))
     return Dataset(samples, captions, None if config.text_steps else cond, config), said
 

@@ -58,9 +58,18 @@ class Sample:
         return height, width
 
 
-def encode(branch: Branch, picture: Picture, resolution: int, config: TrainConfig, folder: Path) -> Sample:
+@dataclass(frozen=True)
+class Opened:
+    """A picture, decoded, with those masks of it that there are."""
+
+    picture: Picture
+    image: Image.Image
+    masks: dict[str, Image.Image]
+
+
+def encode(branch: Branch, opened: Opened, resolution: int, config: TrainConfig) -> Sample:
     """Encode a picture at one resolution in all its views."""
-    image, masks = read(picture, folder)
+    picture, image, masks = opened.picture, opened.image, opened.masks
     size = trained_size(branch, image, resolution, config)
     mirrorings = (False, True) if config.flip and picture.kind != "face" else (False,)
     views = []
@@ -79,11 +88,9 @@ def encode(branch: Branch, picture: Picture, resolution: int, config: TrainConfi
     return Sample(picture, views)
 
 
-def show(
-    branch: Branch, picture: Picture, resolution: int, config: TrainConfig, folder: Path, target: Path
-) -> dict[str, object]:
+def show(branch: Branch, opened: Opened, resolution: int, config: TrainConfig, target: Path) -> dict[str, object]:
     """Write what the first view of a picture looks like into `target`, what the loss leaves out dimmed; and say so."""
-    image, masks = read(picture, folder)
+    picture, image, masks = opened.picture, opened.image, opened.masks
     size = trained_size(branch, image, resolution, config)
     box = crops(image.size, size, 1, 0)[0]
     pixels = cut(image, box, size, False)
@@ -96,14 +103,15 @@ def show(
     return told | {"width": size[0], "height": size[1], "mask": config.mask if mask else None}
 
 
-def read(picture: Picture, folder: Path) -> tuple[Image.Image, dict[str, Image.Image]]:
-    """A picture, and those masks that lie in `folder/masks`; class pictures have none."""
-    with Image.open(picture.path) as opened:
-        image = opened.convert("RGB")
+def read(picture: Picture, folder: Path) -> Opened:
+    """A picture with its masks, which are in `folder/masks`; class pictures have none."""
+    with Image.open(picture.path) as file:
+        image = file.convert("RGB")
     if picture.kind == "class":
-        return image, {}
+        return Opened(picture, image, {})
     files = {kind: mask_file(folder, picture, kind) for kind in MASKS}
-    return image, {kind: load_mask(file, image.size) for kind, file in files.items() if file.exists()}
+    masks = {kind: load_mask(file, image.size) for kind, file in files.items() if file.exists()}
+    return Opened(picture, image, masks)
 
 
 def trained_size(branch: Branch, image: Image.Image, resolution: int, config: TrainConfig) -> tuple[int, int]:
