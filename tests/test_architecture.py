@@ -42,6 +42,7 @@ HOMES = {
     "gradio": {"web"},
     "fastapi": {"web"},
     "mcp": {"web"},
+    "jinja2": {"web"},
     "standardwebhooks": {"studio"},
     "starlette": {"web"},
     "uvicorn": {"app"},

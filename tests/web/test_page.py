@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from trainer.studio.answers import FLAGS
 from trainer.studio.rows import Services
 from trainer.studio.tunes import create_tune
 from trainer.web import form as form_
+from trainer.web import html as page_html
 from trainer.web import page
 from trainer.web.form import Form, thumbnails, with_captions
-from trainer.web.html import Beside, actions, current, duration, earlier, loss_curve, progress, trained_pictures
+from trainer.web.html import Beside, current, duration, earlier, trained_pictures
+from trainer.web.templating import ENVIRONMENT, render
 
 pytest_plugins = ("tests.helpers.web",)
 
@@ -79,6 +81,18 @@ class Reader(HTMLParser):
 
     def all(self, name: str) -> list[str | None]:
         return [value for key, value in self.attributes if key == name]
+
+
+def progress(one: Tune, readings: Sequence[dict[str, Any]] = ()) -> str:
+    return render("progress.html", tune=one, bar=page_html.progress_bar(one, readings))
+
+
+def loss_curve(readings: Sequence[dict[str, Any]], steps: int) -> str:
+    return render("loss_curve.html", curve=page_html.loss_curve(readings, steps)).strip()
+
+
+def actions(one: Tune) -> str:
+    return str(ENVIRONMENT.get_template("parts.html").module.actions(one))  # type: ignore[attr-defined]
 
 
 def everywhere(text: str) -> Tune:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from trainer.settings import LOOPBACK, Settings, digest_of
+from trainer.web.templating import render
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -157,11 +158,11 @@ class Guard:
             if seconds := self._strangers.must_wait(address):
                 await _too_many(send, seconds)
             elif method == "GET" and "text/html" in headers.get("accept", ""):
-                await _html(send, 401, LOGIN_PAGE)
+                await _html(send, 401, render("login.html", problem=None))
             else:
                 await _json(send, 401, {"error": "a key is needed: send Authorization: Bearer KEY"})
         elif self._inner is None and path == "/" and not self.failed:
-            await _html(send, 200, WAITING_PAGE)
+            await _html(send, 200, render("waiting.html"))
         else:
             await self._pass_on(scope, headers, receive, send)
 
@@ -233,8 +234,7 @@ class Guard:
             if seconds := self._strangers.must_wait(address):
                 await _too_many(send, seconds)
                 return
-            problem = "<p class=problem>That is not the key.</p>"
-            await _html(send, 401, LOGIN_PAGE.replace("<!--problem-->", problem))
+            await _html(send, 401, render("login.html", problem="That is not the key."))
             return
         # A Space shows the app in a frame of another site, which only takes a cookie marked for that.
         framed = "SameSite=None; Secure; Partitioned" if self._settings.base_url.startswith("https") else "SameSite=Lax"
@@ -270,20 +270,3 @@ async def _answer(send: Send, status: int, kind: bytes, body: bytes, *more: tupl
     headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), (b"cache-control", b"no-store")]
     await send({"type": "http.response.start", "status": status, "headers": [*headers, *more]})
     await send({"type": "http.response.body", "body": body})
-
-
-STYLE = """<meta charset=utf-8><meta name=viewport content="width=device-width"><title>Tunebooth</title><style>
-body{font:16px system-ui,sans-serif;display:grid;place-content:center;height:100vh;margin:0;text-align:center;
-background:#fafaf9;color:#292524}@media(prefers-color-scheme:dark){body{background:#18181b;color:#e7e5e4}}
-h1{font-weight:650;margin:0 0 .5em}.bar{width:14em;height:4px;border-radius:2px;background:#8884;overflow:hidden}
-.bar i{display:block;width:40%;height:100%;background:#e8590c;animation:slide 1.2s infinite alternate ease-in-out}
-@keyframes slide{to{transform:translateX(150%)}}
-input,button{font:inherit;padding:.5em .8em;border-radius:6px;border:1px solid #8886}
-button{background:#e8590c;color:#fff;border:0}.problem{color:#e03131}</style>"""
-WAITING_PAGE = f"""<!doctype html>{STYLE}<main><h1>Tunebooth</h1><p>Getting ready&hellip;</p>
-<div class=bar><i></i></div></main>
-<script>(async function wait(){{try{{const h=await(await fetch('/health')).json();
-if(h.ready||h.status!='ok')return location.reload()}}catch(e){{}}setTimeout(wait,300)}})()</script>"""
-LOGIN_PAGE = f"""<!doctype html>{STYLE}<main><h1>Tunebooth</h1><!--problem--><form method=post action=/login>
-<p>The app showed the key at its first start, or it is TUNEBOOTH_KEY.</p>
-<input type=password name=key placeholder=Key autofocus> <button>Open</button></form></main>"""
