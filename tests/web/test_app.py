@@ -29,9 +29,9 @@ from playwright.sync_api import Page, sync_playwright
 from safetensors.torch import load_file
 
 from tests.helpers.app import PATIENCE, ROOT, App, post, running, wait_for
+from tests.helpers.fast import FAST_FOLDER
 from tests.helpers.shared import SHARED
 from trainer.contract.tunes import TuneRequest
-from trainer.library.bases import FAST_FOLDER
 
 CHROMIUM = "/usr/bin/chromium"
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-quic", "--disable-background-networking", "--no-first-run"]

@@ -82,7 +82,7 @@ class Renderer:
 
         target = folder / "prompts" / str(prompt["id"])
         target.parent.mkdir(exist_ok=True)
-        preview = Preview(folder / "previews" / f"{prompt['id']}.jpg", branch.pipeline, loaded.decoder)
+        preview = Preview(folder / "previews" / f"{prompt['id']}.jpg", branch, loaded.decoder)
         with preview, whole_folder(target) as made, autocast(self._device, branch.dtype):
             said = encode_prompt(loaded, plan, warnings)
             job = Job(
