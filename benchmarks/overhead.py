@@ -113,7 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = read_settings(outputs=folder, models=folder / "models")
-        branch = load_branch(bases.fast_base(), torch.device("cpu"), folder / "cache")
+        branch = load_branch(bases.resolve(settings, None, "fast"), torch.device("cpu"), folder / "cache")
         config = resolve.resolve(
             settings.presets, branch="fast", model_type="lora", preset=None, name="toy", photos=5,
             steps=options.steps, args="save_every=100000 micro_batch=4 text_encoder_lr=0 targets=all",

@@ -58,8 +58,10 @@ from trainer.branches.protocol import Branch, load_branch
 from trainer.config import branch_file, resolve
 from trainer.contract.rows import PromptToRender
 from trainer.device import leave_a_core_free, peak_gib
-from trainer.library.bases import Base, fast_base
+from trainer.library import bases
+from trainer.library.bases import Base
 from trainer.methods import lora
+from trainer.names import DEMO_BRANCH
 from trainer.photos.looker import Looker
 from trainer.rendering import renderer
 from trainer.rendering.job import Lora, Models
@@ -182,8 +184,8 @@ class Bench:
         self._prompts = 0
         self._random: bool = options.random_weights
         (self.settings.outputs / "tunes" / "1").mkdir(parents=True)
-        self._base = fast_base()
-        if self.name != "fast":
+        self._base = bases.resolve(self.settings, None, DEMO_BRANCH)
+        if self.name != DEMO_BRANCH:
             path = None if self._random else FAMILIES[self.name][2](folder / "model")
             self._base = Base(1, f"{self.name}, {'full size' if self._random else 'tiny'}", self.name, path=path)
         self._tokenizers = folder / "tokenizers"

@@ -35,8 +35,8 @@ from trainer.branches.protocol import load_branch
 from trainer.config import branch_file
 from trainer.contract.photos import Upload
 from trainer.files import read_json_lines
-from trainer.library.bases import FAST_FOLDER, fast_base
-from trainer.names import FORMATS
+from trainer.library import bases
+from trainer.names import DEMO_BRANCH, FORMATS
 from trainer.photos.intake import Decoder
 from trainer.photos.looker import Looker
 from trainer.settings import read_settings
@@ -125,7 +125,8 @@ class Studio:
 
 def load_base() -> Any:
     """The base in a stock pipeline, as whoever downloads a tune would load it."""
-    pipeline = StableDiffusionPipeline.from_pretrained(FAST_FOLDER, torch_dtype=torch.float32, local_files_only=True)
+    folder = bases.PROGRAM / "fast_base"
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -133,7 +134,7 @@ def load_base() -> Any:
 def load_tune(model: Path) -> Any:
     """The base with a tune on it: stock calls, but for checkpoints of this base, which only the branch itself reads."""
     if (model / FORMATS["checkpoint"]).exists():
-        base = replace(fast_base(), path=model / FORMATS["checkpoint"])
+        base = replace(bases.resolve(read_settings(), None, DEMO_BRANCH), path=model / FORMATS["checkpoint"])
         return load_branch(base, torch.device("cpu"), model.parent / "cache").pipeline
     pipeline = load_base()
     pipeline.load_lora_weights(model, weight_name=FORMATS["kohya"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tests.helpers.tiny import bfl_tensors, write_flux_file
-from trainer.branches import flux1, loading
+from trainer.branches import flux1, flux1_keys, loading
 from trainer.branches.flux1 import Flux1
 from trainer.library.bases import Base, sidecar
 
@@ -320,12 +320,12 @@ def test_the_reader_knows_every_name_of_the_published_file(full_size: dict[str, 
     state, expected = transformer.state_dict(), bfl_tensors(transformer)
     shapes: dict[str, tuple[int, ...]] = {}
     read: list[str] = []
-    for original, layers in flux1.original_layers(transformer):
+    for original, layers in flux1_keys.original_layers(transformer):
         for kind in ("weight", "bias"):
             parts = [f"{layer}.{kind}" for layer in layers]
             shapes[f"{original}.{kind}"] = (sum(len(state[part]) for part in parts), *state[parts[0]].shape[1:])
             read += parts
-    for original, name in flux1.original_scales(transformer):
+    for original, name in flux1_keys.original_scales(transformer):
         shapes[original] = tuple(state[name].shape)
         read.append(name)
     assert shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}

@@ -20,13 +20,14 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 from tests.helpers import bench, tiny  # bench: it spares the garbage collector the libraries' objects
+from tests.helpers.fast import FAST_ID
 from tests.helpers.pictures import apart, esrgan, pixels
 from trainer.branches import protocol
 from trainer.contract.errors import CannotLook
 from trainer.contract.photos import Photo, Upload
 from trainer.contract.prompts import Prompt
 from trainer.library import weights
-from trainer.library.bases import FAST_ID, hashed_id
+from trainer.library.bases import hashed_id
 from trainer.methods import checkpoint, lora
 from trainer.names import FORMATS
 from trainer.photos.found import Found
@@ -259,7 +260,8 @@ def opened(folder: Path, decoder: Decoder, photo: Path, request: pytest.FixtureR
 def tidied(room: Room, monkeypatch: pytest.MonkeyPatch) -> Iterator[Room]:
     """The room for one test, with nobody on the pictures; its weights are not the published files."""
     monkeypatch.setattr(weights, "UPSCALER", replace(weights.UPSCALER, sha256=None))
-    monkeypatch.setattr(weights, "FACEID", {name: replace(one, sha256=None) for name, one in weights.FACEID.items()})
+    published = weights.face_adapter
+    monkeypatch.setattr(weights, "face_adapter", lambda *asked: replace(published(*asked), sha256=None))
     vars(room.eyes).update(vars(Eyes()))
     yield room
     room.stopping.clear()

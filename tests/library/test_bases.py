@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.fast import FAST_ID, fast_base
 from trainer.contract.errors import InvalidRequest
 from trainer.library import bases
 from trainer.library.bases import Base
@@ -276,8 +277,8 @@ def test_an_unknown_id_is_refused(settings: Settings) -> None:
 
 
 def test_a_base_of_another_branch_is_refused(settings: Settings) -> None:
-    assert problem_of(settings, bases.FAST_ID, "sd15").keys() == {"base_tune_id"}
-    assert bases.resolve(settings, bases.FAST_ID, None).branch == "fast"
+    assert problem_of(settings, FAST_ID, "sd15").keys() == {"base_tune_id"}
+    assert bases.resolve(settings, FAST_ID, None).branch == "fast"
     assert "is of branch flux1, not sdxl1" in problem_of(settings, 1504944, "sdxl1")["base_tune_id"][0]
 
 
@@ -286,5 +287,5 @@ def test_an_unknown_branch_is_refused_with_the_nearest(settings: Settings) -> No
 
 
 def test_branch_fast_takes_any_id_and_uses_its_own_base(settings: Settings) -> None:
-    own = bases.fast_base()
+    own = fast_base()
     assert [bases.resolve(settings, base_id, "fast") for base_id in (None, 690204, 123456)] == [own] * 3

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny
+from tests.helpers.fast import FAST_ID
 from tests.helpers.methods import ROUNDING, SOME, distance, picture
 from tests.helpers.shared import SHARED
 from tests.helpers.studio import Studio
@@ -134,7 +135,7 @@ def test_a_flux1_checkpoint_has_its_other_parts_from_what_it_stands_on(studio: S
 
 @pytest.mark.long
 def test_a_checkpoint_is_not_begun_on_new_words_and_moments_have_theirs(studio: Studio) -> None:
-    words = trained(studio, "a word", bases.FAST_ID, "pti", branch="fast", args="", prompts_attributes=[])
+    words = trained(studio, "a word", FAST_ID, "pti", branch="fast", args="", prompts_attributes=[])
     with pytest.raises(InvalidRequest) as refused:
         studio.create("on a word", base_tune_id=words, branch=None, model_type="checkpoint")
     assert "a checkpoint has no place for them" in refused.value.problems["base_tune_id"][0]
@@ -144,7 +145,7 @@ def test_a_checkpoint_is_not_begun_on_new_words_and_moments_have_theirs(studio: 
 
 @pytest.mark.parametrize("state", ["canceled", "faceid"])
 def test_what_has_no_weights_is_no_base(studio: Studio, state: str) -> None:
-    tune = trained(studio, f"no base: {state}", bases.FAST_ID, branch="fast", prompts_attributes=[])
+    tune = trained(studio, f"no base: {state}", FAST_ID, branch="fast", prompts_attributes=[])
     studio.store.update("tunes", tune, **({"status": state} if state == "canceled" else {"method": state}))
     with pytest.raises(InvalidRequest) as refused:
         studio.create(f"on {state}", base_tune_id=tune, branch=None)
@@ -154,7 +155,7 @@ def test_what_has_no_weights_is_no_base(studio: Studio, state: str) -> None:
 
 @pytest.mark.long
 def test_fast_stands_on_an_earlier_fast_tune_and_on_nothing_else(studio: Studio) -> None:
-    first = trained(studio, "quick", bases.FAST_ID, branch="fast", args="", prompts_attributes=[])
+    first = trained(studio, "quick", FAST_ID, branch="fast", args="", prompts_attributes=[])
     second = tunes.get_tune(
         studio.services, trained(studio, "quicker", first, branch="fast", args="", prompts_attributes=[])
     )
@@ -207,7 +208,7 @@ def test_the_branch_of_a_lora_file_is_told_by_its_keys(tmp_path: Path, key: str,
     assert found.repository == next(base for base in under if base.branch == branch).repository  # the branch's default
 
 
-@pytest.mark.parametrize(("root", "expected"), [("Realistic Vision 5.1", 690204), ("Tunebooth fast", bases.FAST_ID)])
+@pytest.mark.parametrize(("root", "expected"), [("Realistic Vision 5.1", 690204), ("Tunebooth fast", FAST_ID)])
 def test_a_lora_file_of_ours_lies_on_the_base_that_it_names(tmp_path: Path, root: str, expected: int) -> None:
     settings = read_settings(outputs=tmp_path / "outputs", models=tmp_path / "models")
     file, key = settings.models / "ours.safetensors", "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"
@@ -227,7 +228,7 @@ def test_a_lora_file_of_ours_lies_on_the_base_that_it_names(tmp_path: Path, root
 def test_a_base_that_is_deleted_while_photos_come_refuses_the_tune(
     studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = trained(studio, "soon gone", bases.FAST_ID, branch="fast", args="", prompts_attributes=[])
+    base = trained(studio, "soon gone", FAST_ID, branch="fast", args="", prompts_attributes=[])
     insert = tunes._insert
 
     def late(services: Services, *arguments: Any) -> Any:
@@ -242,7 +243,7 @@ def test_a_base_that_is_deleted_while_photos_come_refuses_the_tune(
 
 
 def test_what_is_in_use_does_not_expire_and_an_expired_child_does_not_count(studio: Studio) -> None:
-    first = trained(studio, "parent", bases.FAST_ID, branch="fast", args="", prompts_attributes=[])
+    first = trained(studio, "parent", FAST_ID, branch="fast", args="", prompts_attributes=[])
     second = trained(studio, "child", first, branch="fast", args="", prompts_attributes=[])
 
     def expired(tune_id: int) -> bool:
@@ -339,7 +340,7 @@ def test_a_checkpoint_comes_as_a_diffusers_folder_that_renders_alike(studio: Stu
 
 
 def test_formats_that_are_there_and_those_that_are_not(studio: Studio) -> None:
-    tune = trained(studio, "in forms", bases.FAST_ID, "pti", branch="fast", args="", prompts_attributes=[])
+    tune = trained(studio, "in forms", FAST_ID, "pti", branch="fast", args="", prompts_attributes=[])
     client = client_of(studio.services)
     for format_ in ("kohya", "diffusers", "embeddings", "bundled"):
         answer = client.get(f"/tunes/{tune}/model", params={"format": format_}, follow_redirects=False)
@@ -403,7 +404,8 @@ def any_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from trainer.library import weights
 
-    monkeypatch.setattr(weights, "FACEID", {name: replace(one, sha256=None) for name, one in weights.FACEID.items()})
+    published = weights.face_adapter
+    monkeypatch.setattr(weights, "face_adapter", lambda *asked: replace(published(*asked), sha256=None))
 
 
 def test_a_face_is_ready_at_once(studio: Studio, people: dict[str, int]) -> None:
@@ -477,7 +479,7 @@ def test_a_face_that_cannot_be_put_in_is_refused(studio: Studio, people: dict[st
 
 @pytest.mark.long
 def test_a_face_of_another_branch_is_refused(studio: Studio, people: dict[str, int]) -> None:
-    quick = trained(studio, "quick for faces", bases.FAST_ID, branch="fast", args="", prompts_attributes=[])
+    quick = trained(studio, "quick for faces", FAST_ID, branch="fast", args="", prompts_attributes=[])
     with pytest.raises(InvalidRequest) as refused:
         prompts.create_prompt(studio.services, quick, {"text": f"a person <faceid:{people['person_a']}:1>"})
     assert "is of branch sd15, not fast" in refused.value.problems["text"][0]

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.helpers import tiny
+from tests.helpers.fast import fast_base
 from tests.helpers.shared import SHARED
 from trainer.branches.protocol import load_branch
 from trainer.contract.errors import CannotLook, InvalidRequest
 from trainer.contract.photos import Photo
 from trainer.library import weights
-from trainer.library.bases import fast_base
 from trainer.library.weights import Unavailable
 from trainer.methods import faceid
 from trainer.photos import faces

@@ -36,7 +36,7 @@ from trainer.contract.prompts import CONTROLS
 from trainer.library.bases import Base
 from trainer.rendering import control, outlines
 from trainer.rendering.outlines import Point
-from trainer.rendering.pipelines import derive
+from trainer.rendering.pipelines import pipeline_for
 
 CPU = torch.device("cpu")
 DOG = SHARED / "data" / "subjects" / "dog" / "00.jpg"
@@ -331,7 +331,6 @@ def drawn(
     task: Any,
     model: Any = None,
     scale: float = 1.0,
-    name: str = "",
     seen: Image.Image | None = None,
     kind: str = "canny",
     count: int = 1,
@@ -346,11 +345,10 @@ def drawn(
         told |= {"image": square(SIDE), "strength": 1.0 if task == "inpaint" else 0.6}
     if task == "inpaint":
         told["mask_image"] = Image.linear_gradient("L").resize((SIDE, SIDE))
-    pipeline = derive(branch.pipeline, task)
+    pipeline, _ = pipeline_for(branch, task, model)
     if model is not None:
-        pipeline = control.pipeline(branch.pipeline, model, task)
         seen = seen or outlines.outline("canny", square(SIDE), nowhere, CPU)
-        told |= control.arguments(name, model, kind, seen, scale, task != "text")
+        told |= control.arguments(branch, model, kind, seen, scale, task)
     generators = [torch.Generator().manual_seed(number) for number in range(count)]
     for generator in generators:
         torch.randn(skipped, generator=generator)
@@ -379,12 +377,12 @@ def test_a_control_model_works_at_its_scale(branch_of: Any, made: Any, name: str
     # FLUX.1's pipelines draw the latents of the control picture from the same generator, before all others.
     skipped = 4 * (SIDE // 8) ** 2 if family == "flux1" else 0
     bare, scheduler = drawn(branch, task, skipped=skipped), branch.pipeline.scheduler
-    controlled = drawn(branch, task, model, 1.0, family)
+    controlled = drawn(branch, task, model, 1.0)
     assert distance(controlled, bare) > 0.01
-    assert distance(drawn(branch, task, model, 0.0, family), bare) < ROUNDING
+    assert distance(drawn(branch, task, model, 0.0), bare) < ROUNDING
     empty = Image.new("RGB", (SIDE, SIDE))
-    assert distance(drawn(branch, task, model, 1.0, family, empty), controlled) > 1e-3  # it looks at its picture
-    two = drawn(branch, task, model, 1.0, family, count=2)
+    assert distance(drawn(branch, task, model, 1.0, empty), controlled) > 1e-3  # it looks at its picture
+    two = drawn(branch, task, model, 1.0, count=2)
     assert distance(two[:1], controlled) < ROUNDING and distance(two[0], two[1]) > 0.01
     assert branch.pipeline.scheduler is scheduler
     assert distance(drawn(branch, task, skipped=skipped), bare) < ROUNDING
@@ -394,7 +392,7 @@ def test_a_control_model_works_at_its_scale(branch_of: Any, made: Any, name: str
 def test_a_union_model_is_told_what_it_looks_at(branch_of: Any, made: Any, name: str) -> None:
     family = name.split("-")[0]
     branch, model = branch_of(family), control.load_control(branch_of(family), made(name))
-    canny, depth = (drawn(branch, "text", model, 1.0, family, square(SIDE), kind) for kind in ("canny", "depth"))
+    canny, depth = (drawn(branch, "text", model, 1.0, square(SIDE), kind) for kind in ("canny", "depth"))
     assert distance(canny, depth) > 1e-3
 
 
@@ -408,7 +406,7 @@ def test_a_pipeline_has_the_very_same_modules(branch_of: Any, made: Any, name: s
     stock.vae.bfloat16()  # a base has parts of several types: none is turned into another one
     try:
         for task in ("text", "image", "inpaint"):
-            pipeline = control.pipeline(stock, model, task)
+            pipeline = control.pipeline(branch, model, task)
             assert pipeline.components["controlnet"] is model
             assert all(pipeline.components[key] is part for key, part in parts.items())
             assert stock.vae.dtype == torch.bfloat16
@@ -451,7 +449,8 @@ def test_a_union_model_is_told_by_its_weights(branch_of: Any, made: Any, tmp_pat
     [
         ("sd15", "sdxl1", "for another family of models: its block_out_channels is"),
         ("sdxl1", "sd15", "for another family of models: its block_out_channels is"),
-        ("sd15", "flux1", "it is a FluxControlNetModel, the base takes ControlNetModel or ControlNetUnionModel"),
+        ("sd15", "flux1", "it is a FluxControlNetModel, the base takes ControlNetModel$"),
+        ("sdxl1", "flux1", "it is a FluxControlNetModel, the base takes ControlNetModel or ControlNetUnionModel"),
         ("flux1", "sd15", "it is a ControlNetModel, the base takes FluxControlNetModel"),
     ],
 )
@@ -492,11 +491,22 @@ def test_missing_and_broken_weights_are_told(branch_of: Any, made: Any, tmp_path
 
 def test_modes_are_those_of_the_model_cards(branch_of: Any, made: Any) -> None:
     flux, sdxl = (control.load_control(branch_of(name), made(f"{name}-union")) for name in ("flux1", "sdxl1"))
-    assert [control.control_mode(flux, kind) for kind in ("canny", "tile", "depth", "pose")] == [0, 1, 2, 4]
-    assert [control.control_mode(sdxl, kind) for kind in ("canny", "lineart", "depth", "pose")] == [3, 3, 1, 0]
+    assert [control.control_mode(branch_of("flux1"), flux, kind) for kind in ("canny", "tile", "depth", "pose")] == [
+        0,
+        1,
+        2,
+        4,
+    ]
+    assert [control.control_mode(branch_of("sdxl1"), sdxl, kind) for kind in ("canny", "lineart", "depth", "pose")] == [
+        3,
+        3,
+        1,
+        0,
+    ]
     with pytest.raises(ValueError, match="knows no lineart; it knows canny, tile, depth, pose"):
-        control.control_mode(flux, "lineart")
+        control.control_mode(branch_of("flux1"), flux, "lineart")
     with pytest.raises(ValueError, match="knows no tile; it knows pose, depth, canny, lineart"):
-        control.control_mode(sdxl, "tile")  # only the larger one does
+        control.control_mode(branch_of("sdxl1"), sdxl, "tile")  # only the larger one does
     for name in FAMILIES:
-        assert control.control_mode(control.load_control(branch_of(name), made(name)), "canny") is None
+        branch = branch_of(name)
+        assert control.control_mode(branch, control.load_control(branch, made(name)), "canny") is None

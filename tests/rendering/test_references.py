@@ -38,7 +38,7 @@ def open_room(
         unet = StableDiffusionPipeline.from_pretrained(
             made.base("sd15"), local_files_only=True, safety_checker=None
         ).unet
-        tiny.make_tiny_faceid(made.settings.weights / weights.FACEID["sd15"].name, unet)
+        tiny.make_tiny_faceid(made.settings.weights / weights.face_adapter(made.settings, "sd15").name, unet)
         yield made
 
 

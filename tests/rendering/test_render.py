@@ -684,7 +684,9 @@ def test_previews_take_a_fiftieth_of_the_time_at_most(
     decoder = SimpleNamespace(decode=decode, device=CPU, dtype=torch.float32)
     processor = SimpleNamespace(postprocess=lambda pixels: [Image.new("RGB", (8, 8))])
     shares = []
-    with Preview(tmp_path / "1.jpg", SimpleNamespace(image_processor=processor), decoder) as preview:
+    pipeline = SimpleNamespace(image_processor=processor)
+    branch = SimpleNamespace(pipeline=pipeline, preview_latents=lambda latents, _size: latents)
+    with Preview(tmp_path / "1.jpg", branch, decoder) as preview:
         for _ in range(2000):
             now[0] += step
             preview.show(torch.zeros(1, 4, 8, 8), (8, 8))

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from ssrfguard import SSRFGuardError
 
 from tests.helpers.api import GOOD, PHOTO, Fields, create, flatten, post
+from tests.helpers.fast import FAST_ID
 from tests.helpers.shared import SHARED
 from tests.helpers.web import address, client_of, left_behind, multipart
 from trainer.contract.tunes import Tune
@@ -411,7 +412,7 @@ BAD_PARAMETERS: dict[str, tuple[Fields, str, str]] = {
     "a name of ours inside": ([("tune[ignored][]", "name")], "ignored", "unknown parameter"),
     "a parameter outside": ([("title", "Rex")], "title", "everything goes under tune"),
     "an unknown base": ([*SD15, ("tune[base_tune_id]", "123456")], "base_tune_id", "no base model has the id 123456"),
-    "a base of another branch": ([*SD15, ("tune[base_tune_id]", str(bases.FAST_ID))], "base_tune_id", "not sd15"),
+    "a base of another branch": ([*SD15, ("tune[base_tune_id]", str(FAST_ID))], "base_tune_id", "not sd15"),
     "a base in words": ([("tune[base_tune_id]", "the best")], "base_tune_id", "must be a whole number"),
     "an unknown preset": ([*SD15, ("tune[preset]", "flux-lora-fsat")], "preset", "did you mean 'flux-lora-fast'?"),
     "no name": ([("tune[name]", "")], "name", "must not be empty"),

@@ -25,9 +25,9 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from tests.helpers.app import PATIENCE, ROOT, App, post, running, wait_for
+from tests.helpers.fast import FAST_FOLDER
 from tests.helpers.shared import SHARED
 from trainer.contract.tunes import TuneRequest
-from trainer.library.bases import FAST_FOLDER
 
 CHROMIUM = "/usr/bin/chromium"
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-quic", "--disable-background-networking", "--no-first-run"]

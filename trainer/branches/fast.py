@@ -12,13 +12,15 @@ import torch
 from safetensors import safe_open
 
 from trainer.branches import loading, sd15
-from trainer.library.bases import FAST_FOLDER, Base
+from trainer.library.bases import Base
+
+FOLDER = Path(__file__).parent / "fast_base"
 
 
 def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | None = None) -> Fast:
     """Load the base, or a checkpoint tune of it. Raises what `sd15.load` raises."""
     assert base.path is not None, "it is part of the package"
-    loaded = sd15.load(replace(base, path=FAST_FOLDER), device, cache, dtype)
+    loaded = sd15.load(replace(base, path=FOLDER), device, cache, dtype)
     branch = Fast(loaded.pipeline, device, loaded.dtype)
     if base.path.is_file():
         with loading.told_in_words(base):

@@ -2,68 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetImg2ImgPipeline,
+    FluxControlNetInpaintPipeline,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from trainer.branches import loading
-from trainer.branches.loading import CLIP_L
+from trainer.branches.flux1_keys import original_layers, transformer_from_file, transformer_weights
 from trainer.branches.objectives import logit_normal, masked_mean
-from trainer.branches.original import module_weights, stacked
+from trainer.branches.protocol import ControlNet, Task
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base, sidecar
 
+# black-forest-labs/flux, util.py, with its autoencoder, CLIP ViT-L/14's text tower and the encoder of T5 v1.1 XXL.
+CONFIG = loading.published_config("flux1")
 HOME = "black-forest-labs/FLUX.1-dev"  # where the parts come from that a single file does not hold
-ORIGINAL_PREFIX = "model.diffusion_model."  # of the transformer in a file that holds more than that
 TEXT_KEYS = ["add_k_proj", "add_v_proj"]  # of the double blocks; single ones have no keys of text alone
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
-# Linear layers of the original release (black-forest-labs/flux, model.py) -> those that diffusers makes of each, in the
-# order in which they are stacked. Single files are read by these, and kohya's LoRA names are made from them.
-DOUBLE_BLOCK: dict[str, tuple[str, ...]] = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "img_mod.lin": ("norm1.linear",),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-    "txt_mod.lin": ("norm1_context.linear",),
-}
-SINGLE_BLOCK: dict[str, tuple[str, ...]] = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation.lin": ("norm.linear",),
-}
-OUTER: dict[str, tuple[str, ...]] = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "final_layer.linear": ("proj_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-}
-SCALES = {  # of the norms of queries and keys
-    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
-    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
-    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
-    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
-    "norm.query_norm.scale": "attn.norm_q.weight",
-    "norm.key_norm.scale": "attn.norm_k.weight",
-}
 
 
 def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | None = None) -> Flux1:
@@ -181,68 +152,24 @@ def encoder_from_file(file: Path, kind: Any, config: Path, prefix: str, dtype: t
     return encoder
 
 
-def transformer_from_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
-    """The transformer of a file with the original keys. Raises ValueError for missing, unknown or misshapen weights."""
-    weights: dict[str, Tensor] = {}
-    with safe_open(file, "pt") as tensors:
-        keys = set(tensors.keys())
-        guided = any("guidance_in." in key for key in keys)  # FLUX.1-schnell is not
-        settings = FluxTransformer2DModel.load_config(config / "transformer") | {"guidance_embeds": guided}
-        with torch.device("meta"):
-            transformer = FluxTransformer2DModel.from_config(settings)
-        shapes = {name: weight.shape for name, weight in transformer.state_dict().items()}
-        prefix = ORIGINAL_PREFIX if any(key.startswith(ORIGINAL_PREFIX) for key in keys) else ""
-        left = {key for key in keys if key.startswith(prefix) and not key.startswith(("vae.", "text_encoders."))}
-        for original, layers in original_layers(transformer):
-            for kind in ("weight", "bias"):
-                if (key := f"{prefix}{original}.{kind}") not in left:
-                    continue
-                left.remove(key)
-                tensor = tensors.get_tensor(key).to(dtype)
-                if original == "final_layer.adaLN_modulation.1":  # shift and scale there, scale and shift here
-                    tensor = torch.cat(tensor.chunk(2)[::-1])
-                names = [f"{layer}.{kind}" for layer in layers]
-                rows = [shapes[name][0] for name in names]
-                if sum(rows) != len(tensor):
-                    raise ValueError(f"{key} has {len(tensor)} rows, not {sum(rows)}")
-                # Cloned: parts of one tensor would count each other's changes as their own (autograd's versions).
-                weights |= zip(names, (part.clone() for part in tensor.split(rows)), strict=True)
-        for original, name in original_scales(transformer):
-            if (key := f"{prefix}{original}") in left:
-                left.remove(key)
-                weights[name] = tensors.get_tensor(key).to(dtype)
-    if left:
-        raise ValueError(f"{len(left)} tensors are unknown, {min(left)} among them; quantised files are not read")
-    loading.refuse_gaps(shapes.keys() - weights.keys())
-    transformer.load_state_dict(weights, assign=True)
-    return transformer
+def _mode_for_texts(_model: Any, args: tuple[Any, ...], told: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """As many modes as there are texts, which they are put beside: diffusers 0.42 gives as many as pictures, or one."""
+    mode = told.get("controlnet_mode")
+    if mode is not None:
+        told["controlnet_mode"] = mode[:1].expand(len(told["encoder_hidden_states"]), 1)
+    return args, told
 
 
-def original_layers(transformer: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each linear layer of the original release, and the layers of diffusers that are stacked in it."""
-    config = transformer.config
-    for original, layers in OUTER.items():
-        if not original.startswith("guidance_in") or config.guidance_embeds:
-            yield original, layers
-    for ours, theirs, count, table in (
-        ("transformer_blocks", "double_blocks", config.num_layers, DOUBLE_BLOCK),
-        ("single_transformer_blocks", "single_blocks", config.num_single_layers, SINGLE_BLOCK),
-    ):
-        for block in range(count):
-            for original, layers in table.items():
-                yield f"{theirs}.{block}.{original}", tuple(f"{ours}.{block}.{layer}" for layer in layers)
-
-
-def original_scales(transformer: Any) -> Iterator[tuple[str, str]]:
-    """Each norm's scale in the original release, and its name in diffusers."""
-    for original, name in SCALES.items():
-        double = original.startswith(("img_", "txt_"))
-        ours, theirs = (
-            ("transformer_blocks", "double_blocks") if double else ("single_transformer_blocks", "single_blocks")
-        )
-        count = transformer.config.num_layers if double else transformer.config.num_single_layers
-        for block in range(count):
-            yield f"{theirs}.{block}.{original}", f"{ours}.{block}.{name}"
+CONTROL_NET = ControlNet(
+    FluxControlNetModel,
+    ("FluxControlNetModel",),
+    {"text": FluxControlNetPipeline, "image": FluxControlNetImg2ImgPipeline, "inpaint": FluxControlNetInpaintPipeline},
+    ("in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim"),
+    # InstantX/FLUX.1-dev-Controlnet-Union and Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro, by their model cards.
+    modes={"canny": 0, "tile": 1, "depth": 2, "pose": 4},
+    mode_count="num_mode",
+    prepare=lambda model: model.register_forward_pre_hook(_mode_for_texts, with_kwargs=True),
+)
 
 
 class Flux1:
@@ -257,6 +184,8 @@ class Flux1:
     denoiser_name = "transformer"
     reads_kohya = False  # diffusers 0.42 leaves out the final projection, and has the width of FLUX.1 built in
     whole_file = False
+    kohya_encoders = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # noqa: RUF012
+    control_nets = (CONTROL_NET,)
     metadata = {  # noqa: RUF012
         "modelspec.architecture": "flux-1-dev",
         "ss_base_model_version": "flux1",
@@ -350,19 +279,17 @@ class Flux1:
         hidden, pooled, _ = self.pipeline.encode_prompt(text, None)
         return {"prompt_embeds": hidden, "pooled_prompt_embeds": pooled}
 
+    def task_pipeline(self, task: Task) -> tuple[Any, frozenset[str]]:
+        return loading.task_pipeline(self.pipeline, task)
+
+    def preview_latents(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Packed latents (B, H/2f W/2f, 4 C), unpacked."""
+        width, height = (2 * (side // (2 * self.latent_scale)) for side in size)
+        return unpack(latents[:1], height, width)
+
     def original_weights(self) -> dict[str, Tensor]:
         """Of the transformer alone, as in the published file."""
-        ours = module_weights(self.denoiser)
-        weights = {theirs: ours[name] for theirs, name in original_scales(self.denoiser)}
-        for theirs, layers in original_layers(self.denoiser):
-            for kind in ("weight", "bias"):
-                parts = [ours[f"{layer}.{kind}"] for layer in layers]
-                # What is stacked is a copy, of 7 GiB in all: the card may have no room for it.
-                tensor = stacked([part.cpu() for part in parts] if len(parts) > 1 else parts)
-                if theirs == "final_layer.adaLN_modulation.1":  # shift and scale there, scale and shift here
-                    tensor = torch.cat(tensor.chunk(2)[::-1])
-                weights[f"{theirs}.{kind}"] = tensor
-        return weights
+        return transformer_weights(self.denoiser)
 
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
         """Layers have the original release's names there, where several of ours are one: their adapters lie beside
@@ -410,75 +337,3 @@ def image_ids(height: int, width: int, device: torch.device) -> Tensor:
     rows, columns = torch.arange(height // 2.0, device=device), torch.arange(width // 2.0, device=device)
     grid = torch.stack(torch.meshgrid(torch.zeros(1, device=device), rows, columns, indexing="ij"), dim=-1)
     return grid.reshape(-1, 3)
-
-
-# Published numbers of FLUX.1-dev (black-forest-labs/flux, util.py), its autoencoder, and of T5 v1.1 XXL's encoder.
-CONFIG: dict[str, dict[str, Any]] = {
-    "model_index.json": {
-        "_class_name": "FluxPipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    },
-    "scheduler/scheduler_config.json": {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": 3.0,
-        "use_dynamic_shifting": True,
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
-    },
-    "text_encoder/config.json": CLIP_L,
-    "text_encoder_2/config.json": {
-        "architectures": ["T5EncoderModel"],
-        "model_type": "t5",
-        "d_model": 4096,
-        "d_kv": 64,
-        "d_ff": 10240,
-        "num_layers": 24,
-        "num_heads": 64,
-        "vocab_size": 32128,
-        "feed_forward_proj": "gated-gelu",
-        "is_encoder_decoder": True,
-        "relative_attention_num_buckets": 32,
-        "relative_attention_max_distance": 128,
-        "layer_norm_epsilon": 1e-06,
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
-    },
-    "transformer/config.json": {
-        "_class_name": "FluxTransformer2DModel",
-        "patch_size": 1,
-        "in_channels": 64,
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768,
-        "guidance_embeds": True,
-        "axes_dims_rope": [16, 56, 56],
-    },
-    "vae/config.json": {
-        "_class_name": "AutoencoderKL",
-        "sample_size": 1024,
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "latent_channels": 16,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from trainer.branches.protocol import Task
 from trainer.files import whole_folder
 from trainer.library.bases import Base, sidecar
 
+CONFIGS = Path(__file__).parent / "configs"
 SINGLE_FILE_JUNK = ("*.safetensors", "*.bin", "*.py")  # never taken from a sidecar folder along with its configuration
 
 
@@ -105,6 +109,27 @@ def encode_pixels(vae: Any, pixels: Tensor, device: torch.device) -> tuple[Tenso
     return (posterior.mean - shift) * scale, posterior.std * scale
 
 
+def task_pipeline(stock: Any, task: Task) -> tuple[Any, frozenset[str]]:
+    """diffusers' own pipeline for a task over the modules of a loaded one, and the arguments that its call takes."""
+    pipeline = stock
+    if task != "text":
+        kind = AutoPipelineForImage2Image if task == "image" else AutoPipelineForInpainting
+        pipeline = kind.from_pipe(stock, add_watermarker=False)
+        pipeline.set_progress_bar_config(disable=True)
+    return pipeline, arguments_of(pipeline)
+
+
+def arguments_of(pipeline: Any) -> frozenset[str]:
+    """The names of the arguments that a pipeline's call takes."""
+    return frozenset(inspect.signature(pipeline.__call__).parameters)
+
+
+def published_config(branch: str) -> dict[str, dict[str, Any]]:
+    """The published configuration of a family: JSON file of a diffusers folder -> its content."""
+    content: dict[str, dict[str, Any]] = json.loads((CONFIGS / f"{branch}.json").read_text("utf-8"))
+    return content
+
+
 def single_file_config(file: Path, cache: Path, family: Mapping[str, Mapping[str, Any]]) -> Path:
     """The diffusers configuration that a single file is read with: the family's, overridden by the file's sidecar.
 
@@ -122,22 +147,3 @@ def single_file_config(file: Path, cache: Path, family: Mapping[str, Mapping[str
         if beside.is_dir():
             shutil.copytree(beside, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*SINGLE_FILE_JUNK))
     return folder
-
-
-# Published numbers of CLIP ViT-L/14's text tower, which all three families have.
-CLIP_L: dict[str, Any] = {
-    "architectures": ["CLIPTextModel"],
-    "model_type": "clip_text_model",
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "max_position_embeddings": 77,
-    "vocab_size": 49408,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-05,
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-    "pad_token_id": 1,
-}

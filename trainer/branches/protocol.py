@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +14,24 @@ if TYPE_CHECKING:
 
     from trainer.config.train_config import TrainConfig
     from trainer.library.bases import Base
+
+
+Task = Literal["text", "image", "inpaint"]  # what a picture is drawn from: text alone, a picture too, a mask as well
+
+
+@dataclass(frozen=True)
+class ControlNet:
+    """An architecture of control models (ControlNets) that a family takes."""
+
+    model: Any  # its diffusers class
+    class_names: tuple[str, ...]  # that its config.json may name
+    pipelines: Mapping[Task, Any]  # the classes of the stock pipelines with such a model
+    shared: tuple[str, ...]  # settings that must be the same as the denoiser's, whose blocks it adds to
+    key: str = ""  # in its weights, which proves it where config.json does not tell
+    modes: Mapping[str, int] = field(default_factory=dict)  # kind -> the number by which a union model knows it
+    mode_count: str = ""  # the setting that says how many it knows; null there: the model is for one kind
+    text_argument: str = "control_image"  # how the pipeline of task "text" calls the control image; others: as here
+    prepare: Callable[[Any], object] | None = None  # done to a model once it is loaded
 
 
 class Branch(Protocol):
@@ -36,6 +54,8 @@ class Branch(Protocol):
     denoiser_name: str  # the denoiser's name in the pipeline, which is also its prefix in diffusers' LoRA keys
     reads_kohya: bool  # whether stock diffusers reads kohya's keys of this family
     whole_file: bool  # whether a single file of the family holds the text encoders and the VAE, too
+    kohya_encoders: Mapping[str, str]  # text encoder -> the prefix of its adapters in kohya's keys
+    control_nets: tuple[ControlNet, ...]  # the first one without a `key` is what a model is that proves no other
     metadata: Mapping[str, str]  # what a model file says of its family (modelspec.*, ss_*)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +63,12 @@ class Branch(Protocol):
         ...
 
     def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
-        """B captions -> exactly the keyword tensors that `loss` needs of them, batch first."""
+        """B captions -> exactly the keyword tensors that `loss` needs of them, batch first.
+
+        Where texts differ in length, the second dimension is padded with zeros to the longest, and one of the tensors
+        (B,) has the lengths: `loss` and `prompt_inputs` cut what they take. Rows of different calls are padded alike
+        when they are put together.
+        """
         ...
 
     def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
@@ -73,8 +98,22 @@ class Branch(Protocol):
         """Encoded prompts, and as many empty ones, as keyword arguments of the pipeline."""
         ...
 
-    def say(self, text: str, negative: str | None) -> dict[str, Tensor]:
+    def say(self, text: str, negative: str | None) -> dict[str, Any]:
         """A prompt as the stock pipeline encodes it, as keyword arguments of it, batch 1."""
+        ...
+
+    def task_pipeline(self, task: Task) -> tuple[Any, frozenset[str]]:
+        """The stock pipeline for a task, over the very same modules, and the names of the arguments its call takes.
+
+        Some families take no `strength` with a picture: it is a reference then, and all steps are drawn.
+        """
+        ...
+
+    def preview_latents(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """The first of the latents in a pipeline's loop, as the tiny decoder takes them: (1, C, H/f, W/f).
+
+        size: width and height of the picture in pixels.
+        """
         ...
 
     def original_weights(self) -> dict[str, Tensor]:

@@ -7,22 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDPMScheduler,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+)
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from trainer.branches import loading
-from trainer.branches.loading import CLIP_L
 from trainer.branches.objectives import noise_and_timesteps, noise_loss
 from trainer.branches.original import clip_weights, joined, unet_weights, vae_weights
+from trainer.branches.protocol import Task
+from trainer.branches.unet import UNET_TARGETS, control_net
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base, sidecar
 
-# Linear layers of diffusers' UNets; every family that has such a UNet trains these.
-UNET_TARGETS = {
-    "cross_attention": ["attn2.to_k", "attn2.to_v"],
-    "attention": ["to_q", "to_k", "to_v", "to_out.0"],
-    "all": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"],
+CONFIG = loading.published_config("sd15")  # CompVis v1-inference.yaml, and CLIP ViT-L/14's text tower
+CONTROL_PIPELINES: dict[Task, Any] = {
+    "text": StableDiffusionControlNetPipeline,
+    "image": StableDiffusionControlNetImg2ImgPipeline,
+    "inpaint": StableDiffusionControlNetInpaintPipeline,
 }
 
 
@@ -84,6 +91,8 @@ class SD15:
     denoiser_name = "unet"
     reads_kohya = True
     whole_file = True
+    kohya_encoders = {"text_encoder": "lora_te"}  # noqa: RUF012
+    control_nets = (control_net(CONTROL_PIPELINES),)  # diffusers has no pipelines for unions of this family
 
     def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.pipeline = self.parts = pipeline
@@ -153,6 +162,12 @@ class SD15:
         said, unsaid = self.pipeline.encode_prompt(text, self.pipeline._execution_device, 1, True, negative)
         return {"prompt_embeds": said, "negative_prompt_embeds": unsaid}
 
+    def task_pipeline(self, task: Task) -> tuple[Any, frozenset[str]]:
+        return loading.task_pipeline(self.pipeline, task)
+
+    def preview_latents(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        return latents[:1]
+
     def original_weights(self) -> dict[str, Tensor]:
         return joined(
             {
@@ -171,51 +186,3 @@ class SD15:
 
     def keep_text_encoders(self, names: Collection[str]) -> None:
         self.text_encoders = loading.keep_parts(self.parts, self.text_encoders, names)
-
-
-# Published numbers of Stable Diffusion 1.5 (CompVis v1-inference.yaml).
-CONFIG: dict[str, dict[str, Any]] = {
-    "model_index.json": {
-        "_class_name": "StableDiffusionPipeline",
-        "requires_safety_checker": False,
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    },
-    "scheduler/scheduler_config.json": {
-        "_class_name": "PNDMScheduler",
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "num_train_timesteps": 1000,
-        "skip_prk_steps": True,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-    },
-    "text_encoder/config.json": CLIP_L,
-    "unet/config.json": {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": 64,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        "layers_per_block": 2,
-        "attention_head_dim": 8,
-        "cross_attention_dim": 768,
-    },
-    "vae/config.json": {
-        "_class_name": "AutoencoderKL",
-        "sample_size": 512,
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "latent_channels": 4,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "scaling_factor": 0.18215,
-    },
-}

@@ -8,18 +8,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLControlNetUnionImg2ImgPipeline,
+    StableDiffusionXLControlNetUnionInpaintPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from trainer.branches import loading
-from trainer.branches.loading import CLIP_L
 from trainer.branches.objectives import noise_and_timesteps, noise_loss
 from trainer.branches.original import clip_weights, joined, open_clip_weights, unet_weights, vae_weights
-from trainer.branches.sd15 import UNET_TARGETS
+from trainer.branches.protocol import Task
+from trainer.branches.unet import UNET_TARGETS, control_net, union_control_net
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base, sidecar
 
+# Stability-AI/generative-models, sd_xl_base.yaml, with CLIP ViT-L/14's text tower and OpenCLIP's of ViT-bigG/14.
+CONFIG = loading.published_config("sdxl1")
+CONTROL_PIPELINES: dict[Task, Any] = {
+    "text": StableDiffusionXLControlNetPipeline,
+    "image": StableDiffusionXLControlNetImg2ImgPipeline,
+    "inpaint": StableDiffusionXLControlNetInpaintPipeline,
+}
+UNION_PIPELINES: dict[Task, Any] = {
+    "text": StableDiffusionXLControlNetUnionPipeline,
+    "image": StableDiffusionXLControlNetUnionImg2ImgPipeline,
+    "inpaint": StableDiffusionXLControlNetUnionInpaintPipeline,
+}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 HOME = "stabilityai/stable-diffusion-xl-base-1.0"  # whose tokenizers a single file without a sidecar is read with
 # Where the original release has what diffusers calls a block's attention: kohya's names are made from the original's.
@@ -95,6 +117,8 @@ class SDXL1:
     denoiser_name = "unet"
     reads_kohya = True
     whole_file = True
+    kohya_encoders = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # noqa: RUF012
+    control_nets = (control_net(CONTROL_PIPELINES), union_control_net(UNION_PIPELINES))
 
     def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.pipeline = self.parts = pipeline
@@ -180,6 +204,12 @@ class SDXL1:
             "negative_pooled_prompt_embeds": unpooled,
         }
 
+    def task_pipeline(self, task: Task) -> tuple[Any, frozenset[str]]:
+        return loading.task_pipeline(self.pipeline, task)
+
+    def preview_latents(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        return latents[:1]
+
     def original_weights(self) -> dict[str, Tensor]:
         return joined(
             {
@@ -209,69 +239,3 @@ def original_name(name: str) -> str:
         if found := pattern.match(name):
             return original(*map(int, found.groups())) + name[found.end() :]
     return name
-
-
-# Published numbers of SDXL 1.0 (Stability-AI/generative-models, sd_xl_base.yaml) and of OpenCLIP's ViT-bigG/14.
-CONFIG: dict[str, dict[str, Any]] = {
-    "model_index.json": {
-        "_class_name": "StableDiffusionXLPipeline",
-        "force_zeros_for_empty_prompt": True,
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    },
-    "scheduler/scheduler_config.json": {
-        "_class_name": "EulerDiscreteScheduler",
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "num_train_timesteps": 1000,
-        "prediction_type": "epsilon",
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
-    },
-    "text_encoder/config.json": CLIP_L,
-    "text_encoder_2/config.json": CLIP_L
-    | {
-        "architectures": ["CLIPTextModelWithProjection"],
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "projection_dim": 1280,
-        "hidden_act": "gelu",
-    },
-    "unet/config.json": {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": 128,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": [320, 640, 1280],
-        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
-        "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
-        "layers_per_block": 2,
-        "transformer_layers_per_block": [1, 2, 10],
-        "attention_head_dim": [5, 10, 20],
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    "vae/config.json": {
-        "_class_name": "AutoencoderKL",
-        "sample_size": 1024,
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "latent_channels": 4,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "scaling_factor": 0.13025,
-        "force_upcast": True,
-    },
-}

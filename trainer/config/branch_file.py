@@ -8,6 +8,9 @@ from pathlib import Path
 from trainer.config.toml_file import Table, read_toml
 from trainer.names import BRANCHES, METHODS
 
+PROGRAM = Path(__file__).parents[2] / "presets"  # a user's own folder may take its place
+FACTS = ("detect", "placeholder", "face_adapter", "base")  # what a family is, and not how somebody wants it
+
 
 @dataclass(frozen=True)
 class RenderConfig:
@@ -31,20 +34,32 @@ class BaseRow:
     """A base model by its number in the hosted service's gallery (0: it has none there)."""
 
     title: str
-    repository: str
+    repository: str | None = None
     id: int = 0
+    folder: str | None = None  # in trainer/branches/, of a base that is part of the program
     revision: str | None = None
     variant: str | None = None  # of its weight files: `fp16` where the repository has them twice
 
 
 def branch_table(folder: Path, branch: str) -> Table:
-    """The TOML of a branch."""
-    return read_toml(folder / f"{branch}.toml")
+    """The TOML of a branch.
+
+    Where a user's own folder is of an older version, the program's TOML says what the family is.
+    """
+    tables = [read_toml(path / f"{branch}.toml") for path in (PROGRAM, folder) if (path / f"{branch}.toml").exists()]
+    if not tables:
+        raise FileNotFoundError(f"there is no {branch}.toml in {folder}")
+    return {key: value for key, value in tables[0].items() if key in FACTS} | tables[-1]
 
 
 def base_rows(folder: Path, branch: str) -> list[BaseRow]:
-    """The hub repositories that a branch may start from; the first one is its default."""
+    """The base models that a branch may start from; the first one is its default."""
     return [BaseRow(**row) for row in branch_table(folder, branch).get("base", [])]
+
+
+def is_placeholder(folder: Path, branch: str) -> bool:
+    """Whether a branch stands in for others: it takes any base and preset, and uses its own."""
+    return bool(branch_table(folder, branch).get("placeholder", False))
 
 
 def render_config(folder: Path, branch: str) -> RenderConfig:

@@ -11,7 +11,7 @@ from trainer.config.kinds import KINDS, OTHER_KIND, STYLE_KIND, kind_of
 from trainer.config.toml_file import Table, read_toml
 from trainer.config.train_config import TrainConfig, parse_args
 from trainer.contract.errors import InvalidRequest, nearest, words
-from trainer.names import METHODS, WORDS
+from trainer.names import DEFAULT_METHOD, METHODS, MODEL_TYPES, WORDS
 
 STEP_RULE = ("steps_per_photo", "min_steps", "max_steps")  # what a TOML has in place of `steps`
 KEYS = {*TrainConfig.model_fields, *STEP_RULE} - {"steps"}
@@ -37,7 +37,7 @@ def resolve(
     Raises InvalidRequest naming the field that is wrong.
     """
     kind, table = kind_of(name), branch_table(folder, branch)
-    values = layer(table["lora"], kind) | layer(table[model_type], kind)
+    values = layer(table[DEFAULT_METHOD], kind) | layer(table[model_type], kind)
     values |= {word: 0 for word, having in WORDS.items() if model_type not in having}
     values |= {"face_set": True} if face_crop_default else {}
     if preset is not None:
@@ -97,7 +97,7 @@ def overlay(file: Path, branch: str, model_type: str, kind: str) -> Table:
         problems += section_problems(file, section, preset[section])
     if problems:
         raise InvalidRequest({"preset": problems})
-    plain = layer(preset.get("lora", {}), kind) if model_type == "pti" else {}  # it is a LoRA, and new words
+    plain = layer(preset.get(DEFAULT_METHOD, {}), kind) if MODEL_TYPES[model_type].adapter else {}  # pti is one, too
     return plain | layer(preset.get(model_type, {}), kind)
 
 

@@ -26,7 +26,7 @@ from trainer.contract.fields import (
 from trainer.contract.photos import Photo
 from trainer.contract.prompts import Prompt, PromptRequest
 from trainer.contract.states import Progress, TuneStatus
-from trainer.names import BRANCHES, METHODS
+from trainer.names import BRANCHES, DEFAULT_METHOD, METHODS, MODEL_TYPES
 
 TrainingSteps = NumberOrNone[Annotated[int, Field(ge=1, le=10_000)]]
 Token = OrNone[Annotated[Text, Field(max_length=32)]]
@@ -95,9 +95,10 @@ class CheckRequest(Request):
     def as_tune(self) -> TuneRequest:
         """The tune that these photos would be for; a LoRA where nothing else is said."""
         given = self.model_dump(exclude={"images"}, exclude_none=True)
-        if self.model_type == "faceid":  # which looks at them as a LoRA does
+        known = MODEL_TYPES.get(self.model_type or "")
+        if known and not known.trains:  # which looks at them as a LoRA does
             del given["model_type"]
-        return TuneRequest(**{"name": "photo", "title": "check", "model_type": "lora", **given})
+        return TuneRequest(**{"name": "photo", "title": "check", "model_type": DEFAULT_METHOD, **given})
 
 
 def check_branch(branch: str) -> str:

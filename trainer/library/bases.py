@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 
 from trainer.config import branch_file
 from trainer.config.branch_file import BaseRow
+from trainer.config.detection import detection, detections
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.rows import TuneRow
 from trainer.contract.tunes import check_branch
 from trainer.library.detect import branch_of_file, branch_of_folder, branch_of_lora, safetensors_header
-from trainer.names import BRANCHES, FORMATS
+from trainer.names import BRANCHES, CHECKPOINT_FILE, DEFAULT_BRANCH, MODEL_TYPES
 
 if TYPE_CHECKING:
     from trainer.settings import Settings
 
-FAST_ID = 1_000_000_000  # the small base of branch fast has no number at the hosted service
-FAST_FOLDER = Path(__file__).parents[1] / "branches" / "fast_base"
+FIRST_HASHED = 1_000_000_001  # the numbers of the hosted service are smaller
+PROGRAM = Path(__file__).parents[1] / "branches"  # has the bases that are part of the program
 WORDS_SUFFIX = "_emb.safetensors"
 
 
@@ -50,28 +51,26 @@ class Base:
 Tunes = Callable[[int], TuneRow | None]  # a tune's row by its id
 
 
-def fast_base() -> Base:
-    """The base of branch fast, which is part of the package."""
-    return Base(FAST_ID, "Tunebooth fast", "fast", path=FAST_FOLDER)
-
-
 def list_bases(settings: Settings) -> list[Base]:
-    """All bases: the presets' hub repositories, the fast one, and whatever lies in the models folder."""
-    hub = [_of_hub(row, branch) for branch in BRANCHES for row in branch_file.base_rows(settings.presets, branch)]
-    known = [*hub, fast_base()]
-    found = _scan(settings.models)
+    """All bases: those of the presets, which are hub repositories or part of the program, and the models folder's."""
+    presets = settings.presets
+    known = [_of_row(row, branch) for branch in BRANCHES for row in branch_file.base_rows(presets, branch)]
+    found = _scan(settings)
     known += [base for base in found if base.model is None]
-    return known + [_put_on(base, known) for base in found if base.model is not None]
+    return known + [_put_on(base, known, settings) for base in found if base.model is not None]
 
 
-def _put_on(lora: Base, known: list[Base]) -> Base:
+def _put_on(lora: Base, known: list[Base], settings: Settings) -> Base:
     """A LoRA file on the base that it names as its own, else on the default one of its branch."""
     assert lora.model is not None
     facts = safetensors_header(lora.model).get("__metadata__", {})
     ours = facts.get("tunebooth.root")
     named = {ours or facts.get("ss_sd_model_name")} - {None}
     under = next((base for base in known if named & {base.title, base.repository, Path(base.title).name}), None)
-    if under is None or under.branch not in (lora.branch, "fast"):
+    # A placeholder's LoRAs have the keys of the family that it stands in for.
+    if under is None or not (
+        under.branch == lora.branch or (under.branch and branch_file.is_placeholder(settings.presets, under.branch))
+    ):
         if ours:
             return replace(lora, error=f"it was trained on {ours!r}, which is not among the bases")
         under = next(base for base in known if base.branch == lora.branch)
@@ -79,9 +78,10 @@ def _put_on(lora: Base, known: list[Base]) -> Base:
     return replace(under, id=lora.id, title=lora.title, model=lora.model, chain=(under.title,), root=root)
 
 
-def _of_hub(row: BaseRow, branch: str) -> Base:
-    number = row.id or hashed_id(row.repository)
-    return Base(number, row.title, branch, None, row.repository, row.revision, row.variant)
+def _of_row(row: BaseRow, branch: str) -> Base:
+    number = row.id or hashed_id(row.repository or row.title)
+    path = PROGRAM / row.folder if row.folder else None
+    return Base(number, row.title, branch, path, row.repository, row.revision, row.variant)
 
 
 def resolve(
@@ -94,11 +94,10 @@ def resolve(
     if branch is not None:
         check_branch(branch)
     earlier = None if base_tune_id is None else tunes(base_tune_id)
-    if branch == "fast" and (earlier is None or earlier["branch"] != "fast"):
-        return fast_base()  # a way to test a call: it takes any base_tune_id and uses its own
-    if base_tune_id is None:
-        branch = branch or "sd15"
-        return _of_hub(branch_file.base_rows(settings.presets, branch)[0], branch)
+    any_base = branch is not None and branch_file.is_placeholder(settings.presets, branch)
+    if base_tune_id is None or (any_base and (earlier is None or earlier["branch"] != branch)):
+        branch = branch or DEFAULT_BRANCH
+        return _of_row(branch_file.base_rows(settings.presets, branch)[0], branch)
     base = next((base for base in list_bases(settings) if base.id == base_tune_id), None)
     if base is None and earlier is not None:
         base = of_tune(settings, earlier, tunes)
@@ -119,25 +118,27 @@ def of_tune(settings: Settings, tune: TuneRow, tunes: Tunes) -> Base:
 
     Raises InvalidRequest for one that is not trained, or that has no weights.
     """
-    tune_id, title, method = tune["id"], tune["title"], tune["method"]
+    tune_id, title = tune["id"], tune["title"]
     if tune["status"] != "trained":
         raise InvalidRequest({"base_tune_id": [f"tune {tune_id} is {tune['status']}; only a trained one is a base"]})
-    if method == "faceid":
+    model_type = MODEL_TYPES[tune["method"]]
+    if not model_type.trains:
         raise InvalidRequest({"base_tune_id": [f"tune {tune_id} holds a face, and no weights that could be tuned"]})
     under = resolve(settings, tune["base_id"], tune["branch"], tunes)
     model = settings.outputs / "tunes" / str(tune_id) / "model"
     chain = (under.title, *under.chain)
-    if method != "checkpoint":
+    if not model_type.whole_model:
         root = under.root or under.title
         return replace(under, id=tune_id, title=title, model=model, chain=chain, root=root)
-    rest = under.rest or replace(under, model=None) if tune["branch"] == "flux1" else None  # its file: the transformer
-    return Base(tune_id, title, tune["branch"], path=model / FORMATS["checkpoint"], rest=rest, chain=chain)
+    family = detection(settings.presets, tune["branch"])
+    rest = None if family is None or family.whole_file else under.rest or replace(under, model=None)
+    return Base(tune_id, title, tune["branch"], path=model / CHECKPOINT_FILE, rest=rest, chain=chain)
 
 
 def hashed_id(name: str) -> int:
     """A number from 1e9 to 2^31 that stays the same for the same name."""
     digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-    return FAST_ID + 1 + digest % (2**31 - FAST_ID - 1)
+    return FIRST_HASHED + digest % (2**31 - FIRST_HASHED)
 
 
 def sidecar(file: Path) -> Path:
@@ -145,8 +146,9 @@ def sidecar(file: Path) -> Path:
     return file.with_suffix("")
 
 
-def _scan(models: Path) -> list[Base]:
+def _scan(settings: Settings) -> list[Base]:
     """Diffusers folders and single files below the models folder; links that lead out of it are left alone."""
+    models, families = settings.models, detections(settings.presets)
     if not models.is_dir():
         return []
     root = models.resolve()
@@ -166,8 +168,8 @@ def _scan(models: Path) -> list[Base]:
         try:
             if not path.resolve().is_relative_to(root):
                 raise ValueError("it lies outside the models folder")
-            lora = None if path.is_dir() else branch_of_lora(safetensors_header(path))
-            branch = lora or (branch_of_folder(path) if path.is_dir() else branch_of_file(path))
+            lora = None if path.is_dir() else branch_of_lora(safetensors_header(path), families)
+            branch = lora or (branch_of_folder(path, families) if path.is_dir() else branch_of_file(path, families))
         except OSError as problem:
             error = f"it cannot be read: {problem.strerror}"
         except ValueError as problem:

@@ -1,43 +1,44 @@
-"""The family of a folder or file, read from its index or header; no weights are read."""
+"""The family of a folder or file, read from its index or header; no weights are read.
+
+What proves a family stands in its TOML (trainer/config/detection.py).
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import struct
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from trainer.config.detection import Detection, Keys
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 EDITING_MODEL = "it is a model for inpainting or editing, which takes a picture as input; those are not trained here"
 LORA_KEY = re.compile(r"\.(lora_down|lora_A|lora\.down)\.weight$")
-LORA_BRANCHES = {  # told by these keys alone
-    "flux1": re.compile(r"lora_unet_(double|single)_blocks_|transformer\.(single_)?transformer_blocks\."),
-    "sdxl1": re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_|lora_te2_"),
-    "sd15": re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks)_"),
-}
-PIPELINES = {
-    "StableDiffusionPipeline": "sd15",
-    "StableDiffusionXLPipeline": "sdxl1",
-    "FluxPipeline": "flux1",
-}
+Families = Mapping[str, Detection]  # by their names, in the order in which they are asked
 
 
-def branch_of_folder(folder: Path) -> str:
+def branch_of_folder(folder: Path, families: Families) -> str:
+    """The family of a diffusers folder. Raises ValueError for another one, and for what cannot be used."""
     index = _json_object(folder / "model_index.json")
     pipeline = str(index.get("_class_name"))
-    if pipeline not in PIPELINES:
-        raise ValueError(f"its model_index.json names {pipeline!r}; known are {', '.join(PIPELINES)}")
+    branch = next((name for name, one in families.items() if one.pipeline == pipeline), None)
+    if branch is None:
+        known = ", ".join(one.pipeline for one in reversed(list(families.values())))
+        raise ValueError(f"its model_index.json names {pipeline!r}; known are {known}")
     for name, entry in index.items():
         library = entry[0] if isinstance(entry, list) and entry else None
         if library not in ("diffusers", "transformers", None):
             raise ValueError(f"its {name} asks for code of {library!r}; only diffusers and transformers are loaded")
     if code := next(folder.rglob("*.py"), None):
         raise ValueError(f"it brings code ({code.name}), which is never run; take it out")
-    branch = PIPELINES[pipeline]
-    denoiser = _json_object(folder / ("transformer" if branch == "flux1" else "unet") / "config.json")
-    if branch == "sd15" and denoiser.get("cross_attention_dim") == 1024:
-        raise ValueError("it is a Stable Diffusion 2 model, which is not supported")
+    family = families[branch]
+    denoiser = _json_object(folder / family.denoiser / "config.json")
+    for refusal in family.refusals:
+        if refusal.config and all(denoiser.get(name) == value for name, value in refusal.config.items()):
+            raise ValueError(refusal.because)
     channels = denoiser.get("in_channels")
     if channels != (denoiser.get("out_channels") or channels):
         raise ValueError(EDITING_MODEL)
@@ -54,48 +55,56 @@ def _json_object(file: Path) -> dict[str, object]:
     return content
 
 
-def branch_of_file(file: Path) -> str:
+def branch_of_file(file: Path, families: Families) -> str:
+    """The family of a single file in the layout of the original release. Raises ValueError as `branch_of_folder`."""
     header = safetensors_header(file)
-    flux = next((key for key in header if key.endswith("double_blocks.0.img_attn.qkv.weight")), None)
-    if flux is not None:
-        prefix = flux.removesuffix("double_blocks.0.img_attn.qkv.weight")
-        if _shape(header, f"{prefix}img_in.weight")[1:] != _shape(header, f"{prefix}final_layer.linear.weight")[:1]:
-            raise ValueError(EDITING_MODEL)
-        return "flux1"
-    if "model.diffusion_model.input_blocks.0.0.weight" in header:
-        if _shape(header, "model.diffusion_model.input_blocks.0.0.weight")[1:2] != [4]:
-            raise ValueError(EDITING_MODEL)
-        if "conditioner.embedders.1.model.ln_final.weight" in header:
-            if not any(key.startswith("first_stage_model.") for key in header):
-                raise ValueError("it has no VAE; a whole Stable Diffusion XL checkpoint is needed")
-            return "sdxl1"
-        if "cond_stage_model.model.ln_final.weight" in header:
-            raise ValueError("it is a Stable Diffusion 2 model, which is not supported")
-        if not any(key.startswith("cond_stage_model.transformer.") for key in header):
-            raise ValueError("it has no text encoder; a whole Stable Diffusion 1.5 checkpoint is needed")
-        if not any(key.startswith("first_stage_model.") for key in header):
-            raise ValueError("it has no VAE; a whole Stable Diffusion 1.5 checkpoint is needed")
-        return "sd15"
+    for branch, family in families.items():
+        if family.file is None or not _matches(family.file, header, header):
+            continue
+        if family.channels is not None:
+            first, last = family.channels
+            out = [last] if isinstance(last, int) else _shape(header, last)[:1]
+            if _shape(header, first)[1:2] != out:
+                raise ValueError(EDITING_MODEL)
+        for refusal in family.refusals:
+            if (refusal.has and _first(refusal.has, header)) or (refusal.lacks and not _first(refusal.lacks, header)):
+                raise ValueError(refusal.because)
+        return branch
     raise ValueError("its tensors are of no family that is known here")
 
 
-def branch_of_lora(header: dict[str, Any]) -> str | None:
-    """The branch of a LoRA with kohya's or diffusers' keys; None for what is no LoRA. Raises ValueError for others."""
+def branch_of_lora(header: Mapping[str, Any], families: Families) -> str | None:
+    """The family of a LoRA; None for what is no LoRA. Raises ValueError for one of no family."""
     adapters = [key for key in header if LORA_KEY.search(key)]
     if not adapters:
         return None
-    for branch, pattern in LORA_BRANCHES.items():
-        if any(pattern.match(key) for key in adapters):
+    for branch, family in families.items():
+        if any(_matches(keys, adapters, header) for keys in family.loras):
             return branch
-    # diffusers' keys of both UNets are alike: what reads the text tells them apart by its width.
-    widths = {_shape(header, key)[-1] for key in adapters if key.endswith("attn2.to_k.lora_A.weight")}
-    if any(key.startswith("unet.") for key in adapters):
-        return "sdxl1" if 2048 in widths or any(key.startswith("text_encoder_2.") for key in adapters) else "sd15"
     raise ValueError("it is a LoRA of no family that is known here")
 
 
-def _shape(header: dict[str, Any], key: str) -> list[int]:
-    shape = header.get(key, {}).get("shape")
+def _matches(keys: Keys, among: Iterable[str], header: Mapping[str, Any]) -> bool:
+    """Whether these keys of a file are among some of it, and have the sizes that they must have."""
+    return all(_first(pattern, among) for pattern in keys.has) and all(
+        any(_size(header, key)[-1:] == [size] for key in among if pattern.match(key))
+        for pattern, size in keys.sizes.items()
+    )
+
+
+def _first(pattern: re.Pattern[str], keys: Iterable[str]) -> str | None:
+    """The first key that a pattern matches."""
+    return next((key for key in keys if pattern.match(key)), None)
+
+
+def _shape(header: Mapping[str, Any], pattern: re.Pattern[str]) -> list[int]:
+    """The shape of the first tensor whose key a pattern matches; empty where there is none."""
+    key = _first(pattern, header)
+    return [] if key is None else _size(header, key)
+
+
+def _size(header: Mapping[str, Any], key: str) -> list[int]:
+    shape = header[key].get("shape")
     return shape if isinstance(shape, list) else []
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 
+from trainer.config import branch_file
 from trainer.contract.photos import Tell, untold
 from trainer.files import PARTIAL, fsync, write_whole
 from trainer.settings import Settings
@@ -23,7 +24,6 @@ log = logging.getLogger("tunebooth.weights")
 FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
 CLIPSEG_FOLDER = "clipseg-rd64-refined"
 CLIPSEG_HUB = f"https://huggingface.co/CIDAS/{CLIPSEG_FOLDER}/resolve/main"
-FACEID_HUB = "https://huggingface.co/h94/IP-Adapter-FaceID/resolve/main"
 
 
 class Unavailable(Exception):
@@ -109,25 +109,11 @@ ARCFACE = Weights(
     174,
     "non-commercial research only (InsightFace)",
 )
-FACEID_LICENCE = "research only, not for commercial use (IP-Adapter-FaceID; InsightFace)"
-FACEID = {  # by the branch whose pictures they put a face into
-    "sd15": Weights(
-        "ip-adapter-faceid_sd15.bin",
-        "the adapter that puts a face into pictures of Stable Diffusion 1.5",
-        f"{FACEID_HUB}/ip-adapter-faceid_sd15.bin",
-        "201344e22e6f55849cf07ca7a6e53d8c3b001327c66cb9710d69fd5da48a8da7",
-        97,
-        FACEID_LICENCE,
-    ),
-    "sdxl1": Weights(
-        "ip-adapter-faceid_sdxl.bin",
-        "the adapter that puts a face into pictures of SDXL",
-        f"{FACEID_HUB}/ip-adapter-faceid_sdxl.bin",
-        "f455fed24e207c878ec1e0466b34a969d37bab857c5faa4e8d259a0b4ff63d7e",
-        1071,
-        FACEID_LICENCE,
-    ),
-}
+
+
+def face_adapter(settings: Settings, branch: str) -> Weights:
+    """What puts a face into pictures of a branch (IP-Adapter FaceID)."""
+    return Weights(**branch_file.branch_table(settings.presets, branch)["face_adapter"])
 
 
 def find(settings: Settings, *wanted: Weights) -> Path | None:

@@ -18,10 +18,9 @@ from trainer.config.train_config import TrainConfig
 from trainer.library.bases import sidecar
 from trainer.methods import lora, new_tokens
 from trainer.methods.protocol import Group
-from trainer.names import FORMATS
+from trainer.names import CHECKPOINT_FILE
 
 LARGE = True
-CHECKPOINT_FILE = FORMATS["checkpoint"]
 
 
 def begin(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:

@@ -30,7 +30,6 @@ ADAPTER, EARLIER = "default", "earlier"
 KOHYA_FILE, DIFFUSERS_FILE, WORDS_FILE, BUNDLED_FILE = (
     FORMATS[name] for name in ("kohya", "diffusers", "embeddings", "bundled")
 )
-KOHYA_ENCODERS = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 LARGE = False
 
 
@@ -161,12 +160,11 @@ def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, 
     for name, (down, up, parts) in branch.kohya_layers(adapters).items():
         keep_kohya(name, down, up, alpha, parts)
     for part, encoder in branch.text_encoders.items():
-        prefix = KOHYA_ENCODERS[part] if "text_encoder_2" in branch.parts.components else "lora_te"
         adapters, alpha = together(encoder, config)
         for layer, (down, up) in adapters.items():
             # transformers 5 dropped the `text_model.` that the files of all others have.
             name = f"text_model.{layer.removeprefix('text_model.')}"
-            keep(f"{part}.{name}", f"{prefix}_{name.replace('.', '_')}", down, up, alpha)
+            keep(f"{part}.{name}", f"{branch.kohya_encoders[part]}_{name.replace('.', '_')}", down, up, alpha)
     save_file(kohya, folder / KOHYA_FILE, metadata)
     save_file(diffusers, folder / DIFFUSERS_FILE, metadata)
     if not (rows := new_tokens.rows_of(branch.parts)):

@@ -1,6 +1,6 @@
-"""ControlNets (Zhang et al. 2023, arXiv 2302.05543): what they look at, the models, and the stock pipelines with them.
+"""ControlNets (Zhang et al. 2023, arXiv 2302.05543): how they are loaded, and what the pipelines with them are told.
 
-Pictures are PIL images in RGB. No function changes what it gets.
+Which architectures a family takes stands in its file (`Branch.control_nets`).
 """
 
 from __future__ import annotations
@@ -10,80 +10,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import (
-    ControlNetModel,
-    ControlNetUnionModel,
-    FluxControlNetImg2ImgPipeline,
-    FluxControlNetInpaintPipeline,
-    FluxControlNetModel,
-    FluxControlNetPipeline,
-    StableDiffusionControlNetImg2ImgPipeline,
-    StableDiffusionControlNetInpaintPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionXLControlNetImg2ImgPipeline,
-    StableDiffusionXLControlNetInpaintPipeline,
-    StableDiffusionXLControlNetPipeline,
-    StableDiffusionXLControlNetUnionImg2ImgPipeline,
-    StableDiffusionXLControlNetUnionInpaintPipeline,
-    StableDiffusionXLControlNetUnionPipeline,
-)
+from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from trainer.branches import loading
-from trainer.branches.protocol import Branch
-from trainer.rendering.pipelines import Task
+from trainer.branches.protocol import Branch, ControlNet, Task
 
 Picture = Image.Image
-# Which number a union model knows a kind by. xinsir/controlnet-union-sdxl-1.0 (tile: only the larger `promax`), and
-# InstantX/FLUX.1-dev-Controlnet-Union with Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro: their model cards.
-SDXL_MODES = {"pose": 0, "depth": 1, "canny": 3, "lineart": 3, "tile": 6}
-FLUX_MODES = {"canny": 0, "tile": 1, "depth": 2, "pose": 4}
-UNET_CLASSES = ("ControlNetModel", "ControlNetUnionModel", "ControlNetModel_Union")  # the last is xinsir's own code
-FLUX_CLASSES = ("FluxControlNetModel",)
-UNION_KEY = "task_embedding"  # xinsir's config.json does not tell
-# What a control model must have in common with the denoiser whose blocks it adds to.
-UNET_FIT = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim",
-            "encoder_hid_dim", "addition_embed_type")  # fmt: skip
-FLUX_FIT = ("in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim")
-TASKS: tuple[Task, ...] = ("text", "image", "inpaint")
-PIPELINES: dict[str, tuple[Any, Any, Any]] = {  # by the stock pipeline, in the order of TASKS
-    "StableDiffusionPipeline": (
-        StableDiffusionControlNetPipeline,
-        StableDiffusionControlNetImg2ImgPipeline,
-        StableDiffusionControlNetInpaintPipeline,
-    ),
-    "StableDiffusionXLPipeline": (
-        StableDiffusionXLControlNetPipeline,
-        StableDiffusionXLControlNetImg2ImgPipeline,
-        StableDiffusionXLControlNetInpaintPipeline,
-    ),
-    "FluxPipeline": (FluxControlNetPipeline, FluxControlNetImg2ImgPipeline, FluxControlNetInpaintPipeline),
-}
-UNION_PIPELINES = (
-    StableDiffusionXLControlNetUnionPipeline,
-    StableDiffusionXLControlNetUnionImg2ImgPipeline,
-    StableDiffusionXLControlNetUnionInpaintPipeline,
-)
 
 
-def load_control(branch: Branch, folder: Path) -> Any:
+def load_control(branch: Branch, folder: Path) -> ModelMixin:
     """The control model of a diffusers folder (config.json and safetensors), frozen, on the branch's device.
 
     Raises OSError where files are missing, ValueError where they are not those of a control model of this base.
     """
-    flux = branch.denoiser_name == "transformer"
-    name = ControlNetModel.load_config(folder, local_files_only=True).get("_class_name")
-    if name not in (FLUX_CLASSES if flux else UNET_CLASSES):
-        known = FLUX_CLASSES if flux else UNET_CLASSES[:2]
-        raise ValueError(
-            f"this control model is for another family of models: it is a {name}, the base takes {' or '.join(known)}"
-        )
+    kinds = branch.control_nets
+    if not kinds:
+        raise ValueError("this family of models takes no control models")
+    name = kinds[0].model.load_config(folder, local_files_only=True).get("_class_name")
+    if name not in [known for kind in kinds for known in kind.class_names]:
+        taken = " or ".join(kind.model.__name__ for kind in kinds) or "none"
+        raise ValueError(f"this control model is for another family of models: it is a {name}, the base takes {taken}")
     variants = {file.name.split(".")[1] for file in folder.glob("diffusion_pytorch_model.*safetensors*")}
     variant = None if "safetensors" in variants else min(variants, default="").split("-")[0] or None
     try:
-        kind = FluxControlNetModel if flux else ControlNetUnionModel if _is_union(folder) else ControlNetModel
-        model, facts = kind.from_pretrained(
+        kind = next((kind for kind in kinds if kind.key and _has_key(folder, kind.key)), None)
+        kind = kind or next(kind for kind in kinds if not kind.key)
+        model, facts = kind.model.from_pretrained(
             folder,
             variant=variant,
             local_files_only=True,
@@ -94,63 +48,64 @@ def load_control(branch: Branch, folder: Path) -> Any:
         loading.refuse_gaps(facts["missing_keys"])
     except (RuntimeError, ValueError, SafetensorError) as problem:
         raise ValueError(f"the control model cannot be loaded: {problem}") from problem
-    _check(model.config, branch.pipeline.components[branch.denoiser_name].config, FLUX_FIT if flux else UNET_FIT)
+    _check(model.config, branch.pipeline.components[branch.denoiser_name].config, kind.shared)
     loading.freeze(model)
-    if flux:
-        model.register_forward_pre_hook(_mode_for_texts, with_kwargs=True)
+    if kind.prepare is not None:
+        kind.prepare(model)
     return model.to(branch.device)
 
 
-def control_mode(model: Any, kind: str) -> int | None:
+def kind_of(branch: Branch, control: ModelMixin) -> ControlNet:
+    """Which of the architectures that a branch takes a loaded control model is of."""
+    return next(kind for kind in branch.control_nets if isinstance(control, kind.model))
+
+
+def control_mode(branch: Branch, control: ModelMixin, kind: str) -> int | None:
     """The number that a union model knows a kind by; None for a model that is for one kind, or is not told.
 
     Raises ValueError where a union model does not know the kind.
     """
-    if isinstance(model, ControlNetUnionModel):
-        modes, count = SDXL_MODES, model.config.num_control_type
-    elif isinstance(model, FluxControlNetModel) and model.union:
-        modes, count = FLUX_MODES, model.config.num_mode
-    else:
+    known_as = kind_of(branch, control)
+    count = control.config[known_as.mode_count] if known_as.mode_count else None
+    if count is None:
         return None
-    known = {name: mode for name, mode in modes.items() if mode < count}
+    known = {name: mode for name, mode in known_as.modes.items() if mode < count}
     if kind not in known:
         raise ValueError(f"this control model knows no {kind}; it knows {', '.join(known)}")
     return known[kind]
 
 
 def arguments(
-    branch_name: str, control: Any, kind: str, outline_picture: Picture, scale: float, with_picture: bool
+    branch: Branch, control: ModelMixin, kind: str, image: Picture, scale: float, task: Task
 ) -> dict[str, Any]:
     """Keyword arguments for the call of a pipeline of `pipeline`, beside those that it has without a control model.
 
-    scale: how strongly it works; 0 is not at all. with_picture: the task is "image" or "inpaint".
+    image: what the model sees of a picture. scale: how strongly it works; 0 is not at all.
     """
     told: dict[str, Any] = {"controlnet_conditioning_scale": float(scale)}
-    if (mode := control_mode(control, kind)) is not None:
+    if (mode := control_mode(branch, control, kind)) is not None:
         told["control_mode"] = mode
-    plain = branch_name != "flux1" and not isinstance(control, ControlNetUnionModel)
-    told["image" if plain and not with_picture else "control_image"] = outline_picture
+    told[kind_of(branch, control).text_argument if task == "text" else "control_image"] = image
     return told
 
 
-def pipeline(stock: Any, control: Any, task: Task) -> Any:
-    """The stock diffusers pipeline for a task with a control model, over the very same modules of a loaded one.
+def pipeline(branch: Branch, control: ModelMixin, task: Task) -> DiffusionPipeline:
+    """The stock diffusers pipeline for a task with a control model, over the very same modules of the loaded one.
 
     Not by diffusers' own from_pipe: that of a pipeline's class turns all weights to float32, and that of AutoPipeline
     knows no union models.
     """
-    kinds = UNION_PIPELINES if isinstance(control, ControlNetUnionModel) else PIPELINES[type(stock).__name__]
-    kind = kinds[TASKS.index(task)]
+    stock, made_by = branch.pipeline, kind_of(branch, control).pipelines[task]
     given = {**stock.config, **stock.components, "controlnet": control, "add_watermarker": False}
-    made = kind(**{name: given[name] for name in inspect.signature(kind).parameters if name in given})
+    made = made_by(**{name: given[name] for name in inspect.signature(made_by).parameters if name in given})
     made.set_progress_bar_config(disable=True)
     return made
 
 
-def _is_union(folder: Path) -> bool:
+def _has_key(folder: Path, key: str) -> bool:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            if UNION_KEY in tensors.keys():  # noqa: SIM118
+            if key in tensors.keys():  # noqa: SIM118
                 return True
     return False
 
@@ -167,11 +122,3 @@ def _check(control: Any, denoiser: Any, names: Sequence[str]) -> None:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
-
-
-def _mode_for_texts(_model: Any, args: tuple[Any, ...], told: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """As many modes as there are texts, which they are put beside: diffusers 0.42 gives as many as pictures, or one."""
-    mode = told.get("controlnet_mode")
-    if mode is not None:
-        told["controlnet_mode"] = mode[:1].expand(len(told["encoder_hidden_states"]), 1)
-    return args, told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import math
 from functools import partial
@@ -13,12 +12,13 @@ from diffusers import ModelMixin
 from PIL import Image, ImageChops, ImageOps
 
 from trainer import device as device_memory
+from trainer.branches.protocol import Task
 from trainer.contract.errors import CannotLook
 from trainer.library import hub
 from trainer.methods import faceid
 from trainer.rendering import control, outlines, paste
 from trainer.rendering.job import RESAMPLING, Job, Picture
-from trainer.rendering.pipelines import Task, derive
+from trainer.rendering.pipelines import pipeline_for
 from trainer.rendering.plan import Control
 from trainer.rendering.schedulers import DISTILLED_STEPS
 
@@ -107,7 +107,7 @@ def control_arguments(job: Job, asked: Control, model: ModelMixin, start: Pictur
     with torch.autocast(job.branch.device.type, enabled=False):
         seen = outlines.outline(asked.kind, start, find, job.branch.device)
     scale = plan.request.controlnet_conditioning_scale
-    told = control.arguments(job.family, model, asked.kind, seen, 1.0 if scale is None else scale, task != "text")
+    told = control.arguments(job.branch, model, asked.kind, seen, 1.0 if scale is None else scale, task)
     for name in ("control_guidance_start", "control_guidance_end"):
         if (value := getattr(plan.flags, name)) is not None:
             told[name] = value
@@ -131,9 +131,11 @@ def sample(
     neighbours, nor on the card.
     """
     stock, steps = job.branch.pipeline, job.plan.steps
-    pipeline = derive(stock, task) if model is None else control.pipeline(stock, model, task)
+    pipeline, takes = pipeline_for(job.branch, task, model)
     each = steps
-    if task != "text":
+    if task != "text" and "strength" not in takes:
+        job.warnings.append(f"{job.family} takes a picture as a reference: denoising strengths have no effect")
+    elif task != "text":
         strength = max(strength, LEAST_STRENGTH)
         steps = max(steps, math.ceil(1 / strength))  # one step at least, else nothing would be drawn
         while int(steps * strength) < 1:  # where the division was rounded
@@ -141,7 +143,7 @@ def sample(
         each, more["strength"] = int(steps * strength), strength
     if "original_inference_steps" in pipeline.scheduler.config:  # LCM and TCD take theirs among so many
         pipeline.scheduler.register_to_config(original_inference_steps=max(DISTILLED_STEPS, steps))
-    if "width" in inspect.signature(pipeline.__call__).parameters:  # others take the picture's
+    if "width" in takes:  # others take the picture's
         more["width"], more["height"] = size
     job.steps += each * len(seeds)
     if face := job.models.face:

@@ -1,21 +1,20 @@
-"""The stock diffusers pipelines over the modules of a loaded base, and the schedulers that a prompt can ask for."""
+"""The pipeline that a picture is drawn with."""
 
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Any
 
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+from trainer.branches.loading import arguments_of
+from trainer.branches.protocol import Branch, Task
+from trainer.rendering import control
 
 log = logging.getLogger("tunebooth.render")
-Task = Literal["text", "image", "inpaint"]  # what a picture is drawn from: text alone, a picture too, a mask as well
 
 
-def derive(stock: DiffusionPipeline, task: Task) -> DiffusionPipeline:
-    """The pipeline that draws from a picture or into a mask, over the very same modules."""
-    if task == "text":
-        return stock
-    kind = AutoPipelineForImage2Image if task == "image" else AutoPipelineForInpainting
-    pipeline = kind.from_pipe(stock, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def pipeline_for(branch: Branch, task: Task, control_model: Any = None) -> tuple[Any, frozenset[str]]:
+    """The stock pipeline for a task, with a control model or without, and the arguments that its call takes."""
+    if control_model is None:
+        return branch.task_pipeline(task)
+    pipeline = control.pipeline(branch, control_model, task)
+    return pipeline, arguments_of(pipeline)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderTiny
 
+from trainer.branches.protocol import Branch
 from trainer.library import hub
 from trainer.rendering.pictures import preview_bytes
 from trainer.rendering.pipelines import log
@@ -20,10 +21,10 @@ class Preview:
     SHARE = 0.02  # of the time may go into previews
     FIRST_SECONDS = 0.05  # what the first one is reckoned to take
 
-    def __init__(self, file: Path, pipeline: DiffusionPipeline, decoder: AutoencoderTiny | None) -> None:
+    def __init__(self, file: Path, branch: Branch, decoder: AutoencoderTiny | None) -> None:
         """decoder: a tiny one (`load_tiny_decoder`); None: nothing is shown."""
         self._file = file
-        self._pipeline = pipeline
+        self._branch = branch
         self._decoder = decoder
         self._began = time.monotonic()
         self._spent, self._cost = 0.0, self.FIRST_SECONDS
@@ -35,7 +36,7 @@ class Preview:
         self._file.unlink(missing_ok=True)
 
     def show(self, latents: torch.Tensor, size: tuple[int, int]) -> None:
-        """Draw the first of the latents (B, C, H/f, W/f), or packed ones (B, T, 4 C), where there is time for it.
+        """Draw the first of the latents in a pipeline's loop, where there is time for it.
 
         size: width and height of the picture in pixels.
         """
@@ -43,11 +44,9 @@ class Preview:
         if self._decoder is None or self._spent + self._cost > self.SHARE * (began - self._began):
             return
         with torch.no_grad():
-            if latents.dim() == 3:
-                factor = self._pipeline.vae_scale_factor
-                latents = self._pipeline._unpack_latents(latents[:1], size[1], size[0], factor)
-            pixels = self._decoder.decode(latents[:1].to(self._decoder.device, self._decoder.dtype)).sample
-        picture = self._pipeline.image_processor.postprocess(pixels)[0]
+            latents = self._branch.preview_latents(latents, size)
+            pixels = self._decoder.decode(latents.to(self._decoder.device, self._decoder.dtype)).sample
+        picture = self._branch.pipeline.image_processor.postprocess(pixels)[0]
         self._file.parent.mkdir(exist_ok=True)
         partial = self._file.with_suffix(".part")
         partial.write_bytes(preview_bytes(picture))

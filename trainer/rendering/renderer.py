@@ -73,7 +73,7 @@ class Renderer:
 
         target = folder / "prompts" / str(prompt_id)
         target.parent.mkdir(exist_ok=True)
-        preview = Preview(folder / "previews" / f"{prompt_id}.jpg", branch.pipeline, loaded.decoder)
+        preview = Preview(folder / "previews" / f"{prompt_id}.jpg", branch, loaded.decoder)
         with preview, whole_folder(target) as made, autocast(self._device, branch.dtype):
             said = encode_prompt(loaded, plan, warnings)
             job = Job(plan, models, loaded, said, made, self._looker, report, preview, warnings)

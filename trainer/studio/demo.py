@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from trainer.contract.photos import Upload
 from trainer.contract.tunes import Tune
+from trainer.names import DEMO_BRANCH
 from trainer.studio import tunes
 from trainer.studio.rows import Services
 
@@ -34,7 +35,7 @@ def queue_demo(services: Services) -> Tune:
         request = {
             "title": "Demo: a toy robot",
             "name": "toy robot",
-            "branch": "fast",
+            "branch": DEMO_BRANCH,
             "prompts_attributes": [
                 {"text": "ohwx toy robot", "num_images": 4},
                 {"text": "a photo of ohwx toy robot on a table", "num_images": 4, "seed": 7},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound, words
 from trainer.library import bases
-from trainer.names import MADE
+from trainer.names import MODEL_TYPES
 from trainer.studio.answers import here
 from trainer.studio.links import MODEL_LINK_SECONDS, make_link
 from trainer.studio.rows import EARLIER_LISTED, Services, row_of, tune_row
@@ -37,7 +37,7 @@ def model_link(services: Services, tune_id: int, format_: str | None = None) -> 
         return file_link(services, tune_id, f"model/{row['files'][0]}")
     if format_ in paths:
         return file_link(services, tune_id, paths[format_])
-    known = [*paths, *MADE[row["method"]]]
+    known = [*paths, *MODEL_TYPES[row["method"]].made]
     if format_ not in known:
         raise InvalidRequest({"format": [f"tune {tune_id} can be had as {words(known)}, not as {format_!r}"]})
     with services.store.transaction():
@@ -67,7 +67,7 @@ def model_formats(services: Services, tune_id: int) -> dict[str, tuple[str | Non
     links: dict[str, tuple[str | None, str]] = {}
     links |= {name: (file_link(services, tune_id, path), "made") for name, path in here(row).items()}
     asked = {one["format"]: one for one in services.store.find("exports", tune_id=tune_id)}
-    for name in MADE[row["method"]]:
+    for name in MODEL_TYPES[row["method"]].made:
         one = asked.get(name)
         if one is None:
             links[name] = None, ""
@@ -91,7 +91,7 @@ def lineage(services: Services, tune_id: int) -> list[str]:
 def earlier_tunes(services: Services) -> list[tuple[str, int]]:
     """The trained tunes that another one can stand on: what to call them, and their ids; newest first."""
     rows = services.store.find("tunes", status="trained", limit=EARLIER_LISTED)
-    usable = [row for row in rows if row["method"] != "faceid"]
+    usable = [row for row in rows if MODEL_TYPES[row["method"]].trains]
     return [(f"{row['title']} (tune {row['id']}, {row['branch']})", row["id"]) for row in usable]
 
 

@@ -16,7 +16,7 @@ from trainer.contract.prompts import PICTURES, PromptRequest
 from trainer.contract.references import REFERENCE, references
 from trainer.contract.rows import TuneRow
 from trainer.contract.tunes import TuneRequest, check_branch
-from trainer.names import METHODS
+from trainer.names import LORA_REFERENCE, METHODS, MODEL_TYPES
 
 PARAMETERS = (  # of a tune, that a pack may set
     "branch", "base_tune_id", "model_type", "preset", "token", "args", "face_crop", "training_face_correct", "steps",
@@ -195,14 +195,15 @@ def to_toml(
     prompts: Sequence[Mapping[str, object]],
     args: str | None = None,
     description: str = "",
+    placeholder: bool = False,
 ) -> str:
     """The TOML of a pack with the settings of a tune and the given prompts, for its class.
 
     tune: its row. prompts: their requests, as `prompt_of(row).model_dump()` gives them. args: as the request had them;
     the row has all words, as they were settled for its number of photos. Token and class name in the texts become
     {subject}; the tune's own `<lora:ID:WEIGHT>` becomes lora_scale, its own `<faceid:...>` is left out. So are
-    callbacks, and pictures that prompts start from with what depends on them: those are one user's. Raises
-    InvalidRequest.
+    callbacks, and pictures that prompts start from with what depends on them: those are one user's. placeholder:
+    whether the tune's branch is one. Raises InvalidRequest.
     """
     if not prompts:
         raise InvalidRequest({"prompts": ["a pack needs one prompt at least; render one with the tune first"]})
@@ -212,7 +213,7 @@ def to_toml(
     if not tune["training_face_correct"]:  # which is what nobody asked for; face_crop=false was asked
         asked["training_face_correct"] = None
     asked |= {key: bool(asked[key]) for key in ("face_crop", "training_face_correct") if asked[key] is not None}
-    if tune["branch"] == "fast":  # it has a base and settings of its own
+    if placeholder:  # it has a base and settings of its own
         asked |= {"base_tune_id": None, "preset": None}
     rows = [general_prompt(prompt, tune) for prompt in prompts]
     rows = [row for number, row in enumerate(rows) if row not in rows[:number]]
@@ -238,14 +239,14 @@ def general_prompt(prompt: Mapping[str, object], tune: TuneRow) -> dict[str, obj
     """A prompt request without what is of one tune and one user."""
     left_out = ("text", *OF_A_REQUEST, *FROM_A_PICTURE)
     attributes = {name: value for name, value in prompt.items() if value is not None and name not in left_out}
-    kind = "faceid" if tune["method"] == "faceid" else "lora"
+    kind = MODEL_TYPES[tune["method"]].reference or LORA_REFERENCE
     names = {str(tune["id"]), tune["token"], tune["title"]}
     text = str(prompt["text"])
     own = [weight for kind_, name, weight in references(text)[1] if kind_ == kind and name in names]
     if own:
         text = REFERENCE.sub(lambda found: "" if found[1] == kind and found[2].strip() in names else found[0], text)
         text = re.sub(r" {2,}", " ", text).strip()  # as `references` leaves it
-    if own and kind == "lora":  # the weight in the text wins over lora_scale
+    if own and kind == LORA_REFERENCE:  # the weight in the text wins over lora_scale
         attributes = {name: value for name, value in attributes.items() if name != "lora_scale"}
         attributes |= {"lora_scale": own[0]} if own[0] != 1 else {}
     return {"text": placed(text, tune["token"], tune["name"]) or "{subject}", **attributes}

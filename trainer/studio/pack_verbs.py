@@ -80,7 +80,9 @@ def save_pack(services: Services, tune_id: int, title: str | None = None) -> dic
     request = tune_folder(services, tune_id) / "request.json"
     asked = json.loads(request.read_text("utf-8"))["args"] if request.exists() else None
     title = title or tune["title"]
-    toml = pack_file.to_toml(title, tune, [prompt.model_dump(exclude_none=True) for prompt in prompts], asked)
+    requests = [prompt.model_dump(exclude_none=True) for prompt in prompts]
+    placeholder = branch_file.is_placeholder(services.settings.presets, tune["branch"])
+    toml = pack_file.to_toml(title, tune, requests, asked, placeholder=placeholder)
     folder = services.settings.outputs / "packs"
     folder.mkdir(exist_ok=True)
     with services.store.transaction():  # nobody else takes the name

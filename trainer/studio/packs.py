@@ -29,6 +29,7 @@ from trainer.contract.errors import InvalidRequest, nearest, words
 from trainer.contract.fields import parse_request
 from trainer.contract.prompts import PromptRequest
 from trainer.contract.tunes import CheckRequest, TuneRequest
+from trainer.names import METHODS, MODEL_TYPES
 from trainer.studio.pack_file import ANY, GENERAL, PLACE, Pack, in_words, is_for, over
 
 OF_THE_METHOD = ("preset", "args", "steps")  # they mean something else, or nothing, with another branch or model type
@@ -128,7 +129,7 @@ def describe(pack: Pack, token: str) -> dict[str, object]:
     their numbers (`id`) in the pack; {name} stands for the class name where the pack takes any.
     """
     own = str(pack.parameters.get("token") or token)
-    token_ = None if pack.parameters.get("model_type") == "faceid" else own
+    token_ = own if has_token(pack.parameters.get("model_type")) else None
     return {
         "slug": pack.slug,
         "title": pack.title,
@@ -143,6 +144,11 @@ def describe(pack: Pack, token: str) -> dict[str, object]:
             for one in pack.classes
         },
     }
+
+
+def has_token(model_type: object) -> bool:
+    """Whether its tunes have a token: those that train nothing have none."""
+    return not (isinstance(model_type, str) and model_type in METHODS and not MODEL_TYPES[model_type].trains)
 
 
 def check_names(data: Mapping[str, object]) -> None:
@@ -196,7 +202,7 @@ def tune_request(pack: Pack, data: Mapping[str, object], branch: str, token: str
     request = {key: value for key, value in request.items() if value is not None and value != ""}
     name, more = request.get("name"), request.get("prompts_attributes", [])
     if isinstance(name, str) and name.strip() and isinstance(more, list):  # else POST /tunes says what is wrong
-        spoken = None if request.get("model_type") == "faceid" else str(request.get("token", token))
+        spoken = str(request.get("token", token)) if has_token(request.get("model_type")) else None
         request["prompts_attributes"] = [
             *prompts_for(pack, name, spoken, own.prompt_attributes, own.prompt_ids),
             *more,

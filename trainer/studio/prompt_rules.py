@@ -11,6 +11,7 @@ from trainer.contract import parsed_text
 from trainer.contract.errors import InvalidRequest, nearest
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import COLUMNS, CONTROLS, HOSTED_CONTROLS, PICTURES, PromptRequest, attributes_of
+from trainer.names import LORA_REFERENCE
 from trainer.photos import inputs
 from trainer.studio.references import Named, as_row
 from trainer.studio.rows import Services, row_of, tune_folder
@@ -88,7 +89,7 @@ def prompt_warnings(request: PromptRequest) -> list[str]:
     follows = request.controlnet in CONTROLS and drawn
     masked = request.has_mask or (asked.mask_prompt and request.has_input)
     anew = follows and request.controlnet_txt2img and not masked
-    lines = [one for one in request.parsed.models if one[0] == "lora"]
+    lines = [one for one in request.parsed.models if one[0] == LORA_REFERENCE]
     for name, lacks in {  # what has no effect, and why
         "aspect_ratio": request.w and request.h and "beside w and h",
         "ar": (request.aspect_ratio and "beside aspect_ratio") or (request.w and request.h and "beside w and h"),

@@ -14,6 +14,7 @@ from trainer.contract.rows import PromptRow, TuneRow
 from trainer.files import discard
 from trainer.library import bases
 from trainer.library.bases import Base
+from trainer.names import LORA_REFERENCE, MODEL_TYPES
 from trainer.photos import inputs
 from trainer.studio import pack_file
 from trainer.studio.answers import prompt_answer
@@ -52,7 +53,8 @@ def create_prompt(
         tune = row_of(services, "tunes", tune["id"])  # it may be gone by now
         if tune["status"] in GONE:
             raise InvalidRequest({"tune_id": [f"tune {tune['id']} is {tune['status']}; it has no model"]})
-        asked = base.id if base and (tune["method"] == "faceid" or root_id(services, tune) != base.id) else None
+        trained = MODEL_TYPES[tune["method"]].trains
+        asked = base.id if base and (not trained or root_id(services, tune) != base.id) else None
         values = prompt_values(services, tune["id"], request, named) | {"base_id": asked}
         prompt_id = services.store.add_prompt(values | marks(mark))
         if 0 in pictures:
@@ -69,7 +71,7 @@ def tune_on_base(services: Services, base: Base, parsed: ParsedText) -> tuple[Tu
     if base.error:
         raise InvalidRequest({"tune_id": [f"{base.title}: {base.error}"]})
     named = resolve(services.settings, services.store, parsed, base.branch, None)
-    in_order = sorted(named, key=lambda one: one.kind != "lora")
+    in_order = sorted(named, key=lambda one: one.kind != LORA_REFERENCE)
     tune = next((row for one in in_order if (row := tune_row(services, one.id))), None)
     if tune is None:
         told = f"a prompt on base {base.id} names a tune: <lora:ID:WEIGHT>, or <faceid:ID:WEIGHT>"

@@ -12,10 +12,10 @@ from trainer.contract.prompts import prompt_of
 from trainer.contract.rows import PromptRow, TuneRow
 from trainer.library import bases
 from trainer.library.bases import Base
+from trainer.names import FACE_REFERENCE, LORA_REFERENCE, MODEL_TYPES
 from trainer.settings import Settings
 from trainer.studio.store import Store
 
-ADAPTERS = ("lora", "pti")  # model types that lie on a base
 GONE = ("failed", "canceled", "expired")
 
 
@@ -30,7 +30,7 @@ class NamedTune(TypedDict):
 
 @dataclass(frozen=True)
 class Named:
-    """A model in a prompt. kind: lora or faceid. id: of a tune, or of a LoRA file in the models folder."""
+    """A model in a prompt. kind: a reference of names.py. id: of a tune, or of a LoRA file in the models folder."""
 
     kind: str
     id: int
@@ -49,13 +49,13 @@ def resolve(
     problems = []
     for kind, name, weight in parsed.models:
         try:
-            row = (_lora if kind == "lora" else _face)(settings, store, name, branch, own)
+            row = (_lora if kind == LORA_REFERENCE else _face)(settings, store, name, branch, own)
             if any((one.kind, one.id) == (kind, row) for one in found):
                 raise ValueError("it is named twice; once is enough")
             found.append(Named(kind, row, weight))
         except ValueError as problem:
             problems.append(f"<{kind}:{name}>: {problem}")
-    faces = sum(one.kind == "faceid" for one in found)
+    faces = sum(one.kind == FACE_REFERENCE for one in found)
     if faces > 1:
         problems.append(f"names {faces} faces; one is possible")
     if problems:
@@ -78,7 +78,7 @@ def as_row(named: Sequence[Named]) -> list[tuple[str, int, float]]:
 def _lora(settings: Settings, store: Store, name: str, branch: str | None, own: NamedTune | None) -> int:
     """The number of a LoRA by that, by its tune's token or title, or by the name of its file. Raises ValueError."""
     if own and name in (str(own["id"]), own["token"], own["title"]):
-        if own["method"] == "faceid":
+        if _is_face(own):
             raise ValueError(f"tune {own['id']} is a face: write <faceid:{own['id']}:1>")
         return int(own["id"])
     if number := _number(name):
@@ -89,7 +89,7 @@ def _lora(settings: Settings, store: Store, name: str, branch: str | None, own: 
     else:
         called = [*store.find("tunes", token=name), *store.find("tunes", title=name)]
         rows = {row["id"]: row for row in called}
-        tunes = [row for row in rows.values() if row["method"] in ADAPTERS and row["status"] not in GONE]
+        tunes = [row for row in rows.values() if MODEL_TYPES[row["method"]].adapter and row["status"] not in GONE]
         tunes = [row for row in tunes if branch in (None, row["branch"])]
     files = [base for base in bases.list_bases(settings) if base.model and name in _names(base)]
     if len(tunes) + len(files) > 1:
@@ -114,9 +114,9 @@ def _names(base: Base) -> tuple[str, ...]:
 def _check(row: TuneRow, branch: str | None) -> None:
     """Raise ValueError for a tune that is no LoRA for this branch."""
     number = row["id"]
-    if row["method"] == "faceid":
+    if _is_face(row):
         raise ValueError(f"tune {number} is a face: write <faceid:{number}:1>")
-    if row["method"] not in ADAPTERS:
+    if not MODEL_TYPES[row["method"]].adapter:
         raise ValueError(f"tune {number} is a whole model, which nothing lies on: post the prompt to it")
     if row["status"] in GONE:
         raise ValueError(f"tune {number} is {row['status']}; it has no model")
@@ -126,11 +126,11 @@ def _check(row: TuneRow, branch: str | None) -> None:
 
 def _face(_settings: Settings, store: Store, name: str, branch: str | None, own: NamedTune | None) -> int:
     """The number of a faceid tune by that, or by its title. Raises ValueError."""
-    if own and own["method"] == "faceid" and name in (str(own["id"]), own["title"]):
+    if own and _is_face(own) and name in (str(own["id"]), own["title"]):
         return int(own["id"])
     number = _number(name)
     rows = [store.get("tunes", number)] if number else store.find("tunes", title=name)
-    faces = [row for row in rows if row and row["method"] == "faceid"]
+    faces = [row for row in rows if row and _is_face(row)]
     if not faces:
         raise ValueError(f"there is no faceid tune {name}")
     if len(faces) > 1:
@@ -140,6 +140,10 @@ def _face(_settings: Settings, store: Store, name: str, branch: str | None, own:
     if branch not in (None, faces[0]["branch"]):
         raise ValueError(f"it is of branch {faces[0]['branch']}, not {branch}")
     return int(faces[0]["id"])
+
+
+def _is_face(row: NamedTune) -> bool:
+    return MODEL_TYPES[row["method"]].reference == FACE_REFERENCE
 
 
 def _number(name: str) -> int | None:

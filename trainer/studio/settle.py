@@ -8,7 +8,7 @@ from trainer.contract.rows import TuneValues
 from trainer.contract.tunes import TuneRequest, check_model_type
 from trainer.library import bases
 from trainer.library.bases import Base
-from trainer.names import FORMATS
+from trainer.names import FORMATS, MODEL_TYPES, ModelType
 from trainer.photos.subject import not_people, of_one_person
 from trainer.studio.rows import Services, tune_row, tunes_by_id
 
@@ -25,8 +25,9 @@ def settle(services: Services, request: TuneRequest, photos: int) -> TuneValues:
     base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services))
     asked_preset, warnings = request.preset, request_warnings(services, request, photos, base)
     problems: dict[str, list[str]] = {}
+    placeholder = branch_file.is_placeholder(services.settings.presets, base.branch)
     known_presets = (*list_presets(services), *HOSTED_PRESETS)
-    if base.branch == "fast":
+    if placeholder:
         preset = None
     elif asked_preset is not None and asked_preset not in list_presets(services):
         known = words(list_presets(services)) or "none"
@@ -42,14 +43,14 @@ def settle(services: Services, request: TuneRequest, photos: int) -> TuneValues:
         warnings.append(f"{branch} trains {method} where {asked_type} is asked, as the hosted service does")
     try:
         check_model_type(method, branch, branch_file.model_types(folder, branch), branch_file.why_not(folder, branch))
-        earlier = tune_row(services, base.id)
-        if method == "checkpoint" and earlier and FORMATS["embeddings"] in earlier["files"]:
+        model_type, earlier = MODEL_TYPES[method], tune_row(services, base.id)
+        if model_type.whole_model and earlier and FORMATS["embeddings"] in earlier["files"]:
             told = f"tune {base.id} has new words, and a checkpoint has no place for them; train lora or pti on it"
             problems["base_tune_id"] = [told]
-        if method == "pti" and (request.token or "").lower() in request.name.lower().split():
+        if model_type.learns_tokens and (request.token or "").lower() in request.name.lower().split():
             problems["token"] = [f"{request.token} is a word of the class name: every {request.name} would be meant"]
-        if method == "faceid":
-            problems |= faceid_problems(request)
+        if not model_type.trains:
+            problems |= untrained_problems(request, model_type)
         else:
             config = resolve.resolve(
                 folder,
@@ -68,14 +69,22 @@ def settle(services: Services, request: TuneRequest, photos: int) -> TuneValues:
         problems |= invalid.problems
     if problems:
         raise InvalidRequest(problems)
+    token = request.token or token_for(services, base) if MODEL_TYPES[method].trains else None
+    return tune_values(request, base, token, method, args, warnings)
+
+
+def tune_values(
+    request: TuneRequest, base: Base, token: str | None, method: str, args: str | None, warnings: list[str]
+) -> TuneValues:
+    """The columns of a tune that its request decides."""
     return {
         "title": request.title,
         "name": request.name.strip(),
-        "token": None if method == "faceid" else request.token or token_for(services, base),
+        "token": token,
         "branch": base.branch,
         "model_type": request.model_type,
         "method": method,
-        "preset": asked_preset,
+        "preset": request.preset,
         "base_tune_id": request.base_tune_id,
         "base_id": base.id,
         "steps": request.steps,
@@ -102,25 +111,25 @@ def request_warnings(services: Services, request: TuneRequest, photos: int, base
     told += branch_file.branch_warnings(services.settings.presets, base.branch)
     if photos < FEW_PHOTOS:
         told.append(f"{photos} photos are few: with {FEW_PHOTOS} or more a tune learns its subject better")
-    if base.branch == "fast":
+    if branch_file.is_placeholder(services.settings.presets, base.branch):
         if request.base_tune_id not in (None, base.id):
-            told.append(f"branch fast has a base of its own: base_tune_id {request.base_tune_id} is not used")
+            told.append(f"branch {base.branch} has a base of its own: base_tune_id {request.base_tune_id} is not used")
         if request.preset is not None:
-            told.append(f"branch fast has settings of its own: preset {request.preset} is not used")
+            told.append(f"branch {base.branch} has settings of its own: preset {request.preset} is not used")
     if request.face_crop and kinds.kind_of(request.name) != "person":
         told.append(not_people("face_crop", request.name))
-    if request.model_type == "faceid":
+    if request.model_type in MODEL_TYPES and not MODEL_TYPES[request.model_type].trains:
         asked = [name for name in ("steps", "token", "training_face_correct", "preset") if getattr(request, name)]
-        told += [f"{name} has no effect: faceid trains nothing" for name in asked]
+        told += [f"{name} has no effect: {request.model_type} trains nothing" for name in asked]
     if request.auto_extend and not services.settings.lifetime_days:
         told.append("auto_extend has no effect: tunes do not expire here")
     return told
 
 
-def faceid_problems(request: TuneRequest) -> dict[str, list[str]]:
-    """What a request for a faceid cannot have, in words."""
+def untrained_problems(request: TuneRequest, model_type: ModelType) -> dict[str, list[str]]:
+    """What a request for a model type that trains nothing cannot have, in words."""
     problems = {}
-    if not of_one_person(request.name):
+    if model_type.needs_person and not of_one_person(request.name):
         problems["name"] = [f"faceid is of one person (man, woman, boy, girl, child, ...), not of {request.name}"]
     if request.args:
         problems["args"] = ["faceid trains nothing, so there is nothing to set; leave args out"]

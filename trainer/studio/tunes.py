@@ -19,7 +19,7 @@ from trainer.contract.states import ENDED, Callback
 from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
 from trainer.files import discard, fsync
 from trainer.library import bases
-from trainer.names import FORMATS
+from trainer.names import FORMATS, MODEL_TYPES
 from trainer.photos import inputs
 from trainer.photos.intake import intake
 from trainer.studio.answers import tune_answer
@@ -76,7 +76,7 @@ def create_tune(
         ):
             if problems or values is None:
                 raise InvalidRequest({})
-            if values["method"] == "faceid":
+            if not MODEL_TYPES[values["method"]].trains:
                 photos, said = services.looker.identify(work, photos, request.name, tell)
                 values["warnings"] = [*values["warnings"], *said]
                 return _insert(services, request, values, work, photos, pictures, mark)
@@ -276,11 +276,11 @@ def _insert(
         if base.id != values["base_id"]:  # it was deleted while the photos came
             raise InvalidRequest({"base_tune_id": [f"{request.base_tune_id} is no base any more"]})
         row = {**values, **marks(mark), "photos": [photo.model_dump() for photo in photos]}
-        if values["method"] == "faceid":
+        if not MODEL_TYPES[values["method"]].trains:
             moment = datetime.now(UTC)
             tune_id = services.store.add_ready_tune(
                 row,
-                files=[FORMATS["faceid"]],
+                files=[FORMATS[name] for name in MODEL_TYPES[values["method"]].formats],
                 started_training_at=stamp(moment),
                 trained_at=stamp(moment),
                 expires_at=expiry(services.settings, moment),

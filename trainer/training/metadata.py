@@ -11,23 +11,23 @@ from trainer.config import train_config
 from trainer.config.train_config import TrainConfig
 from trainer.contract.rows import TuneRow
 from trainer.library.bases import Base
+from trainer.names import MODEL_TYPES
 from trainer.training.views import Picture
-
-WHAT = {"lora": "a LoRA", "pti": "a LoRA with new words", "checkpoint": "a DreamBooth checkpoint"}
 
 
 def describe(
     tune: TuneRow, base: Base, branch: Branch, config: TrainConfig, pictures: list[Picture], step: int
 ) -> dict[str, str]:
     """What a model file says of itself: modelspec.* (Stability-AI/ModelSpec 1.0.0), kohya's ss_*, and our own words."""
+    model_type = MODEL_TYPES[tune["method"]]
     side, tags = config.resolution[0], Counter(picture.caption for picture in pictures if picture.kind != "class")
     facts: dict[str, object] = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "diffusers",
         "modelspec.title": tune["title"],
         "modelspec.date": now(),
-        "modelspec.description": f"{WHAT[tune['method']]} of {tune['token']} {tune['name']} on {base.title}, made with"
-        " Tunebooth",
+        "modelspec.description": f"{model_type.description} of {tune['token']} {tune['name']} on {base.title},"
+        " made with Tunebooth",
         "modelspec.trigger_phrase": f"{tune['token']} {tune['name']}",
         "modelspec.resolution": f"{side}x{side}",
         "ss_output_name": tune["title"],
@@ -60,7 +60,7 @@ def describe(
         "tunebooth.args": train_config.as_args(config),
     }
     facts |= branch.metadata
-    if tune["method"] == "checkpoint":
+    if model_type.whole_model:
         facts = {key: value for key, value in facts.items() if not key.startswith("ss_network_")}
     else:
         facts["modelspec.architecture"] = f"{facts['modelspec.architecture']}/lora"

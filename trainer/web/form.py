@@ -18,7 +18,7 @@ from trainer.contract.errors import CannotLook, InvalidRequest, NotFound
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import ASPECT_RATIOS, CONTROLS, PICTURES, SCHEDULERS
 from trainer.contract.tunes import CheckRequest
-from trainer.names import BRANCHES, METHODS
+from trainer.names import BRANCHES, DEFAULT_METHOD, DEMO_BRANCH, METHODS
 from trainer.studio import models, pack_verbs, prompts, settle, tunes
 from trainer.studio.rows import Services
 from trainer.web import html
@@ -146,8 +146,8 @@ class Form:
             add("name", gr.Textbox, label="Class name", placeholder="man, woman, dog, toy, style")
             add("title", gr.Textbox, label="Title", placeholder="made up when left empty")
         with gr.Row():
-            add("branch", gr.Dropdown, choices=list(BRANCHES), value="fast", label="Branch")
-            add("model_type", gr.Dropdown, choices=[OWN, *METHODS], value="lora", label="Model type")
+            add("branch", gr.Dropdown, choices=list(BRANCHES), value=DEMO_BRANCH, label="Branch")
+            add("model_type", gr.Dropdown, choices=[OWN, *METHODS], value=DEFAULT_METHOD, label="Model type")
         with gr.Row():
             add("preset", gr.Dropdown, choices=[OWN], value="", label="Preset")
             add("token", gr.Textbox, label="Token", placeholder="ohwx (sd15: sks)")

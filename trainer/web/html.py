@@ -13,6 +13,7 @@ from trainer.contract.photos import Check, Photo
 from trainer.contract.prompts import Prompt
 from trainer.contract.states import ENDED, Callback
 from trainer.contract.tunes import Tune
+from trainer.names import DEMO_BRANCH
 from trainer.studio.pack_file import ANY
 from trainer.web.templating import ENVIRONMENT, render
 
@@ -174,7 +175,7 @@ def relative(url: str) -> str:
 
 def small(tune: Tune) -> str:
     """The class of pictures that are shown enlarged, without blur."""
-    return " tb-small" if tune.branch == "fast" else ""
+    return " tb-small" if tune.branch == DEMO_BRANCH else ""
 
 
 def badges(photo: Photo) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from trainer.contract.errors import CannotLook, Conflict, InvalidRequest, NotFound
 from trainer.contract.prompts import PromptRequest
 from trainer.contract.tunes import CheckRequest, TuneChange, TuneRequest
+from trainer.names import DEMO_BRANCH
 from trainer.studio.packs import PackRequest
 from trainer.web.bodies import Malformed
 
@@ -35,14 +36,14 @@ class Done(BaseModel):
 PHOTO_URLS = [f"https://example.com/rex-{number}.jpg" for number in range(1, 5)]
 EXAMPLES: dict[type[BaseModel], dict[str, object]] = {  # of bodies, for whoever reads the OpenAPI page
     TuneRequest: {
-        "title": "Rex - 1234-6789", "name": "dog", "branch": "fast", "image_urls": PHOTO_URLS,
+        "title": "Rex - 1234-6789", "name": "dog", "branch": DEMO_BRANCH, "image_urls": PHOTO_URLS,
         "characteristics": {"colour": "brown"},
         "prompts_attributes": [{"text": "ohwx dog, {{colour}}, on a beach", "num_images": 2}],
     },
     TuneChange: {"title": "Rex, retired", "characteristics": {"colour": "grey"}},
     CheckRequest: {"name": "dog", "image_urls": PHOTO_URLS},
     PromptRequest: {"text": "ohwx dog in the snow", "num_images": 2, "seed": 7},
-    PackRequest: {"title": "Rex for the shop", "name": "dog", "branch": "fast", "image_urls": PHOTO_URLS},
+    PackRequest: {"title": "Rex for the shop", "name": "dog", "branch": DEMO_BRANCH, "image_urls": PHOTO_URLS},
 }  # fmt: skip
 REFUSALS: dict[int | str, dict[str, object]] = {
     400: {"model": Error, "description": "The body cannot be read"},

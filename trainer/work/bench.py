@@ -23,7 +23,7 @@ from trainer.library import bases, weights
 from trainer.library.bases import Base
 from trainer.library.weights import Unavailable
 from trainer.methods.protocol import get_method
-from trainer.names import FORMATS
+from trainer.names import FACE_REFERENCE, IDENTITY_FILE, LORA_REFERENCE, MODEL_TYPES
 from trainer.photos.child import Closed
 from trainer.photos.looker import Looker, begin_anew
 from trainer.rendering.job import FaceID, Lora, Models, Stopped
@@ -188,28 +188,29 @@ class Bench:
     def _to_render(self, prompt: PromptRow, tune: TuneRow, reporter: Reporter) -> Models:
         """What a prompt is rendered with."""
         named = references.of_row(self._settings, self._store, prompt, tune, tune["branch"])
+        model_type = MODEL_TYPES[tune["method"]]
         weights_of = {(one.kind, one.id): one.weight for one in named}
         own_model = self._settings.outputs / "tunes" / str(tune["id"]) / "model"
-        if tune["method"] == "faceid" or prompt["base_id"]:
+        if not model_type.trains or prompt["base_id"]:
             base = bases.resolve(self._settings, prompt["base_id"] or tune["base_id"], tune["branch"], self._tune_row)
         else:
             base = bases.of_tune(self._settings, tune, self._tune_row)
         loras = [Lora(base.model, 1.0, base.title)] if base.model and base.model != own_model else []
         asked = prompt["attributes"].get("lora_scale")
-        own_scale = weights_of.pop(("lora", tune["id"]), asked if isinstance(asked, int | float) else 1.0)
-        if tune["method"] in references.ADAPTERS:
+        own_scale = weights_of.pop((LORA_REFERENCE, tune["id"]), asked if isinstance(asked, int | float) else 1.0)
+        if model_type.adapter:
             loras.append(Lora(own_model, own_scale, tune["title"]))
-        elif tune["method"] == "checkpoint" and own_scale != 1.0:
+        elif model_type.whole_model and own_scale != 1.0:
             reporter.warn(f"{tune['title']} is a whole model, which has one strength: {own_scale:g} is not used")
         people = [tune["name"]]
         for one in named:
-            if one.kind == "lora" and one.id != tune["id"]:
+            if one.kind == LORA_REFERENCE and one.id != tune["id"]:
                 model, title = self._lora(one.id)
                 loras.append(Lora(model, one.weight, title))
             people += [row["name"]] if (row := self._tune_row(one.id)) else []
-        face = next((one for one in named if one.kind == "faceid"), None)
-        if face is None and tune["method"] == "faceid":
-            face = Named("faceid", tune["id"], 1.0)
+        face = next((one for one in named if one.kind == FACE_REFERENCE), None)
+        if face is None and model_type.reference == FACE_REFERENCE:
+            face = Named(FACE_REFERENCE, tune["id"], 1.0)
         is_person = any(kinds.kind_of(name) == "person" for name in people)
         return Models(tune["title"], base, loras, self._face(face, base, reporter) if face else None, is_person)
 
@@ -227,11 +228,10 @@ class Bench:
     def _face(self, named: Named, base: Base, reporter: Reporter) -> FaceID:
         """The face of this number, and the adapter that puts it into pictures of this base."""
         folder = self._settings.outputs / "tunes" / str(named.id) / "model"
-        if not (folder / FORMATS["faceid"]).exists():
+        if not (folder / IDENTITY_FILE).exists():
             raise RuntimeError(f"<faceid:{named.id}>: that tune is gone, and its face with it")
-        adapter = weights.obtain(
-            self._settings, weights.FACEID[base.branch], tell=lambda what, *_: reporter.stage(what)
-        )
+        wanted = weights.face_adapter(self._settings, base.branch)
+        adapter = weights.obtain(self._settings, wanted, tell=lambda what, *_: reporter.stage(what))
         return FaceID(folder, adapter, named.weight)
 
     def _export(self, job: Job, export_id: int) -> None:

@@ -15,7 +15,7 @@ from trainer.contract.rows import TuneRow
 from trainer.files import whole_folder
 from trainer.library.bases import Base
 from trainer.methods import checkpoint, lora, new_tokens
-from trainer.names import FORMATS
+from trainer.names import CHECKPOINT_FILE, CHECKPOINT_FORMAT
 from trainer.settings import Settings
 
 DIFFUSERS_ZIP = "diffusers.zip"
@@ -34,8 +34,8 @@ def export_tune(tune: TuneRow, base: Base, format_: str, settings: Settings) -> 
         new_tokens.remove(branch.pipeline)  # a whole model has no place for them; their own file stays beside it
         lora.merge(branch.pipeline)
     with whole_folder(folder / "exports" / format_) as partial:
-        if format_ == "checkpoint":
-            file = FORMATS["checkpoint"]
+        if format_ == CHECKPOINT_FORMAT:
+            file = CHECKPOINT_FILE
             checkpoint.write(branch, partial / file, dtype, facts_of(folder / "model" / tune["files"][0], branch))
         else:
             file = DIFFUSERS_ZIP
