@@ -39,8 +39,8 @@ def resolve(store: Store, listed: Bases, parsed: ParsedText, branch: str | None,
     """The models that a prompt's text names, in its order.
 
     listed: all bases, of this request. own: the tune that the prompt is posted to. branch: of the base; None: not
-    known, for the request is refused for it anyway. Raises InvalidRequest for whatever cannot be found, or is not for this
-    base, by its name.
+    known, for the request is refused for it anyway. Raises InvalidRequest for whatever cannot be found, or is not for
+    this base, by its name.
     """
     found: list[Named] = []
     problems = []
