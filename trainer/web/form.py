@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from trainer.names import BRANCHES, DEFAULT_METHOD, DEMO_BRANCH, METHODS
 from trainer.studio import models, pack_verbs, prompts, settle, tunes
 from trainer.studio.rows import Services
 from trainer.web import html
+from trainer.web.html import note, thumbnails
 from trainer.web.progress import teller
 
 PAGE_NUM_IMAGES = 4
@@ -332,16 +332,3 @@ def with_captions(uploads: list[Upload], rows: list[list[str]], automatic: str, 
         file.write_text(written[stem], "utf-8")
         kept.append(Upload(file.name, file))
     return kept
-
-
-def note(messages: list[str]) -> str:
-    return "".join(f'<p class="tb-note" role="alert">{escape(message)}</p>' for message in messages)
-
-
-def thumbnails(paths: list[str] | None) -> str:
-    """The photos that were dropped, small, in the order of the list."""
-    pictures = [path for path in paths or [] if not path.lower().endswith(".txt")]
-    images = "".join(
-        f'<img src="/gradio_api/file={escape(path)}" alt="{escape(Path(path).name)}">' for path in pictures
-    )
-    return f'<div class="tb-photos">{images}</div>' if images else ""

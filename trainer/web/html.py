@@ -83,6 +83,17 @@ def verdicts(check: Check) -> str:
     return render("verdicts.html", check=check)
 
 
+def note(messages: Sequence[str]) -> str:
+    """What is wrong with a field of the form."""
+    return render("note.html", messages=messages).strip()
+
+
+def thumbnails(paths: Sequence[str] | None) -> str:
+    """The photos that were dropped, small, in the order of the list."""
+    pictures = [(path, Path(path).name) for path in paths or [] if not path.lower().endswith(".txt")]
+    return render("thumbnails.html", pictures=pictures).strip()
+
+
 def progress_bar(tune: Tune, readings: Lines = ()) -> Bar:
     """Stage, step, ETA, pace, loss, learning rate and memory of a run."""
     p = tune.progress
