@@ -6,7 +6,6 @@ All three are in tests/helpers/new_family/. Nothing else is told about it.
 from __future__ import annotations
 
 import ast
-import importlib
 import shutil
 import sys
 from collections.abc import Iterator
@@ -133,10 +132,17 @@ def test_it_trains_and_renders(studio: Studio, tune: Tune) -> None:
     assert row is not None and row["files"] == ["lora.safetensors", "lora_diffusers.safetensors"]
 
 
+def test_its_lora_files_are_found_in_the_models_folder(studio: Studio, tune: Tune) -> None:
+    model = rows.tune_folder(studio.services, tune.id) / "model"
+    for file in ("lora.safetensors", "lora_diffusers.safetensors"):
+        copy = Path(shutil.copy(model / file, studio.settings.models / f"rex-{file}"))
+        base = next(base for base in bases.list_bases(studio.settings) if base.title == copy.name)
+        copy.unlink()
+        assert (base.branch, base.error, base.model, base.root) == ("zimage", None, copy, "my-z-image")
+
+
 @pytest.mark.parametrize("file", ["lora_diffusers.safetensors", "lora.safetensors"])
-def test_stock_diffusers_draws_the_same_with_its_lora(
-    studio: Studio, tune: Tune, tiny_zimage: Path, file: str
-) -> None:
+def test_stock_diffusers_draws_the_same_with_its_lora(studio: Studio, tune: Tune, tiny_zimage: Path, file: str) -> None:
     stock = ZImagePipeline.from_pretrained(tiny_zimage, local_files_only=True)
     bare = draw(stock), draw_from(stock, studio.photos[1])
     stock.load_lora_weights(rows.tune_folder(studio.services, tune.id) / "model", weight_name=file)
@@ -201,5 +207,4 @@ def test_its_weights_are_written_and_read_under_the_original_names(tiny_zimage: 
 
 
 def branch_of(folder: Path, cache: Path) -> Any:
-    importlib.invalidate_caches()
     return load_branch(bases.Base(1, "z", "zimage", path=folder), torch.device("cpu"), cache)
