@@ -19,7 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from tests.helpers.tiny import bfl_tensors, write_flux_file
 from trainer.branches import flux1, flux1_keys, loading
 from trainer.branches.flux1 import Flux1
-from trainer.library.bases import Base, sidecar
+from trainer.library.bases import Base
+from trainer.library.models_folder import sidecar
 
 CPU = torch.device("cpu")
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")

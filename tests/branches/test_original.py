@@ -19,7 +19,8 @@ from tests.helpers.bench import same
 from tests.helpers.fast import fast_base
 from trainer.branches import original, sd15, sdxl1
 from trainer.branches.protocol import Branch, load_branch
-from trainer.library.bases import Base, sidecar
+from trainer.library.bases import Base
+from trainer.library.models_folder import sidecar
 
 CPU = torch.device("cpu")
 FAMILIES = {"tiny_sd15": "sd15", "thin_sd15": "sd15", "tiny_sdxl1": "sdxl1", "tiny_flux1": "flux1"}

@@ -18,7 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.helpers.tiny import ldm_tensors
 from trainer.branches import loading, sd15
-from trainer.library.bases import Base, sidecar
+from trainer.library.bases import Base
+from trainer.library.models_folder import sidecar
 
 CPU = torch.device("cpu")
 PARTS = ("unet", "vae", "text_encoder")

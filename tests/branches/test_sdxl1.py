@@ -17,7 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from tests.helpers.tiny import sgm_tensors
 from trainer.branches import loading, sdxl1
-from trainer.library.bases import Base, sidecar
+from trainer.library.bases import Base
+from trainer.library.models_folder import sidecar
 
 CPU = torch.device("cpu")
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from tests.helpers import tiny
-from trainer.library.bases import sidecar
+from trainer.library.models_folder import sidecar
 
 
 def render(pipeline: Any, prompt: str) -> Tensor:

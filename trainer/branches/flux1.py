@@ -28,7 +28,8 @@ from trainer.branches.objectives import logit_normal, masked_mean
 from trainer.branches.original import stacked_adapters
 from trainer.branches.protocol import ControlNet, Task
 from trainer.config.train_config import TrainConfig
-from trainer.library.bases import Base, sidecar
+from trainer.library.bases import Base
+from trainer.library.models_folder import sidecar
 
 # black-forest-labs/flux, util.py, with its autoencoder, CLIP ViT-L/14's text tower and the encoder of T5 v1.1 XXL.
 CONFIG = loading.published_config("flux1")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from trainer.branches.protocol import Task
 from trainer.files import whole_folder
-from trainer.library.bases import Base, sidecar
+from trainer.library.bases import Base
+from trainer.library.models_folder import sidecar
 
 CONFIGS = Path(__file__).parent / "configs"
 SINGLE_FILE_JUNK = ("*.safetensors", "*.bin", "*.py")  # never taken from a sidecar folder along with its configuration

@@ -23,7 +23,8 @@ from trainer.branches.original import clip_weights, joined, unet_weights, vae_we
 from trainer.branches.protocol import Task
 from trainer.branches.unet import UNET_TARGETS, control_net
 from trainer.config.train_config import TrainConfig
-from trainer.library.bases import Base, sidecar
+from trainer.library.bases import Base
+from trainer.library.models_folder import sidecar
 
 CONFIG = loading.published_config("sd15")  # CompVis v1-inference.yaml, and CLIP ViT-L/14's text tower
 CONTROL_PIPELINES: dict[Task, Any] = {

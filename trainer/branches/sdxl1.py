@@ -28,7 +28,8 @@ from trainer.branches.original import clip_weights, joined, open_clip_weights, u
 from trainer.branches.protocol import Task
 from trainer.branches.unet import UNET_TARGETS, control_net, union_control_net
 from trainer.config.train_config import TrainConfig
-from trainer.library.bases import Base, sidecar
+from trainer.library.bases import Base
+from trainer.library.models_folder import sidecar
 
 # Stability-AI/generative-models, sd_xl_base.yaml, with CLIP ViT-L/14's text tower and OpenCLIP's of ViT-bigG/14.
 CONFIG = loading.published_config("sdxl1")

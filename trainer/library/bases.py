@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config import branch_file
 from trainer.config.branch_file import BaseRow
-from trainer.config.detection import detection, detections
+from trainer.config.detection import detection
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.rows import TuneRow
 from trainer.contract.tunes import check_branch
-from trainer.library.detect import branch_of_file, branch_of_folder, branch_of_lora, safetensors_header
+from trainer.library.models_folder import FoundModel, scan
 from trainer.names import BRANCHES, CHECKPOINT_FILE, DEFAULT_BRANCH, MODEL_TYPES
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 FIRST_HASHED = 1_000_000_001  # the numbers of the hosted service are smaller
 PROGRAM = Path(__file__).parents[1] / "branches"  # has the bases that are part of the program
-WORDS_SUFFIX = "_emb.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,33 +49,42 @@ class Base:
 
 
 Tunes = Callable[[int], TuneRow | None]  # a tune's row by its id
+Bases = Callable[[], list[Base]]  # all bases: see `listed_once`
 
 
 def list_bases(settings: Settings) -> list[Base]:
     """All bases: those of the presets, which are hub repositories or part of the program, and the models folder's."""
     presets = settings.presets
     known = [_of_row(row, branch) for branch in BRANCHES for row in branch_file.base_rows(presets, branch)]
-    found = _scan(settings)
-    known += [base for base in found if base.model is None]
-    return known + [_put_on(base, known, settings) for base in found if base.model is not None]
+    found = scan(settings)
+    known += [
+        Base(hashed_id(one.name), one.name, one.branch, path=one.path, error=one.error)
+        for one in found
+        if not one.is_lora
+    ]
+    return known + [_put_on(one, known, settings) for one in found if one.is_lora]
 
 
-def _put_on(lora: Base, known: list[Base], settings: Settings) -> Base:
+def listed_once(settings: Settings) -> Bases:
+    """All bases, listed at the first call and remembered: a request that asks often scans the models folder once."""
+    return cache(partial(list_bases, settings))
+
+
+def _put_on(lora: FoundModel, known: list[Base], settings: Settings) -> Base:
     """A LoRA file on the base that it names as its own, else on the default one of its branch."""
-    assert lora.model is not None
-    facts = safetensors_header(lora.model).get("__metadata__", {})
-    ours = facts.get("tunebooth.root")
-    named = {ours or facts.get("ss_sd_model_name")} - {None}
+    number, ours = hashed_id(lora.name), lora.trained_here_on
+    named = {ours or lora.trained_on} - {None}
     under = next((base for base in known if named & {base.title, base.repository, Path(base.title).name}), None)
     # A placeholder's LoRAs have the keys of the family that it stands in for.
     if under is None or not (
         under.branch == lora.branch or (under.branch and branch_file.is_placeholder(settings.presets, under.branch))
     ):
         if ours:
-            return replace(lora, error=f"it was trained on {ours!r}, which is not among the bases")
+            error = f"it was trained on {ours!r}, which is not among the bases"
+            return Base(number, lora.name, lora.branch, model=lora.path, error=error)
         under = next(base for base in known if base.branch == lora.branch)
     root = under.root or under.title
-    return replace(under, id=lora.id, title=lora.title, model=lora.model, chain=(under.title,), root=root)
+    return replace(under, id=number, title=lora.name, model=lora.path, chain=(under.title,), root=root)
 
 
 def _of_row(row: BaseRow, branch: str) -> Base:
@@ -85,9 +94,15 @@ def _of_row(row: BaseRow, branch: str) -> Base:
 
 
 def resolve(
-    settings: Settings, base_tune_id: int | None, branch: str | None, tunes: Tunes = lambda tune_id: None
+    settings: Settings,
+    base_tune_id: int | None,
+    branch: str | None,
+    tunes: Tunes = lambda tune_id: None,
+    listed: Bases | None = None,
 ) -> Base:
-    """The base that a request means. tunes: to look up an earlier tune, which is a base, too.
+    """The base that a request means.
+
+    tunes: to look up an earlier tune, which is a base, too. listed: all bases; None: they are listed when needed.
 
     Raises InvalidRequest where there is none, or none of that branch.
     """
@@ -98,9 +113,10 @@ def resolve(
     if base_tune_id is None or (any_base and (earlier is None or earlier["branch"] != branch)):
         branch = branch or DEFAULT_BRANCH
         return _of_row(branch_file.base_rows(settings.presets, branch)[0], branch)
-    base = next((base for base in list_bases(settings) if base.id == base_tune_id), None)
+    listed = listed or listed_once(settings)
+    base = next((base for base in listed() if base.id == base_tune_id), None)
     if base is None and earlier is not None:
-        base = of_tune(settings, earlier, tunes)
+        base = of_tune(settings, earlier, tunes, listed)
     if base is None:
         raise InvalidRequest(
             {"base_tune_id": [f"no base model has the id {base_tune_id}; GET /gallery/tunes lists them"]}
@@ -113,7 +129,7 @@ def resolve(
     return base
 
 
-def of_tune(settings: Settings, tune: TuneRow, tunes: Tunes) -> Base:
+def of_tune(settings: Settings, tune: TuneRow, tunes: Tunes, listed: Bases | None = None) -> Base:
     """An earlier tune as a base: what it stands on with its LoRA, or its checkpoint.
 
     Raises InvalidRequest for one that is not trained, or that has no weights.
@@ -124,7 +140,7 @@ def of_tune(settings: Settings, tune: TuneRow, tunes: Tunes) -> Base:
     model_type = MODEL_TYPES[tune["method"]]
     if not model_type.trains:
         raise InvalidRequest({"base_tune_id": [f"tune {tune_id} holds a face, and no weights that could be tuned"]})
-    under = resolve(settings, tune["base_id"], tune["branch"], tunes)
+    under = resolve(settings, tune["base_id"], tune["branch"], tunes, listed)
     model = settings.outputs / "tunes" / str(tune_id) / "model"
     chain = (under.title, *under.chain)
     if not model_type.whole_model:
@@ -139,41 +155,3 @@ def hashed_id(name: str) -> int:
     """A number from 1e9 to 2^31 that stays the same for the same name."""
     digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     return FIRST_HASHED + digest % (2**31 - FIRST_HASHED)
-
-
-def sidecar(file: Path) -> Path:
-    """The folder of the same name beside a single file: its configuration, and its tokenizer."""
-    return file.with_suffix("")
-
-
-def _scan(settings: Settings) -> list[Base]:
-    """Diffusers folders and single files below the models folder; links that lead out of it are left alone."""
-    models, families = settings.models, detections(settings.presets)
-    if not models.is_dir():
-        return []
-    root = models.resolve()
-    indexes = sorted(models.rglob("model_index.json"))
-    folders = [index.parent for index in indexes]
-    files = [file for file in sorted(models.rglob("*.safetensors")) if not set(file.parents) & set(folders)]
-    sidecars = {sidecar(file) for file in files}
-    found = []
-    for path in [*(folder for folder in folders if folder not in sidecars), *files]:
-        name = path.relative_to(models).as_posix()
-        if (
-            path.name.endswith(WORDS_SUFFIX)
-            and path.with_name(path.name.replace(WORDS_SUFFIX, ".safetensors")) in files
-        ):
-            continue  # the new words of the LoRA beside it
-        branch, lora, error = "", None, None
-        try:
-            if not path.resolve().is_relative_to(root):
-                raise ValueError("it lies outside the models folder")
-            lora = None if path.is_dir() else branch_of_lora(safetensors_header(path), families)
-            branch = lora or (branch_of_folder(path, families) if path.is_dir() else branch_of_file(path, families))
-        except OSError as problem:
-            error = f"it cannot be read: {problem.strerror}"
-        except ValueError as problem:
-            error = str(problem)
-        base = Base(hashed_id(name), name, branch, error=error)
-        found.append(replace(base, model=path) if lora else replace(base, path=path))
-    return found

@@ -15,7 +15,7 @@ from torch import nn
 
 from trainer.branches.protocol import Branch
 from trainer.config.train_config import TrainConfig
-from trainer.library.bases import sidecar
+from trainer.library.models_folder import sidecar
 from trainer.methods import lora, new_tokens
 from trainer.methods.protocol import Group
 from trainer.names import CHECKPOINT_FILE

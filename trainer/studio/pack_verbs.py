@@ -54,7 +54,7 @@ def create_pack_tune(
     data: the tune parameters, which go over the pack's, and `prompt_attributes`, `prompt_ids`, `tune_ids`. Raises
     NotFound, Conflict, InvalidRequest.
     """
-    pack = pack_of(services, slug)
+    pack, listed = pack_of(services, slug), bases.listed_once(services.settings)
     if tune_id := packs.asked_tune(data):
         if uploads:
             raise InvalidRequest({"images": ["has no effect with tune_ids, for nothing is trained; leave it out"]})
@@ -62,14 +62,14 @@ def create_pack_tune(
         requests = packs.prompt_requests(pack, data, tune["name"], tune["token"])
         for request in (parse_request(PromptRequest, one) for one in requests):  # before the first one is made
             check_prompt(services, request)
-            resolve(services.settings, services.store, request.parsed, tune["branch"], tune)
+            resolve(services.store, listed, request.parsed, tune["branch"], tune)
         for number, one in enumerate(requests):
-            create_prompt(services, tune_id, one, tell, mark and Mark(f"{mark.key} {number}", mark.digest))
+            create_prompt(services, tune_id, one, tell, mark and Mark(f"{mark.key} {number}", mark.digest), listed)
         return get_tune(services, tune_id), True
     base_tune_id, branch = packs.asked_base(pack, data)
-    base = bases.resolve(services.settings, base_tune_id, branch, tunes_by_id(services))
+    base = bases.resolve(services.settings, base_tune_id, branch, tunes_by_id(services), listed)
     return create_tune(
-        services, packs.tune_request(pack, data, base.branch, token_for(services, base)), uploads, tell, mark
+        services, packs.tune_request(pack, data, base.branch, token_for(services, base)), uploads, tell, mark, listed
     )
 
 

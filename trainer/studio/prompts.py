@@ -13,7 +13,7 @@ from trainer.contract.prompts import PICTURES, Prompt, PromptRequest, prompt_of
 from trainer.contract.rows import PromptRow, TuneRow
 from trainer.files import discard
 from trainer.library import bases
-from trainer.library.bases import Base
+from trainer.library.bases import Base, Bases
 from trainer.names import LORA_REFERENCE, MODEL_TYPES
 from trainer.photos import inputs
 from trainer.studio import pack_file
@@ -24,24 +24,31 @@ from trainer.studio.rows import STOP_SECONDS, Mark, Services, find_marked, marks
 
 
 def create_prompt(
-    services: Services, tune_id: int, data: Mapping[str, object], tell: Tell = untold, mark: Mark | None = None
+    services: Services,
+    tune_id: int,
+    data: Mapping[str, object],
+    tell: Tell = untold,
+    mark: Mark | None = None,
+    listed: Bases | None = None,
 ) -> Prompt:
     """Queue a prompt on a tune that has, or is getting, a model. Raises NotFound, InvalidRequest.
 
-    tune_id: the tune's, or that of a base with `<lora:NAME:WEIGHT>` or `<faceid:NAME:WEIGHT>` in the text.
+    tune_id: the tune's, or that of a base with `<lora:NAME:WEIGHT>` or `<faceid:NAME:WEIGHT>` in the text. listed: all
+    bases, where the request has listed them already.
     """
+    listed = listed or bases.listed_once(services.settings)
     base, tune = None, tune_row(services, tune_id)
     if tune is None:
-        base = next((base for base in bases.list_bases(services.settings) if base.id == tune_id), None)
+        base = next((base for base in listed() if base.id == tune_id), None)
         if base is None:
             raise NotFound(f"there is no tune {tune_id}")
     request = parse_request(PromptRequest, data)
     check_prompt(services, request)
     if tune is not None:
-        named = resolve(services.settings, services.store, request.parsed, tune["branch"], tune)
+        named = resolve(services.store, listed, request.parsed, tune["branch"], tune)
     else:
         assert base is not None
-        tune, named = tune_on_base(services, base, request.parsed)
+        tune, named = tune_on_base(services, base, request.parsed, listed)
     if known := find_marked(services, "prompts", mark):
         return prompt_answer(services, known)
     with (
@@ -63,14 +70,14 @@ def create_prompt(
     return get_prompt(services, prompt_id)
 
 
-def tune_on_base(services: Services, base: Base, parsed: ParsedText) -> tuple[TuneRow, list[Named]]:
+def tune_on_base(services: Services, base: Base, parsed: ParsedText, listed: Bases) -> tuple[TuneRow, list[Named]]:
     """The tune that a prompt on a base belongs to, the first LoRA that it names, else its face; and all of them.
 
     Raises InvalidRequest.
     """
     if base.error:
         raise InvalidRequest({"tune_id": [f"{base.title}: {base.error}"]})
-    named = resolve(services.settings, services.store, parsed, base.branch, None)
+    named = resolve(services.store, listed, parsed, base.branch, None)
     in_order = sorted(named, key=lambda one: one.kind != LORA_REFERENCE)
     tune = next((row for one in in_order if (row := tune_row(services, one.id))), None)
     if tune is None:

@@ -10,10 +10,8 @@ from trainer.contract.errors import InvalidRequest
 from trainer.contract.parsed_text import ParsedText
 from trainer.contract.prompts import prompt_of
 from trainer.contract.rows import PromptRow, TuneRow
-from trainer.library import bases
-from trainer.library.bases import Base
+from trainer.library.bases import Base, Bases
 from trainer.names import FACE_REFERENCE, LORA_REFERENCE, MODEL_TYPES
-from trainer.settings import Settings
 from trainer.studio.store import Store
 
 GONE = ("failed", "canceled", "expired")
@@ -37,19 +35,18 @@ class Named:
     weight: float
 
 
-def resolve(
-    settings: Settings, store: Store, parsed: ParsedText, branch: str | None, own: NamedTune | None
-) -> list[Named]:
+def resolve(store: Store, listed: Bases, parsed: ParsedText, branch: str | None, own: NamedTune | None) -> list[Named]:
     """The models that a prompt's text names, in its order.
 
-    own: the row of the tune that the prompt is posted to. branch: of the base; None: not known, for the request is
-    refused for it anyway. Raises InvalidRequest for whatever cannot be found, or is not for this base, by its name.
+    listed: all bases, of this request. own: the tune that the prompt is posted to. branch: of the base; None: not
+    known, for the request is refused for it anyway. Raises InvalidRequest for whatever cannot be found, or is not for
+    this base, by its name.
     """
     found: list[Named] = []
     problems = []
     for kind, name, weight in parsed.models:
         try:
-            row = (_lora if kind == LORA_REFERENCE else _face)(settings, store, name, branch, own)
+            row = (_lora if kind == LORA_REFERENCE else _face)(store, listed, name, branch, own)
             if any((one.kind, one.id) == (kind, row) for one in found):
                 raise ValueError("it is named twice; once is enough")
             found.append(Named(kind, row, weight))
@@ -63,10 +60,10 @@ def resolve(
     return found
 
 
-def of_row(settings: Settings, store: Store, prompt: PromptRow, tune: TuneRow, branch: str) -> list[Named]:
+def of_row(store: Store, listed: Bases, prompt: PromptRow, tune: TuneRow, branch: str) -> list[Named]:
     """The models of a prompt in the store. Raises InvalidRequest where it was never looked up, and cannot be now."""
     if prompt["named"] is None:
-        return resolve(settings, store, prompt_of(prompt).parsed, branch, tune)
+        return resolve(store, listed, prompt_of(prompt).parsed, branch, tune)
     return [Named(*one) for one in prompt["named"]]
 
 
@@ -75,7 +72,7 @@ def as_row(named: Sequence[Named]) -> list[tuple[str, int, float]]:
     return [(one.kind, one.id, one.weight) for one in named]
 
 
-def _lora(settings: Settings, store: Store, name: str, branch: str | None, own: NamedTune | None) -> int:
+def _lora(store: Store, listed: Bases, name: str, branch: str | None, own: NamedTune | None) -> int:
     """The number of a LoRA by that, by its tune's token or title, or by the name of its file. Raises ValueError."""
     if own and name in (str(own["id"]), own["token"], own["title"]):
         if _is_face(own):
@@ -91,7 +88,7 @@ def _lora(settings: Settings, store: Store, name: str, branch: str | None, own: 
         rows = {row["id"]: row for row in called}
         tunes = [row for row in rows.values() if MODEL_TYPES[row["method"]].adapter and row["status"] not in GONE]
         tunes = [row for row in tunes if branch in (None, row["branch"])]
-    files = [base for base in bases.list_bases(settings) if base.model and name in _names(base)]
+    files = [base for base in listed() if base.model and name in _names(base)]
     if len(tunes) + len(files) > 1:
         told = [f"{row['id']} ({row['title']})" for row in tunes] + [f"{base.id} ({base.title})" for base in files]
         raise ValueError(f"several are called so: {', '.join(told)}; write the number of the one that is meant")
@@ -124,7 +121,7 @@ def _check(row: TuneRow, branch: str | None) -> None:
         raise ValueError(f"tune {number} is of branch {row['branch']}, not {branch}")
 
 
-def _face(_settings: Settings, store: Store, name: str, branch: str | None, own: NamedTune | None) -> int:
+def _face(store: Store, _listed: Bases, name: str, branch: str | None, own: NamedTune | None) -> int:
     """The number of a faceid tune by that, or by its title. Raises ValueError."""
     if own and _is_face(own) and name in (str(own["id"]), own["title"]):
         return int(own["id"])

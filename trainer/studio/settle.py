@@ -7,7 +7,7 @@ from trainer.contract.errors import InvalidRequest, nearest, words
 from trainer.contract.rows import TuneValues
 from trainer.contract.tunes import TuneRequest, check_model_type
 from trainer.library import bases
-from trainer.library.bases import Base
+from trainer.library.bases import Base, Bases
 from trainer.names import FORMATS, MODEL_TYPES, ModelType
 from trainer.photos.subject import not_people, of_one_person
 from trainer.studio.rows import Services, tune_row, tunes_by_id
@@ -20,9 +20,12 @@ def list_presets(services: Services) -> list[str]:
     return branch_file.list_presets(services.settings.presets)
 
 
-def settle(services: Services, request: TuneRequest, photos: int) -> TuneValues:
-    """Fix everything that has a default, and refuse what does not go together; all problems at once."""
-    base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services))
+def settle(services: Services, request: TuneRequest, photos: int, listed: Bases) -> TuneValues:
+    """Fix everything that has a default, and refuse what does not go together; all problems at once.
+
+    photos: how many. listed: all bases, of this request.
+    """
+    base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services), listed)
     asked_preset, warnings = request.preset, request_warnings(services, request, photos, base)
     problems: dict[str, list[str]] = {}
     placeholder = branch_file.is_placeholder(services.settings.presets, base.branch)

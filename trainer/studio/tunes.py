@@ -19,6 +19,7 @@ from trainer.contract.states import ENDED, Callback
 from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
 from trainer.files import discard, fsync
 from trainer.library import bases
+from trainer.library.bases import Bases
 from trainer.names import FORMATS, MODEL_TYPES
 from trainer.photos import inputs
 from trainer.photos.intake import intake
@@ -38,13 +39,15 @@ def create_tune(
     uploads: Sequence[Upload],
     tell: Tell = untold,
     mark: Mark | None = None,
+    listed: Bases | None = None,
 ) -> tuple[Tune, bool]:
     """Queue a tune; False beside it: it was there already, by its mark or its title (setting `idempotency`).
 
-    data: the tune parameters but `images`, whose files are the uploads. Raises InvalidRequest with all problems;
-    nothing is kept then.
+    data: the tune parameters but `images`, whose files are the uploads. listed: all bases, where the request has listed
+    them already. Raises InvalidRequest with all problems; nothing is kept then.
     """
     request, count, problems = _parse(services, TuneRequest, data, uploads)
+    listed = listed or bases.listed_once(services.settings)
     if known := find_marked(services, "tunes", mark):
         return tune_answer(services, known), False
     if existing := same_title(services, request.title):
@@ -53,7 +56,7 @@ def create_tune(
         problems["prompts_attributes"] = [f"must contain at most {services.settings.max_prompts} prompts"]
     values: TuneValues | None = None  # where they cannot be settled
     try:
-        values = settle(services, request, max(1, count))
+        values = settle(services, request, max(1, count), listed)
     except InvalidRequest as invalid:
         problems |= invalid.problems
     branch = values and values["branch"]
@@ -61,7 +64,7 @@ def create_tune(
     for number, prompt in enumerate(request.prompts_attributes):
         try:
             check_prompt(services, prompt)
-            resolve(services.settings, services.store, prompt.parsed, branch, own)
+            resolve(services.store, listed, prompt.parsed, branch, own)
         except InvalidRequest as invalid:
             problems.setdefault("prompts_attributes", []).extend(numbered(invalid, number))
     fetches = request.image_urls or any(prompt.has_input for prompt in request.prompts_attributes)
@@ -79,11 +82,11 @@ def create_tune(
             if not MODEL_TYPES[values["method"]].trains:
                 photos, said = services.looker.identify(work, photos, request.name, tell)
                 values["warnings"] = [*values["warnings"], *said]
-                return _insert(services, request, values, work, photos, pictures, mark)
+                return _insert(services, request, values, work, photos, pictures, mark, listed)
             different = sum(not photo.dropped for photo in photos)
             if different != count:  # a photo that came twice is trained once
-                values = settle(services, request, different)
-            return _insert(services, request, values, work, photos, pictures, mark)
+                values = settle(services, request, different, listed)
+            return _insert(services, request, values, work, photos, pictures, mark, listed)
     except InvalidRequest as invalid:
         raise InvalidRequest(problems | invalid.problems) from None
 
@@ -104,11 +107,12 @@ def check_photos(
     InvalidRequest with all problems, CannotLook.
     """
     request, count, problems = _parse(services, CheckRequest, data, uploads)
+    listed = bases.listed_once(services.settings)
     if problems:
         raise InvalidRequest(problems)
     if request.name and kinds.kind_of(request.name) == "person":
         services.looker.warm()  # while the photos are fetched and decoded
-    values = settle(services, request.as_tune(), count)
+    values = settle(services, request.as_tune(), count, listed)
     config = TrainConfig(**train_config.parse_args(values["args"]))
     with intake(services.settings, services.decoder, uploads, request.image_urls, tell) as (work, photos):
         warnings = values["warnings"]
@@ -120,7 +124,7 @@ def check_photos(
             warnings = [*warnings, "without a class name (`name`) nobody looks for faces"]
         left = sum(not photo.dropped for photo in photos)
         if left != count:  # what is said of their number
-            of_left = settle(services, request.as_tune(), max(1, left))["warnings"]
+            of_left = settle(services, request.as_tune(), max(1, left), listed)["warnings"]
             warnings = [*of_left, *warnings[len(values["warnings"]) :]]
         for number, photo in enumerate(photos):
             tell("pictures are drawn", number, len(photos))
@@ -266,13 +270,14 @@ def _insert(
     photos: list[Photo],
     pictures: Mapping[int, Path],
     mark: Mark | None,
+    listed: Bases,
 ) -> tuple[Tune, bool]:
     with services.store.transaction():
         if known := find_marked(services, "tunes", mark):  # made by somebody else meanwhile
             return tune_answer(services, known), False
         if existing := same_title(services, request.title):
             return existing, False
-        base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services))
+        base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services), listed)
         if base.id != values["base_id"]:  # it was deleted while the photos came
             raise InvalidRequest({"base_tune_id": [f"{request.base_tune_id} is no base any more"]})
         row = {**values, **marks(mark), "photos": [photo.model_dump() for photo in photos]}
@@ -290,7 +295,7 @@ def _insert(
             tune_id = services.store.add_tune(row)
         own = row_of(services, "tunes", tune_id)
         for number, prompt in enumerate(request.prompts_attributes):
-            named = resolve(services.settings, services.store, prompt.parsed, own["branch"], own)
+            named = resolve(services.store, listed, prompt.parsed, own["branch"], own)
             prompt_id = services.store.add_prompt(prompt_values(services, tune_id, prompt, named))
             if number in pictures:
                 keep_pictures(services, prompt_id, pictures[number], work / "inputs" / str(prompt_id))

@@ -20,7 +20,7 @@ from trainer.contract.rows import ExportRow, PromptRow, TuneRow
 from trainer.device import forget_peak, free_gib
 from trainer.files import discard, write_whole
 from trainer.library import bases, weights
-from trainer.library.bases import Base
+from trainer.library.bases import Base, Bases
 from trainer.library.weights import Unavailable
 from trainer.methods.protocol import get_method
 from trainer.names import FACE_REFERENCE, IDENTITY_FILE, LORA_REFERENCE, MODEL_TYPES
@@ -187,14 +187,17 @@ class Bench:
 
     def _to_render(self, prompt: PromptRow, tune: TuneRow, reporter: Reporter) -> Models:
         """What a prompt is rendered with."""
-        named = references.of_row(self._settings, self._store, prompt, tune, tune["branch"])
+        listed = bases.listed_once(self._settings)
+        named = references.of_row(self._store, listed, prompt, tune, tune["branch"])
         model_type = MODEL_TYPES[tune["method"]]
         weights_of = {(one.kind, one.id): one.weight for one in named}
         own_model = self._settings.outputs / "tunes" / str(tune["id"]) / "model"
         if not model_type.trains or prompt["base_id"]:
-            base = bases.resolve(self._settings, prompt["base_id"] or tune["base_id"], tune["branch"], self._tune_row)
+            base = bases.resolve(
+                self._settings, prompt["base_id"] or tune["base_id"], tune["branch"], self._tune_row, listed
+            )
         else:
-            base = bases.of_tune(self._settings, tune, self._tune_row)
+            base = bases.of_tune(self._settings, tune, self._tune_row, listed)
         loras = [Lora(base.model, 1.0, base.title)] if base.model and base.model != own_model else []
         asked = prompt["attributes"].get("lora_scale")
         own_scale = weights_of.pop((LORA_REFERENCE, tune["id"]), asked if isinstance(asked, int | float) else 1.0)
@@ -205,7 +208,7 @@ class Bench:
         people = [tune["name"]]
         for one in named:
             if one.kind == LORA_REFERENCE and one.id != tune["id"]:
-                model, title = self._lora(one.id)
+                model, title = self._lora(one.id, listed)
                 loras.append(Lora(model, one.weight, title))
             people += [row["name"]] if (row := self._tune_row(one.id)) else []
         face = next((one for one in named if one.kind == FACE_REFERENCE), None)
@@ -214,13 +217,13 @@ class Bench:
         is_person = any(kinds.kind_of(name) == "person" for name in people)
         return Models(tune["title"], base, loras, self._face(face, base, reporter) if face else None, is_person)
 
-    def _lora(self, lora_id: int) -> tuple[Path, str]:
+    def _lora(self, lora_id: int, listed: Bases) -> tuple[Path, str]:
         """The LoRA of this number, a tune's or a file of the models folder, and what it is called."""
         if tune := self._tune_row(lora_id):
             if tune["status"] != "trained":
                 raise RuntimeError(f"<lora:{lora_id}>: tune {lora_id} is {tune['status']}; it has no model")
             return self._settings.outputs / "tunes" / str(lora_id) / "model", tune["title"]
-        file = next((base for base in bases.list_bases(self._settings) if base.id == lora_id and base.model), None)
+        file = next((base for base in listed() if base.id == lora_id and base.model), None)
         if file is None or file.model is None:
             raise RuntimeError(f"<lora:{lora_id}>: that tune, or file of the models folder, is gone")
         return file.model, file.title
