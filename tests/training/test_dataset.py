@@ -18,12 +18,22 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
+from torch.nn.utils.rnn import pad_sequence
 
 from tests.helpers.bench import Bench, config_of
 from trainer.config.train_config import TrainConfig
 from trainer.photos.geometry import DIMMED, bucket, crops, cut, load_mask, to_pixels
 from trainer.training import views as views_
-from trainer.training.dataset import Dataset, MicroBatch, build, captions_for, find_pictures, in_turn, without_mask
+from trainer.training.dataset import (
+    Dataset,
+    MicroBatch,
+    build,
+    captions_for,
+    find_pictures,
+    in_turn,
+    join,
+    without_mask,
+)
 from trainer.training.seeds import derive
 from trainer.training.views import Picture, Sample, View, to_weights, trained_size
 
@@ -594,6 +604,38 @@ def test_captions_that_are_encoded_in_each_step_are_those_encoded_once(
             assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
             different |= {float(row.sum()) for row in one["encoder_hidden_states"]}
     assert len(different) > 2  # the captions are not all alike to the encoder
+
+
+class Ragged(Plain):
+    """Texts have different lengths: letters (B, L, 1), padded with zeros to the longest, and lengths (B,)."""
+
+    def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
+        texts = [torch.tensor(list(caption.encode())).reshape(-1, 1) for caption in captions]
+        return {"letters": pad_sequence(texts, batch_first=True), "lengths": torch.tensor([len(one) for one in texts])}
+
+
+@pytest.mark.parametrize("text_encoder_lr", [0, 1e-3])
+def test_texts_of_different_lengths_are_padded_to_the_longest(text_encoder_lr: float) -> None:
+    family: Any = Ragged()
+    names = ["a dog", "a dog on a sofa", "dogs"]
+    config = settled(batch=4, micro_batch=4, caption_dropout=0.3, text_encoder_lr=text_encoder_lr)
+    captions = [*names, ""]
+    cond = [family.encode_prompts([caption]) for caption in captions]
+    data = Dataset([sample(name) for name in names], captions, None if text_encoder_lr else cond, config)
+    seen = set()
+    for step in range(8):
+        for batch in data.batches(family, step):
+            letters, lengths = batch.cond["letters"], batch.cond["lengths"].tolist()
+            assert letters.shape == (len(batch.latents), max(lengths), 1)
+            assert not any(row[length:].any() for row, length in zip(letters, lengths, strict=True))
+            seen |= {bytes(row[:length, 0].tolist()).decode() for row, length in zip(letters, lengths, strict=True)}
+    assert seen == set(captions)
+
+
+def test_texts_of_one_length_are_put_together_as_they_are() -> None:
+    texts = [torch.rand(1, 3, 2), torch.rand(2, 3, 2)]
+    assert torch.equal(join(texts), torch.cat(texts))
+    assert join([torch.tensor([3]), torch.tensor([5])]).tolist() == [3, 5]  # lengths have no second dimension
 
 
 # Chance

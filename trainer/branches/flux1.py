@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 from trainer.branches import loading
 from trainer.branches.flux1_keys import original_layers, transformer_from_file, transformer_weights
 from trainer.branches.objectives import logit_normal, masked_mean
+from trainer.branches.original import stacked_adapters
 from trainer.branches.protocol import ControlNet, Task
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
@@ -295,21 +296,7 @@ class Flux1:
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
         """Layers have the original release's names there, where several of ours are one: their adapters lie beside
         each other, each with a block of the output of its own, and zeros where a layer has none."""
-        stacked: dict[str, tuple[Tensor, Tensor, int]] = {}
-        for original, layers in original_layers(self.denoiser):
-            if not any(layer in adapters for layer in layers):
-                continue
-            down, up = next(adapters[layer] for layer in layers if layer in adapters)
-            downs, ups = [], []
-            for layer in layers:
-                rows: int = self.denoiser.get_submodule(layer).out_features  # type: ignore[assignment]
-                none = (torch.zeros_like(down), up.new_zeros(rows, up.shape[1]))
-                one, other = adapters.get(layer, none)
-                downs.append(one)
-                ups.append(other)
-            name = f"lora_unet_{original.replace('.', '_')}"
-            stacked[name] = (torch.cat(downs), torch.block_diag(*ups), len(layers))  # type: ignore[no-untyped-call]
-        return stacked
+        return stacked_adapters(self.denoiser, original_layers(self.denoiser), adapters)
 
     def load_weights(self, file: Path, cache: Path) -> None:
         config = loading.single_file_config(file, cache, CONFIG)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trainer.branches.protocol import Branch
 from trainer.config.kinds import default_caption
@@ -134,7 +135,7 @@ class Dataset:
             cond = {key: value[rows] for key, value in branch.encode_prompts(distinct).items()}
         else:
             said = [self.cond[self.captions.index(caption)] for caption in captions]
-            cond = {key: torch.cat([one[key] for one in said]) for key in said[0]}
+            cond = {key: join([one[key] for one in said]) for key in said[0]}
         return cond | {key: torch.cat([view.size[key] for view in views]) for key in views[0].size}
 
     @staticmethod
@@ -143,6 +144,18 @@ class Dataset:
         if not any(mask in view.masks for view in views):
             return None
         return torch.cat([view.masks.get(mask, torch.ones_like(view.mean[:, :1])) for view in views])
+
+
+def join(rows: Sequence[Tensor]) -> Tensor:
+    """Put encoded texts together: several (B, ...) -> one.
+
+    Where texts differ in length, (B, L, ...), they are padded with zeros at the end to the longest.
+    """
+    longest = max((row.shape[1] for row in rows if row.dim() > 1), default=0)
+    short = [longest - row.shape[1] if row.dim() > 1 else 0 for row in rows]
+    if not any(short):
+        return torch.cat(list(rows))
+    return torch.cat([pad(row, (0, 0) * (row.dim() - 2) + (0, less)) for row, less in zip(rows, short, strict=True)])
 
 
 def build(
