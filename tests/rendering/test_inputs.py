@@ -30,7 +30,7 @@ LEFT = (0, 0, 32, 64)  # half of a picture of 64 x 64 px
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures that prompts start from, and masks: white is drawn anew."""
+    """Pictures that prompts start from, and masks: white is redrawn."""
     folder = tmp_path_factory.mktemp("files")
     noise(64, 64, 5).resize((16, 16)).resize((64, 64)).save(folder / "square.png")
     noise(96, 48, 6).save(folder / "wide.png")

@@ -65,10 +65,10 @@ def train_tune(
     report: Report,
     preview: str,
 ) -> list[str] | None:
-    """Train a tune whose photos lie in `outputs/tunes/ID/images`, and write `model/`.
+    """Train a tune whose photos are in `outputs/tunes/ID/images`, and write `model/`.
 
     tune: its row in the store. preview: the prompt that is rendered at every quarter of the run. Returns the names of
-    the files to keep, the most widely read one first; None when the report said to stop: the state to go on from is on
+    the files to keep, the most widely read one first; None when the report asked to stop: the state to go on from is on
     disk then. Starting and resuming are the same call.
     """
     run = load(tune, base, config, settings, device, report, preview)
@@ -117,15 +117,15 @@ def load(
     report.stage("loading")
     branch = load_branch(base, device, settings.outputs / "cache")
     method = get_method(tune["method"])
-    for warning in method.begin(branch, config, token, tune["name"], base.model):
+    for warning in method.prepare(branch, config, token, tune["name"], base.model):
         report.warn(warning)
     defaults = branch_file.render_config(settings.presets, base.branch)
     return Run(tune, base, config, device, report, folder, branch, method, defaults, preview, pictures)
 
 
 def encode(run: Run) -> Dataset:
-    """Encode pictures and captions; then what trains is on the device, and what is needed no more is not."""
-    kept = run.method.encoders(run.branch, run.config)
+    """Encode pictures and captions; then what trains is on the device, and what is not needed any more is not."""
+    kept = run.method.needed_text_encoders(run.branch, run.config)
     data, run.encoded = dataset.build(
         run.branch, run.pictures, [run.preview, ""], run.config, run.folder / "dataset", kept
     )
@@ -208,7 +208,7 @@ def class_pictures(
 ) -> list[Picture] | None:
     """Pictures of the class as the base draws it, for prior preservation (Ruiz et al. 2022, arXiv 2208.12242).
 
-    Rendered once and kept for the next tune of the same base, class and resolution. None: the report said to stop.
+    Rendered once and kept for the next tune of the same base, class and resolution. None: the report asked to stop.
     """
     caption, side = f"a photo of {name}", config.resolution[0]
     folder = cache / "class" / f"{base.id}-{name.lower().replace(' ', '-')}-{side}"
