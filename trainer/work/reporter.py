@@ -31,10 +31,10 @@ class Reporter:
         self, settings: Settings, store: Store, job: Job, stopping: threading.Event, device: torch.device
     ) -> None:
         self._store = store
-        self._device = device
+        self._table, self._row = job.target
         self._job = job
         self._stopping = stopping
-        self._table, self._row = job.target
+        self._device = device
         folder = settings.outputs / "tunes" / str(job.tune_id)
         self._log = folder / "log.jsonl"
         self._board = tensorboard(folder / "tensorboard") if settings.tensorboard and self._table == "tunes" else None
