@@ -36,7 +36,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 @contextmanager
-def told_in_words(base: Base) -> Iterator[None]:
+def loading_errors(base: Base) -> Iterator[None]:
     """What the libraries raise for a broken base, as ValueError with the base's name."""
     try:
         yield
@@ -60,7 +60,7 @@ def read_base(
     Raises OSError where files are missing, ValueError where their content does not fit the family.
     """
     assert base.path is not None, "load_branch fetches what is not here"
-    with told_in_words(base):
+    with loading_errors(base):
         read = read_file if base.path.is_file() else read_folder
         pipeline = read(base.path, base.variant, dtype, cache)
     finish(base, pipeline)
@@ -96,7 +96,7 @@ def finish(base: Base, pipeline: Any) -> None:
     pipeline.set_progress_bar_config(disable=True)
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
-            with told_in_words(base):
+            with loading_errors(base):
                 freeze(part)
         elif name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens) + 1:
             # transformers makes a tokenizer that knows no word where it finds none (T5's: the mark where words begin),

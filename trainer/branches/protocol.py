@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trainer.library.bases import Base
 
 
-Cond: TypeAlias = "dict[str, Tensor]"  # what a denoiser is told beside latents and times, batch first
+Cond: TypeAlias = "dict[str, Tensor]"  # conditioning: keyword tensors for the denoiser, batch first
 Task = Literal["text", "image", "inpaint"]  # what a picture is drawn from: text alone, a picture too, a mask as well
 
 
@@ -38,7 +38,8 @@ class ControlNet:
 class Branch(Protocol):
     """What the loop, the methods and the renderer ask of a family.
 
-    Everything is loaded into ordinary memory; whoever needs a module on the device puts it there (`memory.placed`).
+    Everything is loaded into ordinary memory; the caller that needs a module on the device puts it there
+    (`device.placed`).
     """
 
     denoiser: nn.Module
@@ -73,7 +74,7 @@ class Branch(Protocol):
         ...
 
     def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> Cond:
-        """What `loss` is told of one picture's (height, width) as it came, (top, left) of the crop and trained size.
+        """What `loss` gets of one picture's (height, width) as it was sent, (top, left) of the crop and trained size.
 
         Tensors (1, ...) with keys of their own; an empty dict where a family knows no such thing.
         """
@@ -93,7 +94,7 @@ class Branch(Protocol):
         """Encoded prompts, and as many empty ones, as keyword arguments of the pipeline."""
         ...
 
-    def say(self, text: str, negative: str | None) -> dict[str, Any]:
+    def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Any]:
         """A prompt as the stock pipeline encodes it, as keyword arguments of it, batch 1."""
         ...
 
@@ -132,8 +133,8 @@ class Branch(Protocol):
         ...
 
     def keep_text_encoders(self, names: Collection[str]) -> None:
-        """Give back the memory of all others, once every caption is encoded. What they said is remembered, where the
-        rest is still asked."""
+        """Give back the memory of all others, once every caption is encoded. Their outputs are remembered, where the
+        rest is still called."""
         ...
 
 

@@ -18,8 +18,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from trainer.branches import loading
 from trainer.branches.objectives import noise_and_timesteps, noise_loss
-from trainer.branches.original import clip_weights, joined, unet_weights, vae_weights
 from trainer.branches.protocol import Cond, Task
+from trainer.branches.single_file_keys import clip_weights, joined, unet_weights, vae_weights
 from trainer.branches.unet import UNET_TARGETS, control_net, metadata, noise_scheduler, size_multiple
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
@@ -58,7 +58,7 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
     config = loading.single_file_config(file, cache, CONFIG)
     options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     if not (sidecar(file) / "tokenizer").exists():
-        from trainer.library import hub  # whoever has everything here does without its library
+        from trainer.library import hub  # where all files are here, its library is not needed
 
         names = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
         options["tokenizer"] = CLIPTokenizer.from_pretrained(hub.fetch_files("openai/clip-vit-large-patch14", names))
@@ -130,10 +130,12 @@ class SD15:
         key = "encoder_hidden_states"
         return {"prompt_embeds": cond[key], "negative_prompt_embeds": empty[key]}
 
-    def say(self, text: str, negative: str | None) -> dict[str, Tensor]:
+    def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Tensor]:
         """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1."""
-        said, unsaid = self.pipeline.encode_prompt(text, self.pipeline._execution_device, 1, True, negative)
-        return {"prompt_embeds": said, "negative_prompt_embeds": unsaid}
+        prompt_embeds, negative_embeds = self.pipeline.encode_prompt(
+            text, self.pipeline._execution_device, 1, True, negative
+        )
+        return {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_embeds}
 
     def task_pipeline(self, task: Task) -> tuple[Any, frozenset[str]]:
         return loading.task_pipeline(self.pipeline, task)

@@ -23,8 +23,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from trainer.branches import loading
 from trainer.branches.objectives import noise_and_timesteps, noise_loss
-from trainer.branches.original import clip_weights, joined, open_clip_weights, unet_weights, vae_weights
 from trainer.branches.protocol import Cond, Task
+from trainer.branches.single_file_keys import clip_weights, joined, open_clip_weights, unet_weights, vae_weights
 from trainer.branches.unet import (
     UNET_TARGETS,
     control_net,
@@ -84,7 +84,7 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
     options: dict[str, Any] = {}
     for name in ("tokenizer", "tokenizer_2"):
         if not (sidecar(file) / name).exists():
-            from trainer.library import hub  # whoever has everything here does without its library
+            from trainer.library import hub  # where all files are here, its library is not needed
 
             files = hub.fetch_files(HOME, [f"{name}/{part}" for part in TOKENIZER_FILES])
             options[name] = CLIPTokenizer.from_pretrained(files / name)
@@ -138,8 +138,8 @@ class SDXL1:
                 captions, device=self.device, do_classifier_free_guidance=False
             )
         if self.pipeline.config.force_zeros_for_empty_prompt:
-            said = torch.tensor([bool(caption) for caption in captions], dtype=hidden.dtype, device=self.device)
-            hidden, pooled = hidden * said[:, None, None], pooled * said[:, None]
+            message = torch.tensor([bool(caption) for caption in captions], dtype=hidden.dtype, device=self.device)
+            hidden, pooled = hidden * message[:, None, None], pooled * message[:, None]
         return {"encoder_hidden_states": hidden, "text_embeds": pooled}
 
     def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> Cond:
@@ -174,14 +174,14 @@ class SDXL1:
             "negative_pooled_prompt_embeds": empty["text_embeds"],
         }
 
-    def say(self, text: str, negative: str | None) -> dict[str, Tensor]:
+    def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Tensor]:
         """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1."""
-        said, unsaid, pooled, unpooled = self.pipeline.encode_prompt(text, negative_prompt=negative)
+        messages, negative_embeds, pooled, negative_pooled = self.pipeline.encode_prompt(text, negative_prompt=negative)
         return {
-            "prompt_embeds": said,
-            "negative_prompt_embeds": unsaid,
+            "prompt_embeds": messages,
+            "negative_prompt_embeds": negative_embeds,
             "pooled_prompt_embeds": pooled,
-            "negative_pooled_prompt_embeds": unpooled,
+            "negative_pooled_prompt_embeds": negative_pooled,
         }
 
     def task_pipeline(self, task: Task) -> tuple[Any, frozenset[str]]:

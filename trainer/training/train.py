@@ -65,10 +65,10 @@ def train_tune(
     report: Report,
     preview: str,
 ) -> list[str] | None:
-    """Train a tune whose photos lie in `outputs/tunes/ID/images`, and write `model/`.
+    """Train a tune whose photos are in `outputs/tunes/ID/images`, and write `model/`.
 
     tune: its row in the store. preview: the prompt that is rendered at every quarter of the run. Returns the names of
-    the files to keep, the most widely read one first; None when the report said to stop: the state to go on from is on
+    the files to keep, the most widely read one first; None when the report asked to stop: the state to go on from is on
     disk then. Starting and resuming are the same call.
     """
     folder = settings.outputs / "tunes" / str(tune["id"])
@@ -76,7 +76,7 @@ def train_tune(
     pictures = find_pictures(tune, folder, config, report)
     report.stage("loading")
     branch = load_branch(base, device, settings.outputs / "cache")
-    method = begin(tune, base, config, branch, report)
+    method = prepare(tune, base, config, branch, report)
     defaults = branch_file.render_config(settings.presets, base.branch)
     run = Run(tune, base, config, device, report, folder, branch, method, defaults, preview, pictures)
     if config.prior_weight:
@@ -113,10 +113,10 @@ def find_pictures(tune: TuneRow, folder: Path, config: TrainConfig, report: Repo
     return pictures
 
 
-def begin(tune: TuneRow, base: Base, config: TrainConfig, branch: Branch, report: Report) -> Method:
+def prepare(tune: TuneRow, base: Base, config: TrainConfig, branch: Branch, report: Report) -> Method:
     """The tune's model type, prepared on the branch."""
     method = get_method(tune["method"])
-    for warning in method.begin(branch, config, token_of(tune), tune["name"], base.model):
+    for warning in method.prepare(branch, config, token_of(tune), tune["name"], base.model):
         report.warn(warning)
     return method
 
@@ -127,8 +127,8 @@ def token_of(tune: TuneRow) -> str:
 
 
 def encode(run: Run) -> Dataset:
-    """Encode pictures and captions; then what trains is on the device, and what is needed no more is not."""
-    kept = run.method.encoders(run.branch, run.config)
+    """Encode pictures and captions; then what trains is on the device, and what is not needed any more is not."""
+    kept = run.method.needed_text_encoders(run.branch, run.config)
     data, run.encoded = dataset.build(
         run.branch, run.pictures, [run.preview, ""], run.config, run.folder / "dataset", kept
     )
@@ -211,7 +211,7 @@ def class_pictures(
 ) -> list[Picture] | None:
     """Pictures of the class as the base draws it, for prior preservation (Ruiz et al. 2022, arXiv 2208.12242).
 
-    Rendered once and kept for the next tune of the same base, class and resolution. None: the report said to stop.
+    Rendered once and kept for the next tune of the same base, class and resolution. None: the report asked to stop.
     """
     caption, side = f"a photo of {name}", config.resolution[0]
     folder = cache / "class" / f"{base.id}-{name.lower().replace(' ', '-')}-{side}"

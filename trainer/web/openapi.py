@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, RootModel
 from starlette.exceptions import HTTPException
 
-from trainer.contract.errors import CannotLook, Conflict, InvalidRequest, NotFound
+from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
 from trainer.contract.prompts import PromptRequest
 from trainer.contract.tunes import CheckRequest, TuneChange, TuneRequest
 from trainer.names import DEMO_BRANCH
@@ -34,7 +34,7 @@ class Done(BaseModel):
 
 
 PHOTO_URLS = [f"https://example.com/rex-{number}.jpg" for number in range(1, 5)]
-EXAMPLES: dict[type[BaseModel], dict[str, object]] = {  # of bodies, for whoever reads the OpenAPI page
+EXAMPLES: dict[type[BaseModel], dict[str, object]] = {  # of bodies, for readers of the OpenAPI page
     TuneRequest: {
         "title": "Rex - 1234-6789", "name": "dog", "branch": DEMO_BRANCH, "image_urls": PHOTO_URLS,
         "characteristics": {"colour": "brown"},
@@ -49,7 +49,7 @@ REFUSED = {
     400: "The body cannot be read",
     401: "A key is needed",
     403: "From another site's page, or under a name that is not this app's",
-    404: "There is no such thing",
+    404: "Not found",
     405: "Not with this method",
     409: "Not in this state",
     413: "The body is too large",
@@ -80,13 +80,13 @@ def add_error_answers(app: FastAPI) -> None:
     def arguments(_request: Request, problem: Exception) -> JSONResponse:
         assert isinstance(problem, RequestValidationError)
         if any(entry["loc"][0] == "path" for entry in problem.errors()):
-            return JSONResponse({"error": "there is nothing of that id"}, 404)
+            return JSONResponse({"error": "not found"}, 404)
         return JSONResponse({str(entry["loc"][-1]): [entry["msg"]] for entry in problem.errors()}, 422)
 
     app.add_exception_handler(InvalidRequest, invalid)
     app.add_exception_handler(NotFound, error(404))
     app.add_exception_handler(Conflict, error(409))
-    app.add_exception_handler(CannotLook, error(503))
+    app.add_exception_handler(AnalysisUnavailable, error(503))
     app.add_exception_handler(Malformed, error(400))
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, arguments)

@@ -101,7 +101,7 @@ def live_parts(services: Services, shown: tuple[str, str, str]) -> tuple[object,
         part(tune.id) if tune else []
         for part in (
             functools.partial(answers.readings, services),
-            functools.partial(answers.saved_moments, services),
+            functools.partial(answers.saved_snapshots, services),
             functools.partial(answers.trained_pictures, services),
         )
     )
