@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 from trainer.branches import loading
 from trainer.branches.flux1_keys import original_layers, transformer_from_file, transformer_weights
 from trainer.branches.objectives import logit_normal, masked_mean
-from trainer.branches.protocol import ControlNet, Task
+from trainer.branches.protocol import Cond, ControlNet, Task
 from trainer.branches.single_file_keys import stacked_adapters
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
@@ -67,12 +67,7 @@ def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | Non
 
 def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: Path) -> tuple[Any, Callable[[], Any]]:
     """A diffusers folder."""
-    source = {
-        "pretrained_model_name_or_path": folder,
-        "local_files_only": True,
-        "use_safetensors": True,
-        "variant": variant,
-    }
+    source = loading.folder_source(folder, variant)
     pipeline = FluxPipeline.from_pretrained(
         **source,
         dtype={"vae": torch.float32, "default": dtype},
@@ -225,10 +220,9 @@ class Flux1:
         return self.parts
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (B, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (B, C, H/f, W/f), scaled."""
         return loading.encode_pixels(self.vae, pixels, self.device)
 
-    def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
+    def encode_prompts(self, captions: list[str]) -> Cond:
         """B captions -> {"encoder_hidden_states": (B, 512, D), "pooled_projections": (B, P)}; longer ones are cut."""
         with loading.autocast(self.device, self.dtype):
             if "text_encoder_2" in self.text_encoders:
@@ -239,7 +233,7 @@ class Flux1:
                 pooled = self.parts._get_clip_prompt_embeds(captions, device=self.device)
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
-    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> Cond:
         return {}
 
     def draw(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -248,13 +242,7 @@ class Flux1:
         return noise, logit_normal(len(latents), generator)
 
     def loss(
-        self,
-        latents: Tensor,
-        cond: dict[str, Tensor],
-        noise: Tensor,
-        timesteps: Tensor,
-        config: TrainConfig,
-        weight: Tensor | None = None,
+        self, latents: Tensor, cond: Cond, noise: Tensor, timesteps: Tensor, config: TrainConfig, weight: Tensor | None
     ) -> Tensor:
         """Squared error of the velocity noise - latents (rectified flow; Liu et al. 2022, arXiv 2209.03003), (B,)."""
         times = timesteps.view(-1, 1, 1, 1)
@@ -275,7 +263,7 @@ class Flux1:
             )[0]
         return masked_mean((unpack(predicted.float(), height, width) - (noise - latents)) ** 2, weight)
 
-    def prompt_inputs(self, cond: dict[str, Tensor], empty: dict[str, Tensor]) -> dict[str, Any]:
+    def prompt_inputs(self, cond: Cond, empty: Cond) -> dict[str, Any]:
         return {"prompt_embeds": cond["encoder_hidden_states"], "pooled_prompt_embeds": cond["pooled_projections"]}
 
     def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Tensor]:

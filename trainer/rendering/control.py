@@ -37,14 +37,8 @@ def load_control(branch: Branch, folder: Path) -> ModelMixin:
     try:
         kind = next((kind for kind in kinds if kind.key and _has_key(folder, kind.key)), None)
         kind = kind or next(kind for kind in kinds if not kind.key)
-        model, facts = kind.model.from_pretrained(
-            folder,
-            variant=variant,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=branch.dtype,
-            output_loading_info=True,
-        )
+        source = loading.folder_source(folder, variant)
+        model, facts = kind.model.from_pretrained(**source, dtype=branch.dtype, output_loading_info=True)
         loading.refuse_gaps(facts["missing_keys"])
     except (RuntimeError, ValueError, SafetensorError) as problem:
         raise ValueError(f"the control model cannot be loaded: {problem}") from problem

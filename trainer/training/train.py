@@ -71,7 +71,14 @@ def train_tune(
     the files to keep, the most widely read one first; None when the report asked to stop: the state to go on from is on
     disk then. Starting and resuming are the same call.
     """
-    run = load(tune, base, config, settings, device, report, preview)
+    folder = settings.outputs / "tunes" / str(tune["id"])
+    (folder / "config.json").write_text(json.dumps({"base": base.title, **config.model_dump(mode="json")}, indent=1))
+    pictures = find_pictures(tune, folder, config, report)
+    report.stage("loading")
+    branch = load_branch(base, device, settings.outputs / "cache")
+    method = prepare(tune, base, config, branch, report)
+    defaults = branch_file.render_config(settings.presets, base.branch)
+    run = Run(tune, base, config, device, report, folder, branch, method, defaults, preview, pictures)
     if config.prior_weight:
         report.stage("class pictures")
         drawn = class_pictures(run.branch, base, tune["name"], config, run.defaults, settings.outputs / "cache", report)
@@ -97,30 +104,26 @@ def train_tune(
     return files
 
 
-def load(
-    tune: TuneRow,
-    base: Base,
-    config: TrainConfig,
-    settings: Settings,
-    device: torch.device,
-    report: Report,
-    preview: str,
-) -> Run:
-    """Find the pictures, load the base, and prepare the model type on it. Arguments: see `train_tune`."""
-    folder, token = settings.outputs / "tunes" / str(tune["id"]), tune["token"]
-    assert token is not None, "a tune that is trained has a token"
-    (folder / "config.json").write_text(json.dumps({"base": base.title, **config.model_dump(mode="json")}, indent=1))
+def find_pictures(tune: TuneRow, folder: Path, config: TrainConfig, report: Report) -> list[Picture]:
+    """The photos that are trained, with their captions. folder: of the tune."""
     names = {photo["file"]: photo["name"] for photo in tune["photos"] if not photo.get("dropped")}
-    pictures = dataset.find_pictures(folder, names, token, tune["name"], config)
+    pictures = dataset.find_pictures(folder, names, token_of(tune), tune["name"], config)
     for warning in dataset.without_mask(pictures, folder / "dataset", config):
         report.warn(warning)
-    report.stage("loading")
-    branch = load_branch(base, device, settings.outputs / "cache")
+    return pictures
+
+
+def prepare(tune: TuneRow, base: Base, config: TrainConfig, branch: Branch, report: Report) -> Method:
+    """The tune's model type, prepared on the branch."""
     method = get_method(tune["method"])
-    for warning in method.prepare(branch, config, token, tune["name"], base.model):
+    for warning in method.prepare(branch, config, token_of(tune), tune["name"], base.model):
         report.warn(warning)
-    defaults = branch_file.render_config(settings.presets, base.branch)
-    return Run(tune, base, config, device, report, folder, branch, method, defaults, preview, pictures)
+    return method
+
+
+def token_of(tune: TuneRow) -> str:
+    assert tune["token"] is not None, "a tune that is trained has a token"
+    return tune["token"]
 
 
 def encode(run: Run) -> Dataset:

@@ -45,20 +45,23 @@ EXAMPLES: dict[type[BaseModel], dict[str, object]] = {  # of bodies, for readers
     PromptRequest: {"text": "ohwx dog in the snow", "num_images": 2, "seed": 7},
     PackRequest: {"title": "Rex for the shop", "name": "dog", "branch": DEMO_BRANCH, "image_urls": PHOTO_URLS},
 }  # fmt: skip
+REFUSED = {
+    400: "The body cannot be read",
+    401: "A key is needed",
+    403: "From another site's page, or under a name that is not this app's",
+    404: "Not found",
+    405: "Not with this method",
+    409: "Not in this state",
+    413: "The body is too large",
+    414: "The address is too long",
+    415: "The body is of another type",
+    422: "What is wrong with each field, all at once",
+    429: "Too many wrong keys",
+    431: "The headers are too large",
+    503: "Not possible at the moment",
+}
 REFUSALS: dict[int | str, dict[str, object]] = {
-    400: {"model": Error, "description": "The body cannot be read"},
-    401: {"model": Error, "description": "A key is needed"},
-    403: {"model": Error, "description": "From another site's page, or under a name that is not this app's"},
-    404: {"model": Error, "description": "Not found"},
-    405: {"model": Error, "description": "Not with this method"},
-    409: {"model": Error, "description": "Not in this state"},
-    413: {"model": Error, "description": "The body is too large"},
-    414: {"model": Error, "description": "The address is too long"},
-    415: {"model": Error, "description": "The body is of another type"},
-    422: {"model": Problems, "description": "What is wrong with each field, all at once"},
-    429: {"model": Error, "description": "Too many wrong keys"},
-    431: {"model": Error, "description": "The headers are too large"},
-    503: {"model": Error, "description": "Not possible at the moment"},
+    status: {"model": Problems if status == 422 else Error, "description": why} for status, why in REFUSED.items()
 }
 
 
