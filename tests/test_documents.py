@@ -51,7 +51,7 @@ OLD_WORDS = {
     r"outlines?": "control image, preprocessor",
     r"dice|taken in|in turn": "random generator, fetched, epoch order",
     r"broke the decoder|the decoder broke": "the image decoder crashed on this file",
-    r"drawn anew|anew": "again",
+    r"redrawn|anew": "again",
     r"the verbs|doors?": "operations, interfaces",
 }  # fmt: skip
 

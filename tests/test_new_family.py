@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import trainer.branches
-from tests.helpers.bench import config_of
 from tests.helpers.new_family.make import make_tiny_zimage
 from tests.helpers.studio import Studio
+from tests.helpers.training import config_of
 from trainer import names
 from trainer.branches.protocol import load_branch
 from trainer.config.branch_file import PROGRAM

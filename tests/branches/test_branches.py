@@ -158,7 +158,7 @@ def assert_trained(studio: Studio, case: Case, tune: Tune) -> None:
     assert {one["caption"] for one in answers.trained_pictures(studio.services, tune.id)} == expected
     resolutions = 2 if "resolution=64,128" in case.args else 1
     assert len(answers.trained_pictures(studio.services, tune.id)) == 3 * resolutions
-    assert [moment["step"] for moment in answers.saved_moments(studio.services, tune.id)] == [1, 2, 3, 4]
+    assert [moment["step"] for moment in answers.saved_snapshots(studio.services, tune.id)] == [1, 2, 3, 4]
     assert len(studio.pictures(tune.id)) == 1
     row = studio.store.get("tunes", tune.id)
     assert row is not None and row["method"] == case.method

@@ -102,13 +102,13 @@ def test_a_second_app_on_the_same_folder_is_refused_in_words(app: App) -> None:
     assert message.endswith(". Stop it, or give this one another --outputs.\n")
 
 
-def test_a_port_that_is_taken_is_refused_in_words(app: App, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_ends_the_app_with_a_message(app: App, tmp_path: Path) -> None:
     port = app.url.rpartition(":")[2]
     code, message = refused("--port", port, "--outputs", str(tmp_path))
     assert (code, message) == (1, f"Tunebooth cannot listen on 127.0.0.1:{port}: Address already in use. Try --port.\n")
 
 
-def test_a_database_of_a_newer_version_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_database_of_a_newer_version_ends_the_app_with_a_message(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "tunebooth.db")) as database:
         database.execute("PRAGMA user_version=1000")
     code, message = refused("--port", "0", "--outputs", str(tmp_path))
@@ -214,7 +214,7 @@ def test_the_page_draws_more_pictures_and_saves_a_pack(
     page.fill("#prompt-text textarea", "ohwx dog on grass")
     page.get_by_text("Start from a picture", exact=True).click()
     page.set_input_files("#prompt-input_image input[type=file]", str(dog_photos(1)[0]))
-    page.get_by_label("Denoising strength: 0 keeps the picture, 1 draws anew").fill("0.3")
+    page.get_by_label("Denoising strength: 0 keeps the picture, 1 redraws it").fill("0.3")
     page.click("#render")
     shown = f"#now [data-tune='{tune['id']}'] [data-prompt]:last-of-type[data-status=rendered]"
     page.wait_for_selector(f"{shown} img")

@@ -20,7 +20,8 @@ from trainer.web.templating import ENVIRONMENT, render
 CSS = (Path(__file__).parent / "style.css").read_text("utf-8")
 CURVE_WIDTH, CURVE_HEIGHT = 600, 120  # of the drawing; it scales with the page
 SMOOTHING = 0.8
-Lines = Sequence[dict[str, Any]]  # see `readings`, `saved_moments` and `trained_pictures` in trainer/studio/answers.py
+# Of trainer/studio/answers.py: `readings`, `saved_snapshots` and `trained_pictures`.
+Lines = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def setting_rows(tune: Tune, more: Beside) -> list[tuple[str, object]]:
         ("model type", tune.model_type),
         ("preset", tune.preset),
         ("base tune", tune.base_tune_id),
-        ("stands on", ", on ".join(more.chain)),
+        ("derived from", ", from ".join(more.chain)),
         ("characteristics", ", ".join(f"{key}: {value}" for key, value in tune.characteristics.items())),
         ("args", tune.args),
         ("trained", when(tune.trained_at) if tune.trained_at else None),

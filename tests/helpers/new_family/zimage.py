@@ -19,8 +19,8 @@ from transformers import Qwen3Model
 
 from trainer.branches import loading
 from trainer.branches.objectives import logit_normal, masked_mean
-from trainer.branches.original import module_weights, stacked, stacked_adapters
 from trainer.branches.protocol import Task
+from trainer.branches.single_file_keys import module_weights, stacked, stacked_adapters
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
 
@@ -48,7 +48,7 @@ def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | Non
         "use_safetensors": True,
         "variant": base.variant,
     }
-    with loading.told_in_words(base):
+    with loading.loading_errors(base):
         encoder = loading.read_text_encoder(Qwen3Model, "text_encoder", dtype, source)
         pipeline = ZImagePipeline.from_pretrained(
             **source, dtype={"vae": torch.float32, "default": dtype}, text_encoder=encoder
