@@ -272,6 +272,8 @@ def _insert(
     mark: Mark | None,
     listed: Bases,
 ) -> tuple[Tune, bool]:
+    if request.base_tune_id is not None or any(prompt.parsed.models for prompt in request.prompts_attributes):
+        listed()  # the models folder is scanned before the transaction, in which other writers wait
     with services.store.transaction():
         if known := find_marked(services, "tunes", mark):  # made by somebody else meanwhile
             return tune_answer(services, known), False
