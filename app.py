@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def listen(settings: Settings) -> socket.socket:
-    """Take the port before anything slow happens; a taken one is told in words."""
+    """Take the port before anything slow happens; one that is taken ends the app with a message."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # The protocol is named because asyncio sends small answers at once (TCP_NODELAY) only where it is; 40 ms each.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -22,8 +22,8 @@ from PIL import Image, ImageOps
 
 from trainer.config import resolve
 from trainer.contract.photos import Upload
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.intake import Decoder, intake
-from trainer.photos.looker import Looker
 from trainer.settings import read_settings
 from trainer.studio import tunes
 from trainer.studio.rows import Services
@@ -44,9 +44,9 @@ CELL = 240
 def studio(folder: Path) -> Iterator[Services]:
     """The verbs with fresh children and the weights beside the repository."""
     settings = read_settings(outputs=folder / "outputs", models=folder / "models", weights=SHARED / "weights")
-    store, decoder, looker = Store(settings.outputs), Decoder(settings), Looker(settings)
-    yield Services(settings, store, decoder, looker)
-    for one in (looker, decoder, store):
+    store, decoder, analyzer = Store(settings.outputs), Decoder(settings), PhotoAnalyzer(settings)
+    yield Services(settings, store, decoder, analyzer)
+    for one in (analyzer, decoder, store):
         one.close()
 
 
@@ -98,7 +98,7 @@ def draw_sheet(target: Path) -> None:
         )  # fmt: skip
         for file in SHEET:
             with intake(services.settings, services.decoder, [Upload(file, FACES / file)], []) as (work, photos):
-                (photo,), _ = services.looker.prepare(work, photos, config, "person", restore=False)
+                (photo,), _ = services.analyzer.prepare(work, photos, config, "person", restore=False)
                 whole = Image.open(work / "images" / photo.file).convert("RGB")
                 mask = work / "dataset" / "masks" / "face" / "000.png"
                 lit = (

@@ -62,7 +62,7 @@ from trainer.library import bases
 from trainer.library.bases import Base
 from trainer.methods import lora
 from trainer.names import DEMO_BRANCH
-from trainer.photos.looker import Looker
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.rendering import renderer
 from trainer.rendering.job import Lora, Models
 from trainer.rendering.plan import make_plan
@@ -168,7 +168,7 @@ class Figure:
         )
 
 
-class Bench:
+class JobRunner:
     """A Renderer and its clock."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device, folder: Path) -> None:
@@ -189,7 +189,7 @@ class Bench:
             path = None if self._random else FAMILIES[self.name][2](folder / "model")
             self._base = Base(1, f"{self.name}, {'full size' if self._random else 'tiny'}", self.name, path=path)
         self._tokenizers = folder / "tokenizers"
-        self._renderer = Renderer(self.settings, device, Looker(self.settings))
+        self._renderer = Renderer(self.settings, device, PhotoAnalyzer(self.settings))
 
     def load(self, base: Base, device: torch.device, cache: Path) -> Branch:
         """What the Renderer loads its base with: `load_branch`, or random weights; and the clock is put on it."""
@@ -313,7 +313,7 @@ class Bench:
         return decoder.eval().requires_grad_(False).to(device)
 
 
-def measure_compiled(bench: Bench, word: str, images: int, loras: Sequence[Lora]) -> tuple[str, str]:
+def measure_compiled(bench: JobRunner, word: str, images: int, loras: Sequence[Lora]) -> tuple[str, str]:
     """The table's row of a compiled denoiser, and what is to be said of compiling it."""
     bench.anew()
     used = list(loras[:1]) if word == "lora" else []
@@ -339,7 +339,7 @@ def measure_compiled(bench: Bench, word: str, images: int, loras: Sequence[Lora]
     return figure.row(label), told
 
 
-def measure_swap(bench: Bench, loras: Sequence[Lora], runs: int) -> str:
+def measure_swap(bench: JobRunner, loras: Sequence[Lora], runs: int) -> str:
     """What changing the LoRA between two prompts of one picture each costs."""
     bench.anew()
     for one in loras:
@@ -354,7 +354,7 @@ def measure_swap(bench: Bench, loras: Sequence[Lora], runs: int) -> str:
     )
 
 
-def measure_preview(bench: Bench, images: int) -> str:
+def measure_preview(bench: JobRunner, images: int) -> str:
     """What previews cost, as they are limited, and one in each step."""
     if not bench.defaults.preview:
         return f"- previews: {bench.name} has none."
@@ -377,7 +377,7 @@ def measure_preview(bench: Bench, images: int) -> str:
 
 def measure(options: argparse.Namespace, device: torch.device, folder: Path) -> str:
     """Everything, as Markdown."""
-    bench = Bench(options, device, folder)
+    bench = JobRunner(options, device, folder)
     images: int = options.images
     rows: list[str] = []
     told: list[str] = []
@@ -426,7 +426,7 @@ def machine(device: torch.device) -> str:
 
 def tell(
     options: argparse.Namespace,
-    bench: Bench,
+    bench: JobRunner,
     device: torch.device,
     peak: float,
     rows: Sequence[str],

@@ -234,7 +234,7 @@ def count_work(name: str, resolution: int, tiny: bool = False) -> Work:
     if name != "flux1":
         times = times.long()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        branch.loss(view.mean, data.cond[0] | view.size, noise, times, config)
+        branch.loss(view.mean, data.cond[0] | view.size, noise, times, config, None)
     flops = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
     # Without a device of its own, attention is two batched products; no layer of these models is one.
     attention = sum(count for operator, count in flops.items() if "bmm" in operator or "attention" in operator)

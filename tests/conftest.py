@@ -63,9 +63,9 @@ def thin_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three small pictures."""
-    from tests.helpers import bench
+    from tests.helpers import training
 
-    return bench.write_photos(tmp_path_factory.mktemp("photos"))
+    return training.write_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="session")

@@ -30,8 +30,8 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 TORCH_FREE_ROOMS = {"contract", "config", "library", "studio", "web", "app"}
 TORCH_FREE = {
     "trainer", "trainer.names", "trainer.settings", "trainer.files", "trainer.clock", "trainer.photos.intake",
-    "trainer.photos.decode", "trainer.photos.urls", "trainer.photos.inputs", "trainer.photos.child",
-    "trainer.photos.looker", "trainer.photos.subject", "trainer.photos.found", "trainer.work.assembly",
+    "trainer.photos.decode", "trainer.photos.urls", "trainer.photos.inputs", "trainer.photos.subprocess_worker",
+    "trainer.photos.analysis", "trainer.photos.subject", "trainer.photos.found", "trainer.work.assembly",
     "trainer.work.worker",
 }  # fmt: skip
 
@@ -73,13 +73,13 @@ MOST_ANY = 150
 # Handlers of every exception stand at the edges of threads and processes. What each must survive:
 BROAD_HANDLERS = {
     "trainer.clock.Loop._run": "one failure of what a looping thread does",
-    "trainer.photos.child.Child._running": "the imports of a child process",
+    "trainer.photos.subprocess_worker.SubprocessWorker._running": "the imports of a child process",
     "trainer.photos.decode.decode": "decoders of files from strangers, in the decoding child",
-    "trainer.photos.looker.breaking": "what the looking child raised",
-    "trainer.studio.webhooks.Postman._post": "one callback, in a thread of its own",
+    "trainer.photos.analysis.breaking": "what the looking child raised",
+    "trainer.studio.webhooks.WebhookSender._post": "one callback, in a thread of its own",
     "trainer.web.guard.Guard._run_inner": "an app that cannot be loaded or begun, in threads: /health says so",
     "trainer.web.mcp.tool.called": "a tool that fails: its client is not told what is in the log",
-    "trainer.work.bench.Bench.run": "one job of the worker's thread",
+    "trainer.work.job_runner.JobRunner.run": "one job of the worker's thread",
     "trainer.work.worker.Worker._set_up": "libraries and devices that the worker's thread begins with",
 }
 # Where the name of a family or of a model type may stand in code.
@@ -195,8 +195,8 @@ def test_the_web_side_never_imports_torch_and_its_kin(module: str) -> None:
 
 
 def test_the_worker_imports_torch_only_when_its_thread_runs() -> None:
-    assert "trainer.work.bench" in {one.name for one in imports(TREES["trainer.work.worker"]) if one.lazy}
-    assert "torch" in loaded_with("trainer.work.bench", set())  # what the check above would see
+    assert "trainer.work.job_runner" in {one.name for one in imports(TREES["trainer.work.worker"]) if one.lazy}
+    assert "torch" in loaded_with("trainer.work.job_runner", set())  # what the check above would see
 
 
 def test_each_library_has_its_home() -> None:

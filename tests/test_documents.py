@@ -51,7 +51,7 @@ OLD_WORDS = {
     r"outlines?": "control image, preprocessor",
     r"dice|taken in|in turn": "random generator, fetched, epoch order",
     r"broke the decoder|the decoder broke": "the image decoder crashed on this file",
-    r"drawn anew|anew": "again",
+    r"redrawn|anew": "again",
     r"the verbs|doors?": "operations, interfaces",
 }  # fmt: skip
 
@@ -252,7 +252,8 @@ def test_the_memory_of_model_types_is_that_of_the_presets() -> None:
 
 
 def test_the_small_models_are_those_of_the_code() -> None:
-    code = (ROOT / "trainer" / "library" / "weights.py").read_text("utf-8")
+    sources = [ROOT / "trainer" / "library" / "weights.py", *sorted((ROOT / "presets").glob("*.toml"))]
+    code = "".join(file.read_text("utf-8") for file in sources)
     table = [QUOTED.findall(row[0])[0].rstrip("/") for row in rows(TEXTS["docs/photos.md"], "## The small models")]
     files = set(re.findall(r'"([\w.-]+\.(?:pth|onnx|bin))"', code))
     assert files | {"clipseg-rd64-refined"} == set(table)

@@ -244,7 +244,7 @@ LINK_HEADERS = ("content-type", "content-disposition", "cache-control", "x-conte
 
 
 def test_a_check_of_photos_is_as_it_was(studio: Studio) -> None:
-    """Here, where the child that looks at photos has been started."""
+    """Here, where the child that analyzes photos has been started."""
     body, headers = form_of({"branch": "fast"}, photo("teal"), photo("red", (32, 32)), photo("teal"))
     answer = client_of(studio.services).post("/photos/check", content=body, headers=headers)
     told = [{key: value for key, value in one.items() if key != "seen"} for one in answer.json()["photos"]]
@@ -434,13 +434,13 @@ def test_the_database_is_as_it_was(settings: Settings) -> None:
 @pytest.fixture
 def served(settings: Settings, decoder: Decoder) -> Iterator[Services]:
     """The verbs behind a real port, with the key of the samples. No worker runs, so what is queued stays queued."""
-    from trainer.photos.looker import Looker
+    from trainer.photos.analysis import PhotoAnalyzer
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         changes = {"port": listening.getsockname()[1], "key": SecretStr(KEY), "private_urls": "allow"}
         changed = settings.model_copy(update=changes)
-        store, looker = Store(changed.outputs), Looker(changed)
-        services = Services(changed, store, decoder, looker)
+        store, analyzer = Store(changed.outputs), PhotoAnalyzer(changed)
+        services = Services(changed, store, decoder, analyzer)
         guard = Guard(changed, load=lambda: create_app(services), begin=nothing, unload=nothing)
         server = uvicorn.Server(uvicorn.Config(guard, log_level="warning", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -448,7 +448,7 @@ def served(settings: Settings, decoder: Decoder) -> Iterator[Services]:
         yield services
         server.should_exit = True
         thread.join()
-        looker.close()
+        analyzer.close()
         store.close()
 
 

@@ -58,7 +58,7 @@ class Loop:
             try:
                 self._act()
             except Exception:  # the edge of a thread: one failure must not end it
-                log.exception("the thread %s goes on in a moment", self._name)
+                log.exception("the thread %s failed; it tries again", self._name)
                 if self._retry_seconds is not None:
                     pause = self.stopping, self._retry_seconds
             if not self.stopping.is_set():

@@ -78,7 +78,7 @@ def pick_device(wanted: str) -> torch.device:
     """`auto`: the first CUDA card, else Apple's GPU, else the CPU. Raises RuntimeError for one that is not there."""
     if wanted != "auto":
         device = torch.device(wanted)
-        torch.empty(1, device=device)  # fails now and in words, not in the middle of the first tune
+        torch.empty(1, device=device)  # fails now and with a clear message, not in the middle of the first tune
         return device
     if torch.cuda.is_available():
         return torch.device("cuda", 0)

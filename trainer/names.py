@@ -55,7 +55,7 @@ MODEL_TYPES = {
         reference=LORA_REFERENCE,
     ),
     "pti": ModelType(
-        description="a LoRA with new words",
+        description="a LoRA with learned tokens",
         formats=LORA_FORMATS,
         made=("checkpoint",),
         words=("rank", "alpha", "tokens", "token_lr", "token_share"),

@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     presets: Path = Field(
         Path(__file__).parent.parent / "presets", description="Folder of the presets, a user's own among them."
     )
-    weights: Path = Field(Path("weights"), description="Folder of the small models that look at photos.")
+    weights: Path = Field(Path("weights"), description="Folder of the small models that analyze photos.")
     lifetime_days: int | None = Field(None, ge=1, description="Days until a trained tune expires. None: it never does.")
     face_crop: bool = Field(False, description="Whether face crops are added where neither request nor preset says.")
     demo: bool = Field(False, description="Queue a tune of the bundled sample photos at the start.")

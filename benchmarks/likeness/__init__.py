@@ -37,13 +37,13 @@ from trainer.contract.photos import Upload
 from trainer.files import read_json_lines
 from trainer.library import bases
 from trainer.names import DEMO_BRANCH, FORMATS
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.intake import Decoder
-from trainer.photos.looker import Looker
 from trainer.settings import read_settings
 from trainer.studio import tunes
 from trainer.studio.rows import Services, tune_folder
 from trainer.studio.store import Store
-from trainer.work.bench import Bench
+from trainer.work.job_runner import JobRunner
 
 TOKEN = "ohwx"
 PICTURES = 8
@@ -93,11 +93,11 @@ class Studio:
         self.settings = read_settings(outputs=outputs, models=outputs / "models", device="cpu")
         self.store = Store(outputs)
         self.decoder = Decoder(self.settings)
-        self.looker = Looker(self.settings)
-        self.services = Services(self.settings, self.store, self.decoder, self.looker)
+        self.analyzer = PhotoAnalyzer(self.settings)
+        self.services = Services(self.settings, self.store, self.decoder, self.analyzer)
 
     def close(self) -> None:
-        self.looker.close()
+        self.analyzer.close()
         self.decoder.close()
         self.store.close()
 
@@ -115,7 +115,7 @@ class Studio:
         tune = tunes.create_tune(self.services, request, uploads)[0]
         job = self.store.claim()
         assert job is not None and job.tune_id == tune.id
-        Bench(self.settings, self.store, self.looker, torch.device("cpu"), threading.Event()).run(job)
+        JobRunner(self.settings, self.store, self.analyzer, torch.device("cpu"), threading.Event()).run(job)
         done = tunes.get_tune(self.services, tune.id)
         assert done.status == "trained", done.error
         folder = tune_folder(self.services, tune.id)

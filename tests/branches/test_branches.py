@@ -1,4 +1,4 @@
-"""Every family, each preset, resumed and whole, through REST and the worker; and what a new family costs."""
+"""Every family, each preset, resumed and whole, through REST and the worker."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def assert_trained(studio: Studio, case: Case, tune: Tune) -> None:
     assert {one["caption"] for one in answers.trained_pictures(studio.services, tune.id)} == expected
     resolutions = 2 if "resolution=64,128" in case.args else 1
     assert len(answers.trained_pictures(studio.services, tune.id)) == 3 * resolutions
-    assert [moment["step"] for moment in answers.saved_moments(studio.services, tune.id)] == [1, 2, 3, 4]
+    assert [moment["step"] for moment in answers.saved_snapshots(studio.services, tune.id)] == [1, 2, 3, 4]
     assert len(studio.pictures(tune.id)) == 1
     row = studio.store.get("tunes", tune.id)
     assert row is not None and row["method"] == case.method
@@ -203,100 +203,16 @@ def test_weights_in_half_precision_train_and_render(
     assert len(studio.pictures(tune.id)) == 1
 
 
-# A fourth family
-
-FAMILY = '''
-"""A made-up family: the UNet of Stable Diffusion 1.5, trained as a flow."""
-
-from trainer import loading
-from trainer.branches import sd15
-from trainer.objectives import logit_normal, masked_mean
-
-
-def load(base, device, cache):
-    dtype = loading.compute_dtype(device)
-    pipeline = sd15.read_folder(base.path, base.variant, dtype, cache)
-    loading.finish(base, pipeline)
-    return MadeUp(pipeline, device, dtype)
-
-
-class MadeUp(sd15.SD15):
-    def draw(self, latents, generator):
-        return latents.new_empty(latents.shape).normal_(generator=generator), logit_normal(len(latents), generator)
-
-    def loss(self, latents, cond, noise, timesteps, config, weight=None):
-        times = timesteps.view(-1, 1, 1, 1)
-        predicted = self.denoiser((1 - times) * latents + times * noise, 1000 * timesteps, **cond, return_dict=False)[0]
-        return masked_mean((predicted - (noise - latents)) ** 2, weight)
-'''
-RUN = """
-import sys, time
-from pathlib import Path
-from fastapi.testclient import TestClient
-from trainer.api import create_app
-from trainer import loading
-from trainer.images import Decoder
-from trainer.methods import FORMATS
-from trainer.jobs import Jobs
-from trainer.looking import Looker
-from trainer.settings import read_settings
-from trainer.store import Store
-from trainer.worker import Worker
-
-if __name__ == "__main__":
-    settings = read_settings(outputs=Path("outputs"), models=Path("models"), device="cpu")
-    store, decoder = Store(settings.outputs), Decoder(settings)
-    looker = Looker(settings)
-    jobs, worker = Jobs(settings, store, decoder, looker), Worker(settings, store, looker)
-    client = TestClient(create_app(jobs))
-    fields = {"tune[title]": "x", "tune[name]": "dog", "tune[branch]": "madeup", "tune[steps]": "2"}
-    answer = client.post("/tunes", data=fields, files=[("tune[images][]", open(photo, "rb")) for photo in sys.argv[1:]])
-    assert answer.status_code == 201, answer.text
-    worker.start()
-    while jobs.get_tune(1).status not in ("trained", "failed"):
-        time.sleep(0.1)
-    tune = jobs.get_tune(1)
-    print(tune.status, tune.branch, tune.error)
-    worker.stop()
-    decoder.close()
-"""
-
-
-@pytest.mark.long
-def test_a_fourth_family_costs_a_file_a_preset_and_a_word(tmp_path: Path, tiny_sd15: Path, photos: list[Path]) -> None:
-    for part in ("trainer", "presets"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "trainer" / "branches" / "madeup.py").write_text(FAMILY)
-    table = (ROOT / "presets" / "sd15.toml").read_text().partition("[[base]]")[0]
-    table = table.replace('"checkpoint"', '"lora"').replace("resolution = 512", "resolution = 64")
-    (tmp_path / "presets" / "madeup.toml").write_text(f'{table}\n[[base]]\ntitle = "Made up"\nrepository = "made/up"\n')
-    registry = tmp_path / "trainer" / "branches" / "__init__.py"
-    before = registry.read_text()
-    registry.write_text(before.replace('"flux1", "fast")', '"flux1", "fast", "madeup")'))
-    assert registry.read_text() != before
-    # Its base as the hub's cache has it.
-    repository = tmp_path / "hub" / "models--made--up"
-    shutil.copytree(tiny_sd15, repository / "snapshots" / "1234")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("1234")
-    (tmp_path / "run.py").write_text(RUN)
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "run.py", *map(str, photos)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.stdout.strip().splitlines()[-1:] == ["trained madeup None"], done.stdout + done.stderr
-
-
 # Memory
 
 GROWTH = """
 import gc, shutil, sys
 from pathlib import Path
 import psutil, torch
-from trainer import presets
-from trainer.bases import Base
+from trainer.config import resolve
+from trainer.library.bases import Base
 from trainer.settings import read_settings
-from trainer.train import train_tune
+from trainer.training.train import train_tune
 
 class Report:
     def stage(self, stage): pass
@@ -313,7 +229,7 @@ for number in range(1, 14):
     images = settings.outputs / "tunes" / str(number) / "images"
     images.mkdir(parents=True)
     shutil.copy(photo, images / "000.png")
-    config = presets.resolve(settings.presets, branch=branch, model_type="lora", preset=None, name="dog", photos=1,
+    config = resolve.resolve(settings.presets, branch=branch, model_type="lora", preset=None, name="dog", photos=1,
                              steps=4, args="resolution=64 micro_batch=1 lr=1e-2")
     tune = {"id": number, "title": "t", "token": "ohwx", "name": "dog", "method": "lora",
             "photos": [{"file": "000.png", "name": "a"}]}

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import tiny
-from tests.helpers.bench import Bench, Told, config_of
+from tests.helpers.training import RecordedReport, TrainingSetup, config_of
 from trainer.branches.objectives import logit_normal, masked_mean
 from trainer.branches.protocol import Branch, load_branch
 from trainer.library.bases import Base
@@ -190,7 +190,7 @@ def ours(family: str, folder: Path, given: Given, tmp_path: Path, **changes: obj
     groups = lora.attach(branch, config)
     adapters = put_first_adapters(branch.denoiser)
     data: Any = Supplied(given)
-    told = Told()
+    told = RecordedReport()
     assert loop.train(branch, groups, data, config, told, tmp_path / "states")
     return told.losses, {name: param.detach() for name, param in adapters.items()}  # each step is saved, so is read
 
@@ -345,7 +345,7 @@ def test_no_step_waits_for_the_device(
     base: str, photos: list[Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     config = config_of(min_snr=5, micro_batch=1)
-    run = Bench(request.getfixturevalue(base), tmp_path, photos, config, base.partition("_")[2]).start()
+    run = TrainingSetup(request.getfixturevalue(base), tmp_path, photos, config, base.partition("_")[2]).start()
     params = [param for group in run.groups for param in group["params"]]
     optimizer = torch.optim.AdamW(params, fused=True)
     with Watch() as watch:

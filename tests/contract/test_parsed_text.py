@@ -33,6 +33,11 @@ def test_a_row_holds_what_was_parsed_without_its_warnings() -> None:
     assert again == ParsedText(parsed.text, parsed.models, parsed.flags)
 
 
+def test_a_flag_of_zero_is_kept() -> None:
+    parsed = parse_text("a dog --face_inpaint_denoising 0 --mask_blur 0")
+    assert parsed_text.of_row(parsed_text.as_row(parsed)).flags == Flags(face_inpaint_denoising=0.0, mask_blur=0.0)
+
+
 def test_a_flag_of_a_later_version_is_left_out() -> None:
     row = {"text": "a dog", "models": [], "flags": {"mask_blur": 2.0, "of_a_later_version": 1}}
     assert parsed_text.of_row(row).flags == Flags(mask_blur=2.0)

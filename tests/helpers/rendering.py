@@ -19,11 +19,11 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
-from tests.helpers import bench, tiny  # bench: it spares the garbage collector the libraries' objects
+from tests.helpers import tiny, training  # training: it spares the garbage collector the libraries' objects
 from tests.helpers.fast import FAST_ID
 from tests.helpers.pictures import apart, esrgan, pixels
 from trainer.branches import protocol
-from trainer.contract.errors import CannotLook
+from trainer.contract.errors import AnalysisUnavailable
 from trainer.contract.photos import Photo, Upload
 from trainer.contract.prompts import Prompt
 from trainer.library import weights
@@ -38,7 +38,7 @@ from trainer.studio import prompts, rows
 from trainer.studio.rows import Services
 from trainer.studio.store import Job, Store
 from trainer.studio.tunes import create_tune, get_tune
-from trainer.work.bench import Bench
+from trainer.work.job_runner import JobRunner
 
 CPU = torch.device("cpu")
 FAMILIES = ["sd15", "sdxl1", "flux1"]
@@ -91,7 +91,7 @@ class Eyes:
 
     def _look(self, picture: Path) -> Image.Image:
         if self.why_not:
-            raise CannotLook(self.why_not)
+            raise AnalysisUnavailable(self.why_not)
         with Image.open(picture) as opened:
             self.seen.append(opened.convert("RGB"))
         return self.seen[-1].copy()
@@ -127,7 +127,7 @@ class Room:
     """One outputs folder with its store and verbs; benches, each of which keeps a base loaded; tunes made by hand."""
 
     def __init__(self, folder: Path, decoder: Decoder, photo: Path, bases: Mapping[str, Path]) -> None:
-        shutil.copytree(bench.PRESETS, folder / "presets")
+        shutil.copytree(training.PRESETS, folder / "presets")
         for branch in bases:
             file = folder / "presets" / f"{branch}.toml"
             before, table, after = file.read_text().partition("[render]\n")
@@ -147,13 +147,13 @@ class Room:
         self.services = Services(self.settings, self.store, decoder, self.eyes)  # type: ignore[arg-type]
         self.stopping = threading.Event()
         self._photo = Upload(photo.name, photo)
-        self._benches: dict[str, Bench] = {}
+        self._benches: dict[str, JobRunner] = {}
         self._tunes = 0
 
-    def new_bench(self) -> Bench:
-        return Bench(self.settings, self.store, self.eyes, CPU, self.stopping)  # type: ignore[arg-type]
+    def new_bench(self) -> JobRunner:
+        return JobRunner(self.settings, self.store, self.eyes, CPU, self.stopping)  # type: ignore[arg-type]
 
-    def bench(self, branch: str) -> Bench:
+    def bench(self, branch: str) -> JobRunner:
         if branch not in self._benches:
             self._benches[branch] = self.new_bench()
         return self._benches[branch]
@@ -206,12 +206,12 @@ class Room:
         assert job is not None and self.store.queue_length() == 1, "every test takes its own jobs off the queue"
         return job
 
-    def run(self, at: int, text: str = "ohwx dog", bench: Bench | None = None, **asked: Any) -> Done:
+    def run(self, at: int, text: str = "ohwx dog", bench: JobRunner | None = None, **asked: Any) -> Done:
         """A prompt of a tune, or of a base with models in its text, whatever becomes of it."""
         prompt = prompts.create_prompt(self.services, at, {"text": text, "num_images": 1, "seed": 7, **asked})
         return self.go(prompt, bench)
 
-    def go(self, prompt: Prompt, bench: Bench | None = None) -> Done:
+    def go(self, prompt: Prompt, bench: JobRunner | None = None) -> Done:
         job = self._claim()
         assert job.prompt_id == prompt.id
         branch = get_tune(self.services, prompt.tune_id).branch
@@ -219,7 +219,7 @@ class Room:
         now = prompts.get_prompt(self.services, prompt.id)
         return Done(now, rows.tune_folder(self.services, now.tune_id) / "prompts" / str(now.id))
 
-    def render(self, at: int, text: str = "ohwx dog", bench: Bench | None = None, **asked: Any) -> Done:
+    def render(self, at: int, text: str = "ohwx dog", bench: JobRunner | None = None, **asked: Any) -> Done:
         done = self.run(at, text, bench, **asked)
         assert (done.prompt.status, done.prompt.error) == ("rendered", None), done.prompt.error
         return done

@@ -1,6 +1,6 @@
 """Snapshots: what an earlier version of the code made, kept as JSON files in tests/snapshots/.
 
-`TUNEBOOTH_WRITE_SNAPSHOTS=1 pytest tests/test_snapshots.py` writes them anew. Do that only where behaviour is meant to
+`TUNEBOOTH_WRITE_SNAPSHOTS=1 pytest tests/test_snapshots.py` writes them again. Do that only where behaviour is meant to
 change, and read the diff.
 """
 

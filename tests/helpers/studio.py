@@ -17,8 +17,8 @@ from trainer.contract.photos import Upload
 from trainer.contract.states import ENDED
 from trainer.contract.tunes import Tune
 from trainer.files import read_json_lines
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.intake import Decoder
-from trainer.photos.looker import Looker
 from trainer.settings import read_settings
 from trainer.studio import rows, tunes
 from trainer.studio.rows import Services
@@ -57,9 +57,9 @@ class Studio:
         folders = {"outputs": folder / "outputs", "models": folder / "models"}
         self.settings = read_settings(**folders, device="cpu", **settings)
         self.store = Watched(self.settings.outputs)
-        self.looker = Looker(self.settings)
-        self.services = Services(self.settings, self.store, decoder, self.looker)
-        self.worker = Worker(self.settings, self.store, self.looker)
+        self.analyzer = PhotoAnalyzer(self.settings)
+        self.services = Services(self.settings, self.store, decoder, self.analyzer)
+        self.worker = Worker(self.settings, self.store, self.analyzer)
         self.photos = photos
 
     def create(self, title: str, **more: Any) -> int:
@@ -80,7 +80,7 @@ class Studio:
 
     def close(self) -> None:
         self.worker.stop()
-        self.looker.close()
+        self.analyzer.close()
         self.store.close()
 
     def events(self, tune_id: int) -> list[tuple[str, int]]:

@@ -17,8 +17,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from trainer.contract.photos import Upload
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.intake import Decoder
-from trainer.photos.looker import Looker
 from trainer.settings import Settings, read_settings
 from trainer.studio.rows import Services
 from trainer.studio.store import Store
@@ -41,9 +41,9 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decoder]:
 def services(settings: Settings, decoder: Decoder) -> Iterator[Services]:
     """The verbs over an empty store. No worker runs, so what is queued stays queued."""
     store = Store(settings.outputs)
-    looker = Looker(settings)
-    yield Services(settings, store, decoder, looker)
-    looker.close()
+    analyzer = PhotoAnalyzer(settings)
+    yield Services(settings, store, decoder, analyzer)
+    analyzer.close()
     store.close()
 
 

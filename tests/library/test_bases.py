@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import tomlkit
 
 from tests.helpers.fast import FAST_ID, fast_base
 from trainer.contract.errors import InvalidRequest
-from trainer.library import bases
+from trainer.library import bases, weights
 from trainer.library.bases import Base
 from trainer.settings import Settings, read_settings
 
@@ -265,6 +266,26 @@ def test_flux_that_says_how_many_channels_come_out_is_no_editing_model(settings:
     for channels in (None, 16):
         edit(folder / "transformer" / "config.json", in_channels=16, out_channels=channels)
         assert found(settings)["base"].error is None
+
+
+def test_presets_of_an_older_version_leave_to_the_program_what_a_family_is(
+    tmp_path: Path, settings: Settings, tiny_sd15: Path, tiny_sdxl1_file: Path, tiny_flux1: Path
+) -> None:
+    """A user's own folder, copied before a family's TOML told how its files are known, or before the family came."""
+    folder = Path(shutil.copytree(settings.presets, tmp_path / "presets"))
+    for branch in ("sd15", "sdxl1", "fast"):
+        table = tomlkit.parse((folder / f"{branch}.toml").read_text())
+        for key in {"detect", "placeholder", "face_adapter"} | ({"base"} if branch == "fast" else set()):
+            table.pop(key, None)
+        (folder / f"{branch}.toml").write_text(tomlkit.dumps(table))
+    (folder / "flux1.toml").unlink()
+    own = read_settings(outputs=settings.outputs, models=settings.models, presets=folder)
+    for name, source in (("sd15", tiny_sd15), ("sdxl1.safetensors", tiny_sdxl1_file), ("flux1", tiny_flux1)):
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, settings.models / name)
+    assert bases.list_bases(own) == bases.list_bases(settings)
+    assert {base.branch for base in found(own).values()} == {"sd15", "sdxl1", "flux1"}
+    assert bases.resolve(own, 690204, "fast") == fast_base()
+    assert weights.face_adapter(own, "sd15") == weights.face_adapter(settings, "sd15")
 
 
 def test_a_link_out_of_the_models_folder_is_not_followed(settings: Settings, tiny_sd15_file: Path) -> None:

@@ -68,7 +68,7 @@ class FakeHub:
 
     repositories: dict[str, dict[str, dict[str, bytes]]]
     gated: bool = False
-    failing: str = ""  # a file whose content cannot be had
+    failing: str = ""  # a file whose content is not available
     asked: list[str] = field(default_factory=list)  # "METHOD path"
 
     def weights_asked(self) -> list[str]:

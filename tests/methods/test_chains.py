@@ -138,8 +138,8 @@ def test_a_checkpoint_is_not_begun_on_new_words_and_moments_have_theirs(studio: 
     words = trained(studio, "a word", FAST_ID, "pti", branch="fast", args="", prompts_attributes=[])
     with pytest.raises(InvalidRequest) as refused:
         studio.create("on a word", base_tune_id=words, branch=None, model_type="checkpoint")
-    assert "a checkpoint has no place for them" in refused.value.problems["base_tune_id"][0]
-    models = {str(moment["model"]).partition("?")[0] for moment in answers.saved_moments(studio.services, words)}
+    assert "a checkpoint cannot hold" in refused.value.problems["base_tune_id"][0]
+    models = {str(moment["model"]).partition("?")[0] for moment in answers.saved_snapshots(studio.services, words)}
     assert {model.rpartition("/")[2] for model in models} == {FORMATS["bundled"], "None"}
 
 
@@ -253,7 +253,7 @@ def test_what_is_in_use_does_not_expire_and_an_expired_child_does_not_count(stud
         return tunes.get_tune(studio.services, tune_id).status == "expired"
 
     assert not expired(first)
-    made = studio.store._insert("exports", {"tune_id": second, "format": "checkpoint"})  # no job: nobody makes it
+    made = studio.store._insert("exports", {"tune_id": second, "format": "checkpoint"})  # no job: it is never made
     studio.store.update("exports", made, status="exporting")
     assert not expired(second)
     studio.store.delete("exports", made)

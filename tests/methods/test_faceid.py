@@ -21,13 +21,13 @@ from tests.helpers import tiny
 from tests.helpers.fast import fast_base
 from tests.helpers.shared import SHARED
 from trainer.branches.protocol import load_branch
-from trainer.contract.errors import CannotLook, InvalidRequest
+from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
 from trainer.contract.photos import Photo
 from trainer.library import weights
 from trainer.library.weights import Unavailable
 from trainer.methods import faceid
 from trainer.photos import faces
-from trainer.photos.looker import Looker
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.subject import SAME
 from trainer.settings import Settings, read_settings
 
@@ -44,15 +44,15 @@ PERSON_B = [f"person_b/0{number}.jpg" for number in (1, 2, 3)]
 
 
 @pytest.fixture(scope="module")
-def looker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Looker]:
+def analyzer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PhotoAnalyzer]:
     """A child with the weights of ../shared, which lives through all tests here."""
     folder = tmp_path_factory.mktemp("looker")
-    made = Looker(read_settings(outputs=folder / "o", models=folder / "m", weights=SHARED / "weights"))
+    made = PhotoAnalyzer(read_settings(outputs=folder / "o", models=folder / "m", weights=SHARED / "weights"))
     yield made
     made.close()
 
 
-def taken_in(folder: Path, *names: str) -> list[Photo]:
+def fetch_inputs(folder: Path, *names: str) -> list[Photo]:
     """Pictures of ../shared as the intake leaves them in `folder/images`."""
     (folder / "images").mkdir()
     photos = []
@@ -81,10 +81,10 @@ def test_one_person_has_one_identity_and_two_have_two() -> None:
 
 
 @needs_shared
-def test_the_identity_of_a_tune_is_the_mean_of_its_photos(looker: Looker, tmp_path: Path) -> None:
+def test_the_identity_of_a_tune_is_the_mean_of_its_photos(analyzer: PhotoAnalyzer, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    photos, warnings = looker.identify(
-        tmp_path, taken_in(tmp_path, *PERSON_A), "man", lambda *words: told.append(words)
+    photos, warnings = analyzer.identify(
+        tmp_path, fetch_inputs(tmp_path, *PERSON_A), "man", lambda *words: told.append(words)
     )
     identity, facts = faceid.read_identity(tmp_path / "model" / "faceid.safetensors")
     assert identity.shape == (128,) and identity.dtype == torch.float32
@@ -92,15 +92,15 @@ def test_the_identity_of_a_tune_is_the_mean_of_its_photos(looker: Looker, tmp_pa
     assert torch.allclose(identity, expected / expected.norm(), atol=1e-5)
     assert facts == {"recognizer": RECOGNIZER, "photos": "3"}
     assert [photo.same_person for photo in photos] == [True] * 3 and not any(photo.dropped for photo in photos)
-    assert warnings == [f"w600k_r50.onnx cannot be had here, so {RECOGNIZER} said who it is: the published adapters do"
+    assert warnings == [f"w600k_r50.onnx is not available here, so {RECOGNIZER} was used: the published adapters do"
                         " not know its identities"]  # fmt: skip
-    assert told[-1] == ("faces are looked for", 3, 3)
+    assert told[-1] == ("faces are detected", 3, 3)
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["faceid.safetensors"]
 
 
 @needs_shared
-def test_somebody_else_is_left_out_by_name(looker: Looker, tmp_path: Path) -> None:
-    photos, warnings = looker.identify(tmp_path, taken_in(tmp_path, *PERSON_A, PERSON_B[0]), "man")
+def test_somebody_else_is_left_out_by_name(analyzer: PhotoAnalyzer, tmp_path: Path) -> None:
+    photos, warnings = analyzer.identify(tmp_path, fetch_inputs(tmp_path, *PERSON_A, PERSON_B[0]), "man")
     assert [photo.dropped for photo in photos] == [None] * 3 + ["not the person of the other photos"]
     assert "person_b/01.jpg is left out: not the person of the other photos" in warnings
     assert not photos[3].notes  # nothing of closeups, which a faceid has none of
@@ -110,16 +110,16 @@ def test_somebody_else_is_left_out_by_name(looker: Looker, tmp_path: Path) -> No
 
 
 @needs_shared
-def test_the_person_of_the_other_photos_is_found_in_a_group(looker: Looker, tmp_path: Path) -> None:
+def test_the_person_of_the_other_photos_is_found_in_a_group(analyzer: PhotoAnalyzer, tmp_path: Path) -> None:
     """One photo has two people side by side, of whom the one that is not meant is the larger."""
-    photos = taken_in(tmp_path, PERSON_A[1], PERSON_A[2], PERSON_A[0])
+    photos = fetch_inputs(tmp_path, PERSON_A[1], PERSON_A[2], PERSON_A[0])
     both = Image.new("RGB", (1524, 768))
     for name, width, place in ((PERSON_B[0], 500, 0), (PERSON_A[0], 1024, 500)):
         with Image.open(FACES / name) as image:
             both.paste(image.resize((width, round(width * image.height / image.width))), (place, 0))
     both.save(tmp_path / "images" / photos[2].file)
     photos[2].width, photos[2].height = both.size
-    photos, warnings = looker.identify(tmp_path, photos, "man")
+    photos, warnings = analyzer.identify(tmp_path, photos, "man")
     assert [photo.same_person for photo in photos] == [True] * 3 and len(photos[2].faces or []) == 2
     identity, _ = faceid.read_identity(tmp_path / "model" / "faceid.safetensors")
     assert identity @ found(PERSON_A[0]) > SAME[RECOGNIZER] > identity @ found(PERSON_B[0])
@@ -127,37 +127,37 @@ def test_the_person_of_the_other_photos_is_found_in_a_group(looker: Looker, tmp_
 
 
 @needs_shared
-def test_two_photos_that_disagree_both_stay_with_a_warning(looker: Looker, tmp_path: Path) -> None:
-    photos, warnings = looker.identify(tmp_path, taken_in(tmp_path, PERSON_A[0], PERSON_B[0]), "person")
+def test_two_photos_that_disagree_both_stay_with_a_warning(analyzer: PhotoAnalyzer, tmp_path: Path) -> None:
+    photos, warnings = analyzer.identify(tmp_path, fetch_inputs(tmp_path, PERSON_A[0], PERSON_B[0]), "person")
     assert [photo.dropped for photo in photos] == [None, None]
     assert warnings[0].startswith("person_a/01.jpg, person_b/01.jpg seem to show different people (likeness ")
-    assert "Who is meant is not known" in warnings[0]
+    assert "Their faces are mixed in training" in warnings[0]
     assert faceid.read_identity(tmp_path / "model" / "faceid.safetensors")[1]["photos"] == "2"
 
 
 @needs_shared
 def test_one_photo_is_enough_and_of_several_faces_the_most_prominent_one_is_taken(
-    looker: Looker, tmp_path: Path
+    analyzer: PhotoAnalyzer, tmp_path: Path
 ) -> None:
-    photos, warnings = looker.identify(tmp_path, taken_in(tmp_path, "group/market_two.jpg"), "woman")
+    photos, warnings = analyzer.identify(tmp_path, fetch_inputs(tmp_path, "group/market_two.jpg"), "woman")
     assert sum(face.main for face in photos[0].faces or []) == 1
     assert warnings[0] == "group/market_two.jpg shows 2 faces: the most prominent one is taken"
 
 
 @needs_shared
-def test_photos_without_a_face_are_left_out_by_name(looker: Looker, tmp_path: Path) -> None:
-    photos, warnings = looker.identify(tmp_path, taken_in(tmp_path, "noface/coffee.jpg", PERSON_A[0]), "man")
+def test_photos_without_a_face_are_left_out_by_name(analyzer: PhotoAnalyzer, tmp_path: Path) -> None:
+    photos, warnings = analyzer.identify(tmp_path, fetch_inputs(tmp_path, "noface/coffee.jpg", PERSON_A[0]), "man")
     assert [photo.dropped for photo in photos] == ["no face was found", None]
     assert warnings[0] == "noface/coffee.jpg is left out: no face was found"
     assert faceid.read_identity(tmp_path / "model" / "faceid.safetensors")[1]["photos"] == "1"
 
 
 @needs_shared
-def test_without_any_face_there_is_no_tune_and_each_photo_says_why(looker: Looker, tmp_path: Path) -> None:
-    photos = taken_in(tmp_path, "noface/coffee.jpg", "noface/rocket.jpg", "single/astronaut.png")
+def test_without_any_face_there_is_no_tune_and_each_photo_says_why(analyzer: PhotoAnalyzer, tmp_path: Path) -> None:
+    photos = fetch_inputs(tmp_path, "noface/coffee.jpg", "noface/rocket.jpg", "single/astronaut.png")
     photos[2].dropped = "the same picture as another"
     with pytest.raises(InvalidRequest) as refusal:
-        looker.identify(tmp_path, photos, "woman")
+        analyzer.identify(tmp_path, photos, "woman")
     assert refusal.value.problems == {
         "images": [
             "noface/coffee.jpg: no face was found",
@@ -171,21 +171,23 @@ def test_without_any_face_there_is_no_tune_and_each_photo_says_why(looker: Looke
 @pytest.mark.parametrize("name", ["couple", "young women", "dog", "oil painting style"])
 def test_a_faceid_is_of_one_person(settings: Settings, tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidRequest, match=rf"a faceid is of one person .* and {name} is not"):
-        Looker(settings).identify(tmp_path, [], name)
+        PhotoAnalyzer(settings).identify(tmp_path, [], name)
 
 
 def test_without_weights_nobody_can_look(settings: Settings, tmp_path: Path) -> None:
     mine = settings.model_copy(update={"weights": tmp_path / "weights"})
-    with pytest.raises(CannotLook, match="nobody can look for faces: the face detector is not here and HF_HUB_OFFLINE"):
-        Looker(mine).identify(tmp_path, [], "man")
+    with pytest.raises(
+        AnalysisUnavailable, match="face detection is not available: the face detector is not here and HF_HUB_OFFLINE"
+    ):
+        PhotoAnalyzer(mine).identify(tmp_path, [], "man")
 
 
 @needs_shared
-def test_a_place_that_cannot_be_written_is_told(looker: Looker, tmp_path: Path) -> None:
-    photos = taken_in(tmp_path, PERSON_A[0])
+def test_a_place_that_cannot_be_written_is_told(analyzer: PhotoAnalyzer, tmp_path: Path) -> None:
+    photos = fetch_inputs(tmp_path, PERSON_A[0])
     (tmp_path / "model").write_text("a file in the way")
-    with pytest.raises(CannotLook, match="the identity could not be written: "):
-        looker.identify(tmp_path, photos, "man")
+    with pytest.raises(AnalysisUnavailable, match="the identity could not be written: "):
+        analyzer.identify(tmp_path, photos, "man")
 
 
 def test_an_identity_is_kept_whole_and_of_length_1(tmp_path: Path) -> None:

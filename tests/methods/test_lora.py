@@ -24,8 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.helpers.bench import Bench, Run, Told, config_of
 from tests.helpers.tiny import BFL_DOUBLE_NAMES, BFL_NAMES, BFL_SINGLE_NAMES, SGM_UNET_NAMES, ldm_unet_key
+from tests.helpers.training import RecordedReport, Run, TrainingSetup, config_of
 from trainer.branches import flux1, sd15, sdxl1
 from trainer.branches.flux1 import Flux1
 from trainer.methods import lora
@@ -67,8 +67,8 @@ def trained(request: pytest.FixtureRequest, photos: list[Path], tmp_path_factory
     config = config_of(
         steps=4, lr=5e-2, text_encoder_lr=text_encoder_lr, rank=2, alpha=4, resolution=64, targets=targets
     )
-    run = Bench(base, folder / "cache", photos, config, family).start()
-    run.train(folder / "states", Told())
+    run = TrainingSetup(base, folder / "cache", photos, config, family).start()
+    run.train(folder / "states", RecordedReport())
     (folder / "model").mkdir()
     files = lora.save(run.branch, folder / "model", config, METADATA)
     made = Trained(family, base, run, folder / "model", files)
@@ -118,14 +118,14 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 def test_a_stock_pipeline_renders_what_the_trained_adapters_do(trained: Trained, expected: Tensor) -> None:
     base = picture(trained.stock())
     assert distance(expected, base) > 0.1
-    for file in lora.readable(trained.run.branch):
+    for file in lora.checkable_files(trained.run.branch):
         stock = trained.stock()
         stock.load_lora_weights(trained.folder, weight_name=file)
         assert distance(picture(stock), expected) < 1e-4, file
 
 
 def test_both_files_are_readable_but_for_flux_s_kohya_keys(trained: Trained) -> None:
-    assert lora.readable(trained.run.branch) == ([DIFFUSERS] if trained.family == "flux1" else FILES)
+    assert lora.checkable_files(trained.run.branch) == ([DIFFUSERS] if trained.family == "flux1" else FILES)
 
 
 def test_a_program_that_merges_kohya_keys_renders_the_same(trained: Trained, stock: Any, expected: Tensor) -> None:

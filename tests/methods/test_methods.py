@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.helpers.bench import Bench, Run, Told, config_of, same
 from tests.helpers.methods import FAMILIES, ROUNDING, SOME, distance, picture
+from tests.helpers.training import RecordedReport, Run, TrainingSetup, config_of, same
 from trainer.branches.protocol import load_branch
 from trainer.library.bases import Base
 from trainer.methods import checkpoint, lora, new_tokens, pti
@@ -41,25 +41,25 @@ class Shop:
     bases: dict[str, Path]
     count: int = 0
 
-    def bench(self, family: str, model_type: str, earlier: Path | None = None, **changes: object) -> Bench:
+    def bench(self, family: str, model_type: str, earlier: Path | None = None, **changes: object) -> TrainingSetup:
         self.count += 1
         asked: dict[str, object] = {"steps": 4, "lr": 2e-2, "resolution": 64, "warmup_steps": 0, "caption_dropout": 0}
         if model_type == "pti":
             asked |= {"token_lr": 1e-2, "token_share": 0.5}
         config = config_of(model_type, **asked | changes)
         cache = self.folder / f"bench {self.count}"
-        return Bench(
+        return TrainingSetup(
             self.bases[family], cache, self.photos, config, family, model_type=model_type, earlier=earlier,
             captions=CAPTIONS,
         )  # fmt: skip
 
     def trained(
         self, family: str, model_type: str, earlier: Path | None = None, **changes: object
-    ) -> tuple[Run, Path, Bench]:
+    ) -> tuple[Run, Path, TrainingSetup]:
         """A run that is done, and the folder that its model was saved into."""
         bench = self.bench(family, model_type, earlier, **changes)
         run = bench.start()
-        assert run.train(bench.cache / "states", Told())
+        assert run.train(bench.cache / "states", RecordedReport())
         model = bench.cache / "model"
         model.mkdir()
         assert run.method.save(run.branch, model, run.config, METADATA)[0] == next(iter(files_of(model_type)))
@@ -130,7 +130,7 @@ def test_only_what_the_method_trains_moves_and_all_of_it_does(
     bench = shop().bench(family, model_type, steps=3)
     run = bench.start()
     before, names = everything(run), set(run.weights())
-    assert run.train(bench.cache / "states", Told())
+    assert run.train(bench.cache / "states", RecordedReport())
     after = everything(run)
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -152,11 +152,11 @@ def test_a_resumed_run_ends_with_the_bits_of_a_whole_one(
 ) -> None:
     changes: dict[str, object] = {"steps": 5, "save_every": 100}
     whole = shop().bench(family, model_type, **changes).start()
-    assert whole.train(shop().folder / f"whole {shop().count}", Told())
+    assert whole.train(shop().folder / f"whole {shop().count}", RecordedReport())
     bench = shop().bench(family, model_type, **changes)
     for stop in (1, 3):  # before and after the new words come to rest
-        assert not bench.start().train(bench.cache / "states", Told(stop_at=stop))
-    resumed, told = bench.start(), Told()
+        assert not bench.start().train(bench.cache / "states", RecordedReport(stop_at=stop))
+    resumed, told = bench.start(), RecordedReport()
     assert resumed.train(bench.cache / "states", told)
     assert told.resumed_at == [3]
     assert same(resumed.weights(), whole.weights())
@@ -173,7 +173,7 @@ def test_new_words_rest_after_their_share_of_the_run_and_the_adapters_go_on(
     adapter = next(
         p for name, p in zip(run.groups[0]["names"], run.groups[0]["params"], strict=True) if "lora_B" in name
     )
-    told = Told()
+    told = RecordedReport()
     step = told.step
 
     def watch(number: int, *facts: Any) -> bool:
@@ -197,7 +197,7 @@ def test_new_words_begin_as_the_class_name_and_stay_in_the_range_of_the_table(sh
     ids = run.branch.parts.tokenizer("dog", add_special_tokens=False).input_ids
     assert torch.allclose(found.rows, found.weight[ids].mean(0).expand(3, -1))
     least, most = (float(norm) for norm in torch.aminmax(found.weight.norm(dim=1)))
-    run.train(bench.cache / "states", Told())
+    run.train(bench.cache / "states", RecordedReport())
     norms = found.rows.norm(dim=1)
     assert bool((norms <= most * 1.0001).all()) and bool((norms >= least * 0.9999).all())
     assert float(norms.max()) > 0.99 * most  # at this rate they ran against it
@@ -243,7 +243,10 @@ def test_words_of_another_family_are_refused(shop: Callable[..., Shop], rows: di
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        (["bundle_emb.rex.emb_params"], "has new words under 'bundle_emb.rex.emb_params'; known are clip_l, clip_g"),
+        (
+            ["bundle_emb.rex.emb_params"],
+            "has learned tokens under 'bundle_emb.rex.emb_params'; known are clip_l, clip_g",
+        ),
         (["bundle_emb.rex.clip_l", "bundle_emb.tom.clip_l"], "has the words of several tokens; one is possible"),
     ],
 )
@@ -303,7 +306,7 @@ def test_stock_diffusers_renders_a_saved_pti_as_the_trained_one(shop: Callable[.
     run.branch.pipeline.set_progress_bar_config(disable=True)
     expected, bare = picture(run.branch.pipeline), picture(base)
     assert distance(expected, bare) > 0.05
-    for file in pti.readable(run.branch):
+    for file in pti.checkable_files(run.branch):
         pipeline = stock(shop(), family)
         pipeline.load_lora_weights(model, weight_name=file)
         without = picture(pipeline)
@@ -387,15 +390,15 @@ def test_a_checkpoint_in_bfloat16_moves_although_each_step_is_below_its_spacing(
     run = bench.start()
     before = run.weights()
     assert {value.dtype for value in before.values()} == {torch.bfloat16}
-    assert run.train(bench.cache / "states", Told())
+    assert run.train(bench.cache / "states", RecordedReport())
     after = run.weights()
     moved = sum(int((before[name] != after[name]).sum()) for name in before)
     total = sum(value.numel() for value in before.values())
     assert 0 < moved < 0.2 * total  # by chance, a few of them
     again = bench.start()
-    assert not again.train(bench.cache / "other", Told(stop_at=2))
+    assert not again.train(bench.cache / "other", RecordedReport(stop_at=2))
     resumed = bench.start()
-    assert resumed.train(bench.cache / "other", Told())
+    assert resumed.train(bench.cache / "other", RecordedReport())
     assert same(resumed.weights(), after)
 
 
@@ -416,7 +419,7 @@ def test_a_lora_on_a_lora_begins_where_that_ended_and_is_whole_by_itself(
     run = bench.start()
     complete(run, shop(), family)
     assert distance(picture(run.branch.pipeline), before) < ROUNDING  # nothing is lost at the start
-    assert run.train(bench.cache / "states", Told())
+    assert run.train(bench.cache / "states", RecordedReport())
     expected = picture(run.branch.pipeline)
     assert distance(expected, before) > 1e-3
     second = bench.cache / "model"
@@ -424,7 +427,7 @@ def test_a_lora_on_a_lora_begins_where_that_ended_and_is_whole_by_itself(
     lora.save(run.branch, second, run.config, METADATA)
     ranks = {len(value) for key, value in load_file(second / lora.DIFFUSERS_FILE).items() if "lora_A" in key}
     assert ranks == {2 if on_top == "continue" else 4}
-    for file in lora.readable(run.branch):
+    for file in lora.checkable_files(run.branch):
         pipeline = stock(shop(), family)
         pipeline.load_lora_weights(second, weight_name=file)
         assert distance(picture(pipeline), expected) < ROUNDING, file
@@ -486,7 +489,7 @@ def test_what_stands_on_a_pti_has_its_words(shop: Callable[..., Shop], family: s
 def test_another_number_of_words_begins_anew_and_says_so(shop: Callable[..., Shop]) -> None:
     _, model, _ = shop().trained("sd15", "pti", tokens=2)
     _, second, bench = shop().trained("sd15", "pti", model, tokens=1)
-    assert "has 2 new words for its token, not 1" in bench.warnings[0]
+    assert "has 2 learned tokens for its token, not 1" in bench.warnings[0]
     assert load_file(second / FORMATS["embeddings"])["clip_l"].shape == (1, 16)
 
 
@@ -504,7 +507,7 @@ def test_a_checkpoint_on_a_lora_has_it_in_its_weights(shop: Callable[..., Shop],
 
 def test_a_checkpoint_on_a_pti_is_refused_in_words(shop: Callable[..., Shop]) -> None:
     _, model, _ = shop().trained("sd15", "pti")
-    with pytest.raises(ValueError, match="a checkpoint has no place for them"):
+    with pytest.raises(ValueError, match="a checkpoint cannot hold"):
         shop().bench("sd15", "checkpoint", model).start()
 
 

@@ -171,7 +171,7 @@ def test_the_smallest_and_the_thinnest_are_taken(
 
 def test_a_file_may_be_so_large_and_no_larger(services: Services, file: Callable[[str, bytes], Upload]) -> None:
     small = Services(
-        services.settings.model_copy(update={"max_image_mb": 1}), services.store, services.decoder, services.looker
+        services.settings.model_copy(update={"max_image_mb": 1}), services.store, services.decoder, services.analyzer
     )
     (told,) = refused(small, file("cat.png", photo() + bytes(2**20)))
     assert told == "cat.png has 1.0 MB; at most 1 MB are allowed"
@@ -180,7 +180,7 @@ def test_a_file_may_be_so_large_and_no_larger(services: Services, file: Callable
 
 def test_no_images_and_too_many_are_refused(services: Services, file: Callable[[str, bytes], Upload]) -> None:
     few = Services(
-        services.settings.model_copy(update={"max_images": 3}), services.store, services.decoder, services.looker
+        services.settings.model_copy(update={"max_images": 3}), services.store, services.decoder, services.analyzer
     )
     photos = [file(f"{number}.png", photo()) for number in range(4)]
     assert refused(few) == ["must contain at least one image"]
@@ -340,7 +340,7 @@ def test_a_photo_that_kills_every_child_is_refused_and_the_next_is_taken(
         kill_children()
         os.close(writer)
     thread.join()
-    assert [str(problem) for problem in outcome] == ["broke the decoder; it is damaged, or made to do so"]
+    assert [str(problem) for problem in outcome] == ["crashed the image decoder; it is damaged, or made to do so"]
     taken(services, file("rex.png", photo()))
 
 

@@ -34,9 +34,9 @@ from tests.helpers.shared import SHARED
 from trainer.branches.protocol import load_branch
 from trainer.contract.prompts import CONTROLS
 from trainer.library.bases import Base
-from trainer.rendering import control, outlines
-from trainer.rendering.outlines import Point
+from trainer.rendering import control, preprocessors
 from trainer.rendering.pipelines import pipeline_for
+from trainer.rendering.preprocessors import Point
 
 CPU = torch.device("cpu")
 DOG = SHARED / "data" / "subjects" / "dog" / "00.jpg"
@@ -60,15 +60,15 @@ def square(size: int = 256) -> Image.Image:
 
 
 def test_there_is_an_outline_of_every_kind() -> None:
-    assert set(outlines.OUTLINES) == set(CONTROLS)
+    assert set(preprocessors.PREPROCESSORS) == set(CONTROLS)
     with pytest.raises(ValueError, match=r"no control 'mlsd'; there are canny, depth, pose, tile, lineart"):
-        outlines.outline("mlsd", square(), nowhere, CPU)
+        preprocessors.control_image("mlsd", square(), nowhere, CPU)
 
 
 @pytest.mark.parametrize("kind", ["canny", "lineart"])
 @pytest.mark.parametrize("size", [64, 256, 900])
 def test_lines_are_where_edges_are_and_nowhere_else(kind: str, size: int) -> None:
-    drawn = outlines.outline(kind, square(size), nowhere, CPU)
+    drawn = preprocessors.control_image(kind, square(size), nowhere, CPU)
     assert drawn.size == (size, size) and drawn.mode == "RGB"
     light = np.asarray(drawn).max(2)
     edge, reach = size // 4, max(3, size // 50)
@@ -86,19 +86,19 @@ def test_a_photo_becomes_a_line_drawing(kind: str) -> None:
     with Image.open(DOG) as opened:
         photo = ImageOps.fit(opened.convert("RGB"), (320, 256))
     before = photo.tobytes()
-    bare = np.asarray(outlines.outline(kind, photo, nowhere, CPU)).max(2)
+    bare = np.asarray(preprocessors.control_image(kind, photo, nowhere, CPU)).max(2)
     assert photo.tobytes() == before
     assert 0.005 < (bare > 127).mean() < 0.25 and (bare < 32).mean() > 0.7
     ImageDraw.Draw(photo).rectangle((0, 0, 60, 60), fill=(0, 0, 0))
-    changed = np.asarray(outlines.outline(kind, photo, nowhere, CPU)).max(2)
+    changed = np.asarray(preprocessors.control_image(kind, photo, nowhere, CPU)).max(2)
     assert changed.shape == (256, 320)
     assert (changed[10:50, 57:64].max(1) > 127).mean() > 0.8 and changed[10:50, 10:50].max() == 0
 
 
 def test_tile_is_the_picture_itself() -> None:
     grey = square().convert("L")
-    assert outlines.outline("tile", square(), nowhere, CPU).tobytes() == square().tobytes()
-    assert outlines.outline("tile", grey, nowhere, CPU).tobytes() == grey.convert("RGB").tobytes()
+    assert preprocessors.control_image("tile", square(), nowhere, CPU).tobytes() == square().tobytes()
+    assert preprocessors.control_image("tile", grey, nowhere, CPU).tobytes() == grey.convert("RGB").tobytes()
 
 
 # By models
@@ -179,12 +179,12 @@ def test_depth_fills_the_range_of_grey(models: Path, noise: Image.Image) -> None
         asked.append(name)
         return models / name
 
-    seen = outlines.outline("depth", noise, find, CPU)
+    seen = preprocessors.control_image("depth", noise, find, CPU)
     assert seen.size == noise.size and asked == ["depth"]
     assert seen.getextrema() == ((0, 255),) * 3  # the farthest and the nearest
     levels = np.asarray(seen)
     assert (levels[..., 0] == levels[..., 1]).all() and len(np.unique(levels)) > 50
-    flipped = outlines.outline("depth", ImageOps.mirror(noise), find, CPU)
+    flipped = preprocessors.control_image("depth", ImageOps.mirror(noise), find, CPU)
     assert flipped.tobytes() != seen.tobytes()
 
 
@@ -197,9 +197,9 @@ def test_weights_that_are_missing_from_a_model_that_looks_are_told(
     del weights["head.conv3.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"1 weights are missing, head\.conv3\.weight among them"):
-        outlines.outline("depth", noise, lambda _name: tmp_path, CPU)
+        preprocessors.control_image("depth", noise, lambda _name: tmp_path, CPU)
     with pytest.raises(OSError):
-        outlines.outline("depth", noise, lambda _name: tmp_path / "none", CPU)
+        preprocessors.control_image("depth", noise, lambda _name: tmp_path / "none", CPU)
 
 
 def test_people_become_stick_figures(models: Path, noise: Image.Image) -> None:
@@ -209,52 +209,56 @@ def test_people_become_stick_figures(models: Path, noise: Image.Image) -> None:
         asked.append(name)
         return models / name
 
-    seen = outlines.outline("pose", noise, find, CPU)
+    seen = preprocessors.control_image("pose", noise, find, CPU)
     assert seen.size == noise.size and asked == ["people", "pose"]
     colours = {colour for _, colour in seen.getcolors(100_000)}
-    assert (0, 0, 0) in colours and len(colours & set(outlines.COLOURS)) > 5
+    assert (0, 0, 0) in colours and len(colours & set(preprocessors.COLOURS)) > 5
 
 
 def test_nobody_in_the_picture_is_told(models: Path, noise: Image.Image) -> None:
     for people, points in (("chairs", "pose"), ("people", "unsure")):
         folders = {"people": models / people, "pose": models / points}
         with pytest.raises(ValueError, match="nobody was found in the picture whose pose could be taken"):
-            outlines.outline("pose", noise, folders.__getitem__, CPU)
+            preprocessors.control_image("pose", noise, folders.__getitem__, CPU)
 
 
 def test_a_body_has_the_neck_between_its_shoulders() -> None:
     points: list[Point] = [(float(place), 10.0 * place) for place in range(17)]
-    made = outlines.body(points)
+    made = preprocessors.body(points)
     assert made[0] == points[0] and made[1] == (5.5, 55.0)
     assert made[2:8] == [points[place] for place in (6, 8, 10, 5, 7, 9)]  # right arm, left arm
     assert made[8:14] == [points[place] for place in (12, 14, 16, 11, 13, 15)]  # right leg, left leg
     assert made[14:] == [points[place] for place in (2, 1, 4, 3)]  # right eye, left eye, right ear, left ear
     points[6] = None
-    assert outlines.body(points)[1] is None and outlines.body(points)[2] is None
+    assert preprocessors.body(points)[1] is None and preprocessors.body(points)[2] is None
 
 
 def test_limbs_go_from_point_to_point_in_their_colours() -> None:
     person: list[Point] = [None] * 18
     person[1], person[2], person[3] = (256.0, 100.0), (156.0, 100.0), (156.0, 300.0)  # neck, right shoulder, elbow
-    drawn = outlines.draw_people([person], (640, 512))
+    drawn = preprocessors.draw_people([person], (640, 512))
     assert drawn.size == (640, 512)
-    assert drawn.getpixel((256, 100)) == outlines.COLOURS[1] == (255, 85, 0)
-    assert drawn.getpixel((156, 300)) == outlines.COLOURS[3] == (255, 255, 0)
+    assert drawn.getpixel((256, 100)) == preprocessors.COLOURS[1] == (255, 85, 0)
+    assert drawn.getpixel((156, 300)) == preprocessors.COLOURS[3] == (255, 255, 0)
     assert drawn.getpixel((206, 100)) == (153, 0, 0)  # neck to right shoulder: the first limb
     assert drawn.getpixel((156, 200)) == (153, 102, 0)  # shoulder to elbow: the third one
     assert drawn.getpixel((206, 110)) == drawn.getpixel((166, 200)) == (0, 0, 0)
     person[2] = None
-    alone = np.asarray(outlines.draw_people([person], (640, 512)))
+    alone = np.asarray(preprocessors.draw_people([person], (640, 512)))
     assert (alone.max(2) > 0).sum() < 150  # two points, and no limb has both ends
-    assert outlines.COLOURS[-1] == (255, 0, 85) and len(outlines.COLOURS) == 18 and len(outlines.LIMBS) == 17
+    assert (
+        preprocessors.COLOURS[-1] == (255, 0, 85)
+        and len(preprocessors.COLOURS) == 18
+        and len(preprocessors.LIMBS) == 17
+    )
 
 
 def test_every_person_is_drawn_and_lines_widen_with_the_picture() -> None:
     def person(x: float, size: int) -> list[Point]:
         return [None, (x * size, 0.2 * size), (x * size, 0.8 * size), *[None] * 15]
 
-    two = np.asarray(outlines.draw_people([person(0.25, 512), person(0.75, 512)], (512, 512))).max(2)
-    wide = np.asarray(outlines.draw_people([person(0.25, 1024)], (1024, 1024))).max(2)
+    two = np.asarray(preprocessors.draw_people([person(0.25, 512), person(0.75, 512)], (512, 512))).max(2)
+    wide = np.asarray(preprocessors.draw_people([person(0.25, 1024)], (1024, 1024))).max(2)
     assert (two[256] > 0).sum() == 2 * (two[256, :256] > 0).sum() == 2 * 9
     assert (wide[512] > 0).sum() == 17
 
@@ -347,14 +351,14 @@ def drawn(
         told["mask_image"] = Image.linear_gradient("L").resize((SIDE, SIDE))
     pipeline, _ = pipeline_for(branch, task, model)
     if model is not None:
-        seen = seen or outlines.outline("canny", square(SIDE), nowhere, CPU)
+        seen = seen or preprocessors.control_image("canny", square(SIDE), nowhere, CPU)
         told |= control.arguments(branch, model, kind, seen, scale, task)
     generators = [torch.Generator().manual_seed(number) for number in range(count)]
     for generator in generators:
         torch.randn(skipped, generator=generator)
     with torch.no_grad():
         latents: Tensor = pipeline(
-            **branch.say("a dog", None),
+            **branch.encode_for_pipeline("a dog", None),
             **told,
             num_inference_steps=2,
             guidance_scale=3.0,

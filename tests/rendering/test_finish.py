@@ -302,7 +302,7 @@ def chart(hue: str) -> list[tuple[int, int, int]]:
 
 
 def saturation(colours: Any) -> float:
-    """Mean share of the brightest channel by which the darkest lies below it."""
+    """Mean share of the brightest channel by which the darkest is below it."""
     levels = np.array(colours, float)
     return float(((levels.max(1) - levels.min(1)) / levels.max(1)).mean())
 

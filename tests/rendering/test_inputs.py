@@ -30,7 +30,7 @@ LEFT = (0, 0, 32, 64)  # half of a picture of 64 x 64 px
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures that prompts start from, and masks: white is drawn anew."""
+    """Pictures that prompts start from, and masks: white is redrawn."""
     folder = tmp_path_factory.mktemp("files")
     noise(64, 64, 5).resize((16, 16)).resize((64, 64)).save(folder / "square.png")
     noise(96, 48, 6).save(folder / "wide.png")
@@ -70,6 +70,32 @@ def test_a_picture_stays_or_is_drawn_over(room: Room, tunes: dict[str, int], fil
     assert unlike(text, found[2])
     again = room.render(tunes[branch], **from_(files, denoising_strength=0.5)).picture
     assert apart(again, found[1]) <= ROUNDING
+
+
+def test_a_family_whose_pipeline_takes_no_strength_draws_all_steps(
+    room: Room, tunes: dict[str, int], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of FLUX.2, whose pipeline for texts takes a picture as a reference."""
+    room.render(tunes["sd15"])
+    loaded = room.renderer("sd15")._loaded.branch
+    told: list[dict[str, Any]] = []
+
+    class Referring:
+        """The stock pipeline for texts, which is given a picture beside."""
+
+        scheduler = loaded.pipeline.scheduler
+
+        def __call__(self, *, image: Any, **arguments: Any) -> Any:
+            told.append({"image": image, **arguments})
+            return loaded.pipeline(**arguments)
+
+    takes = frozenset({"image", "width", "height"})
+    monkeypatch.setattr(loaded, "task_pipeline", lambda _task: (Referring(), takes), raising=False)
+    done = room.render(tunes["sd15"], **from_(files, denoising_strength=0.25))
+    assert "strength" not in told[0] and told[0]["num_inference_steps"] == 4
+    assert apart(told[0]["image"], start(files)) == 0
+    assert done.warnings == ["sd15 takes a picture as a reference: denoising strengths have no effect"]
+    assert done.prompt.progress.step == done.prompt.progress.steps == 4
 
 
 def test_the_strength_is_0_8_where_nothing_is_said(room: Room, tunes: dict[str, int], files: Path) -> None:

@@ -25,7 +25,7 @@ from trainer.photos.intake import Decoder
 from trainer.rendering import renderer
 from trainer.studio import prompts, rows
 from trainer.studio.tunes import get_tune
-from trainer.work.bench import Bench
+from trainer.work.job_runner import JobRunner
 
 pytest_plugins = ("tests.helpers.web", "tests.helpers.rendering")
 
@@ -204,7 +204,9 @@ def test_the_same_word_of_two_models_is_told_each_time(room: Room, words: list[i
     bench = room.new_bench()
     for _ in range(2):
         done = room.render(first, f"a dog ohwx <lora:{second}:1>", bench)
-        assert done.warnings == ["two of these models have new words for 'ohwx': here it means the one named first"]
+        assert done.warnings == [
+            "two of these models have learned tokens for 'ohwx': here it means the one named first"
+        ]
     assert unlike(done.picture, room.render(second, f"a dog ohwx <lora:{first}:1>", bench).picture)
 
 
@@ -304,7 +306,7 @@ def test_a_file_that_has_changed_is_read_again(room: Room, two: tuple[int, int],
 def test_a_hundred_prompts_over_five_tunes_take_no_more_memory(room: Room, loaded: list[str]) -> None:
     tunes = [room.tune(seed=seed) for seed in range(3)]
     tunes += [room.tune(kind="pti", seed=5, words="ohwx"), room.tune(kind="faceid")]
-    bench: Bench = room.new_bench()
+    bench: JobRunner = room.new_bench()
     process, memory, pictures = psutil.Process(), {}, {}
     for number in range(1, 101):
         at = tunes[number % 5]

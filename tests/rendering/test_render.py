@@ -27,7 +27,7 @@ from trainer.contract.photos import Upload
 from trainer.contract.prompts import SCHEDULERS
 from trainer.library import weights
 from trainer.methods import lora
-from trainer.photos.looker import Looker
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.rendering import afterwards, film, paste, pictures, renderer, schedulers, upscale
 from trainer.rendering import preview as preview_
 from trainer.rendering.preview import Preview
@@ -454,29 +454,29 @@ class SameProcess:
     def close(self) -> None: ...
 
     def run(self, _seconds: float, name: str, *args: Any) -> Any:
-        from trainer.photos import child
+        from trainer.photos import subprocess_worker
 
-        return child.call("trainer.photos.faces", name, *args)
+        return subprocess_worker.call("trainer.photos.faces", name, *args)
 
 
 @pytest.fixture
-def looker(room: Room, monkeypatch: pytest.MonkeyPatch) -> Looker:
+def analyzer(room: Room, monkeypatch: pytest.MonkeyPatch) -> PhotoAnalyzer:
     """The real looker, for the bench of sd15."""
     if not FACES.is_dir():
         pytest.skip("the photos in ../shared are not on this machine")
     shutil.copy(SHARED / "weights" / weights.DETECTOR.name, room.settings.weights)
-    made = Looker(room.settings)
+    made = PhotoAnalyzer(room.settings)
     monkeypatch.setattr(made, "_child", SameProcess())
     monkeypatch.setattr(room.renderer("sd15"), "_looker", made)
     return made
 
 
-def test_a_real_face_is_found_and_drawn_again(room: Room, people: int, looker: Looker) -> None:
+def test_a_real_face_is_found_and_drawn_again(room: Room, people: int, analyzer: PhotoAnalyzer) -> None:
     file = FACES / "single" / "astronaut.png"
     asked = {"input_image": Upload(file.name, file), "denoising_strength": 0, "w": 160, "h": 160, "steps": 4}
     plain = room.render(people, **asked).picture
     plain.save(saved := room.settings.outputs / "seen.png")
-    (face,) = looker.faces(saved)
+    (face,) = analyzer.faces(saved)
     saved.unlink()
     done = room.render(people, inpaint_faces=True, **asked)
     square = paste.face_square(face.box, plain.size)
@@ -484,7 +484,7 @@ def test_a_real_face_is_found_and_drawn_again(room: Room, people: int, looker: L
     assert outside(done.picture, plain, [square]) == 0 and far(done.picture.crop(square), plain.crop(square)) > 1
 
 
-def test_a_real_face_is_restored(room: Room, tunes: dict[str, int], looker: Looker, monkeypatch: Any) -> None:
+def test_a_real_face_is_restored(room: Room, tunes: dict[str, int], analyzer: PhotoAnalyzer, monkeypatch: Any) -> None:
     from trainer.photos import restore
 
     real = restore.gfpgan

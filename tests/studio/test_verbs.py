@@ -285,7 +285,7 @@ def with_key(client: TestClient, key: str, title: str = "Rex", colour: str = "te
 
 def test_a_request_with_the_same_key_has_the_same_answer(services: Services) -> None:
     titles_repeat = services.settings.model_copy(update={"idempotency": False})
-    client = client_of(Services(titles_repeat, services.store, services.decoder, services.looker))
+    client = client_of(Services(titles_repeat, services.store, services.decoder, services.analyzer))
     first, again = with_key(client, "a-key"), with_key(client, "a-key")
     assert (first.status_code, again.status_code) == (201, 200)
     assert first.json() == again.json()
@@ -397,7 +397,7 @@ def test_json_and_a_form_have_the_same_answer(
     asked: dict[str, Any], services: Services, photo_server: ThreadingHTTPServer
 ) -> None:
     private = services.settings.model_copy(update={"private_urls": "allow"})
-    client = client_of(Services(private, services.store, services.decoder, services.looker))
+    client = client_of(Services(private, services.store, services.decoder, services.analyzer))
     asked = asked | {"image_urls": [f"{address(photo_server)}/a.png"]}
     by_json = client.post("/tunes", json={"tune": asked})
     assert by_json.status_code == 201, by_json.text

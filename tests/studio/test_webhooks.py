@@ -27,7 +27,7 @@ from trainer.photos import urls
 from trainer.settings import read_settings
 from trainer.studio import tunes, webhooks
 from trainer.studio.rows import Services
-from trainer.studio.webhooks import Postman, next_delay
+from trainer.studio.webhooks import WebhookSender, next_delay
 
 pytest_plugins = ("tests.helpers.web",)
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -52,8 +52,8 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def postman(services: Services, hurry: None) -> Iterator[Postman]:
-    postman = Postman(services)
+def postman(services: Services, hurry: None) -> Iterator[WebhookSender]:
+    postman = WebhookSender(services)
     postman.start()
     yield postman
     postman.close()
@@ -83,7 +83,7 @@ def arrived(services: Services, tune_id: int) -> bool:
 
 @pytest.mark.parametrize("status", ["trained", "failed"])
 def test_a_tune_that_ends_is_posted(
-    status: str, services: Services, client: TestClient, postman: Postman, receiver: ReceiverServer
+    status: str, services: Services, client: TestClient, postman: WebhookSender, receiver: ReceiverServer
 ) -> None:
     tune = create(client, callback=receiver.url("hook?user=1&x=%7B%7D"))
     end_next(services, status, error="out of memory" if status == "failed" else None)
@@ -99,7 +99,7 @@ def test_a_tune_that_ends_is_posted(
 
 
 def test_a_tune_that_is_canceled_while_it_waits_is_posted(
-    services: Services, client: TestClient, postman: Postman, receiver: ReceiverServer
+    services: Services, client: TestClient, postman: WebhookSender, receiver: ReceiverServer
 ) -> None:
     tune = create(client, callback=receiver.url("hook"))
     client.post(f"/tunes/{tune['id']}/cancel")
@@ -108,7 +108,7 @@ def test_a_tune_that_is_canceled_while_it_waits_is_posted(
 
 
 def test_prompts_are_posted_each_and_all_at_their_end(
-    services: Services, client: TestClient, postman: Postman, receiver: ReceiverServer
+    services: Services, client: TestClient, postman: WebhookSender, receiver: ReceiverServer
 ) -> None:
     prompts = {f"prompts_attributes][{n}][{key}": value for n in (0, 1) for key, value in {
         "text": f"ohwx dog {n}", "callback": receiver.url(f"prompt{n}")}.items()}  # fmt: skip
@@ -138,7 +138,7 @@ def test_nothing_is_posted_where_nothing_was_asked(services: Services, client: T
 
 
 def test_a_callback_can_be_sent_again(
-    services: Services, client: TestClient, postman: Postman, receiver: ReceiverServer
+    services: Services, client: TestClient, postman: WebhookSender, receiver: ReceiverServer
 ) -> None:
     tune = create(client, callback=receiver.url("hook"))
     end_next(services, "trained")
@@ -163,7 +163,7 @@ def test_a_deleted_tune_is_not_posted(services: Services, client: TestClient, re
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_receiver_that_fails_at_first_gets_it_in_the_end(
-    fault: str, services: Services, client: TestClient, postman: Postman, receiver: ReceiverServer
+    fault: str, services: Services, client: TestClient, postman: WebhookSender, receiver: ReceiverServer
 ) -> None:
     tune = create(client, callback=receiver.url(fault))
     end_next(services, "trained")
@@ -175,7 +175,7 @@ def test_a_receiver_that_fails_at_first_gets_it_in_the_end(
 
 
 def test_a_receiver_that_is_not_there_yet_gets_it_when_it_is(
-    services: Services, client: TestClient, postman: Postman
+    services: Services, client: TestClient, postman: WebhookSender
 ) -> None:
     late = ReceiverServer()
     port = late.server_port
@@ -196,7 +196,11 @@ def test_a_receiver_that_is_not_there_yet_gets_it_when_it_is(
 
 
 def test_one_that_hangs_holds_up_nobody(
-    services: Services, client: TestClient, postman: Postman, receiver: ReceiverServer, monkeypatch: pytest.MonkeyPatch
+    services: Services,
+    client: TestClient,
+    postman: WebhookSender,
+    receiver: ReceiverServer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(urls, "ANSWER_SECONDS", 30.0)
     receiver.failures = 100
@@ -248,7 +252,7 @@ def test_signatures_are_those_of_standard_webhooks(
         services.settings.model_copy(update={"webhook_secret": SecretStr(SECRET)}),
         services.store,
         services.decoder,
-        services.looker,
+        services.analyzer,
     )
     create(client_of(signing), callback=receiver.url("hook"))
     end_next(services, "trained")

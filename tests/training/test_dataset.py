@@ -18,12 +18,22 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
+from torch.nn.utils.rnn import pad_sequence
 
-from tests.helpers.bench import Bench, config_of
+from tests.helpers.training import TrainingSetup, config_of
 from trainer.config.train_config import TrainConfig
 from trainer.photos.geometry import DIMMED, bucket, crops, cut, load_mask, to_pixels
 from trainer.training import views as views_
-from trainer.training.dataset import Dataset, MicroBatch, build, captions_for, find_pictures, in_turn, without_mask
+from trainer.training.dataset import (
+    Dataset,
+    MicroBatch,
+    build,
+    captions_for,
+    epoch_order,
+    find_pictures,
+    join,
+    without_mask,
+)
 from trainer.training.seeds import derive
 from trainer.training.views import Picture, Sample, View, to_weights, trained_size
 
@@ -581,8 +591,8 @@ def test_captions_that_are_encoded_in_each_step_are_those_encoded_once(
     thin_sd15: Path, tmp_path: Path, photos: list[Path]
 ) -> None:
     # The adapters of the text encoder change nothing before they are trained.
-    cached = Bench(thin_sd15, tmp_path, photos, config_of(text_encoder_lr=0)).start()
-    anew = Bench(thin_sd15, tmp_path, photos, config_of(text_encoder_lr=1e-3)).start()
+    cached = TrainingSetup(thin_sd15, tmp_path, photos, config_of(text_encoder_lr=0)).start()
+    anew = TrainingSetup(thin_sd15, tmp_path, photos, config_of(text_encoder_lr=1e-3)).start()
     assert cached.data.cond is not None
     assert anew.data.cond is None
     assert (cached.branch.text_encoders.keys(), anew.branch.text_encoders.keys()) == (set(), {"text_encoder"})
@@ -594,6 +604,38 @@ def test_captions_that_are_encoded_in_each_step_are_those_encoded_once(
             assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
             different |= {float(row.sum()) for row in one["encoder_hidden_states"]}
     assert len(different) > 2  # the captions are not all alike to the encoder
+
+
+class Ragged(Plain):
+    """Texts have different lengths: letters (B, L, 1), padded with zeros to the longest, and lengths (B,)."""
+
+    def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
+        texts = [torch.tensor(list(caption.encode())).reshape(-1, 1) for caption in captions]
+        return {"letters": pad_sequence(texts, batch_first=True), "lengths": torch.tensor([len(one) for one in texts])}
+
+
+@pytest.mark.parametrize("text_encoder_lr", [0, 1e-3])
+def test_texts_of_different_lengths_are_padded_to_the_longest(text_encoder_lr: float) -> None:
+    family: Any = Ragged()
+    names = ["a dog", "a dog on a sofa", "dogs"]
+    config = settled(batch=4, micro_batch=4, caption_dropout=0.3, text_encoder_lr=text_encoder_lr)
+    captions = [*names, ""]
+    cond = [family.encode_prompts([caption]) for caption in captions]
+    data = Dataset([sample(name) for name in names], captions, None if text_encoder_lr else cond, config)
+    seen = set()
+    for step in range(8):
+        for batch in data.batches(family, step):
+            letters, lengths = batch.cond["letters"], batch.cond["lengths"].tolist()
+            assert letters.shape == (len(batch.latents), max(lengths), 1)
+            assert not any(row[length:].any() for row, length in zip(letters, lengths, strict=True))
+            seen |= {bytes(row[:length, 0].tolist()).decode() for row, length in zip(letters, lengths, strict=True)}
+    assert seen == set(captions)
+
+
+def test_texts_of_one_length_are_put_together_as_they_are() -> None:
+    texts = [torch.rand(1, 3, 2), torch.rand(2, 3, 2)]
+    assert torch.equal(join(texts), torch.cat(texts))
+    assert join([torch.tensor([3]), torch.tensor([5])]).tolist() == [3, 5]  # lengths have no second dimension
 
 
 # Chance
@@ -618,7 +660,7 @@ def named(shapes: list[tuple[int, int]]) -> list[Sample]:
 def test_each_sample_is_seen_once_per_epoch_beside_those_of_its_shape(shapes: list[tuple[int, int]], seed: int) -> None:
     samples = named(shapes)
     for epoch in range(3):
-        turn = in_turn(seed, samples, epoch * len(samples), len(samples))
+        turn = epoch_order(seed, samples, epoch * len(samples), len(samples))
         assert Counter(one.picture.name for one in turn) == Counter(one.picture.name for one in samples)
         changes = sum(one.shape != other.shape for one, other in pairwise(turn))
         assert changes == len(set(shapes)) - 1
@@ -629,22 +671,22 @@ def test_the_order_is_the_same_wherever_a_run_starts(
     shapes: list[tuple[int, int]], seed: int, start: int, batch: int
 ) -> None:
     samples = named(shapes)
-    whole = in_turn(seed, samples, 0, 60)
-    parts = [one for place in range(start, 60, batch) for one in in_turn(seed, samples, place, batch)]
+    whole = epoch_order(seed, samples, 0, 60)
+    parts = [one for place in range(start, 60, batch) for one in epoch_order(seed, samples, place, batch)]
     assert parts[: 60 - start] == whole[start:]
 
 
 def test_the_order_is_shuffled_anew_in_each_epoch_and_for_each_seed() -> None:
     samples = named([(8, 8), (8, 12)] * 4)
     orders = {
-        tuple(one.picture.name for one in in_turn(seed, samples, epoch * 8, 8))
+        tuple(one.picture.name for one in epoch_order(seed, samples, epoch * 8, 8))
         for seed in range(5)
         for epoch in range(5)
     }
     assert len(orders) > 20
     first = {order[0] for order in orders}
     assert len(first) > 4  # of either shape
-    assert in_turn(42, samples, 0, 50) == in_turn(42, samples, 0, 50) != in_turn(43, samples, 0, 50)
+    assert epoch_order(42, samples, 0, 50) == epoch_order(42, samples, 0, 50) != epoch_order(43, samples, 0, 50)
 
 
 def test_a_step_names_its_pictures_by_the_names_that_the_user_knows() -> None:
@@ -663,7 +705,7 @@ def test_the_empty_caption_takes_the_place_of_its_share(share: float) -> None:
     spoken, silent = [], set()
     for step in range(500):
         [batch] = data.batches(family, step)
-        own = [one.picture.caption for one in in_turn(config.seed, samples, step * 4, 4)]
+        own = [one.picture.caption for one in epoch_order(config.seed, samples, step * 4, 4)]
         assert all(caption in ("", expected) for caption, expected in zip(said(batch.cond), own, strict=True))
         spoken += said(batch.cond)
         silent.add(said(batch.cond).count(""))
@@ -803,7 +845,7 @@ def test_gradients_of_a_step_in_pieces_are_those_of_the_whole_step(
 ) -> None:
     gradients = []
     for micro_batch in (3, 1):
-        run = Bench(thin_sd15, tmp_path, photos, config_of(batch=3, micro_batch=micro_batch)).start()
+        run = TrainingSetup(thin_sd15, tmp_path, photos, config_of(batch=3, micro_batch=micro_batch)).start()
         batches = list(run.data.batches(run.branch, 0))
         assert len(batches) == 3 // micro_batch
         for batch in batches:
@@ -825,7 +867,7 @@ def test_a_photo_is_decoded_once_whatever_is_made_of_it(
         return open_image(file, *arguments)
 
     config = config_of(resolution="32,64", crops=2, flip="true")
-    bench = Bench(tiny_sd15, tmp_path, photos, config)
+    bench = TrainingSetup(tiny_sd15, tmp_path, photos, config)
     monkeypatch.setattr(views_.Image, "open", spy)
     run = bench.start()
     assert len(run.data.samples) == 2 * len(photos)

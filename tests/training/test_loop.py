@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.helpers.bench import STEPS, Bench, Run, Told, config_of, same
 from tests.helpers.tiny import make_tiny_sdxl1
+from tests.helpers.training import STEPS, RecordedReport, Run, TrainingSetup, config_of, same
 from trainer.training import loop
 from trainer.training.states import SINCE, Diverged, save
 from trainer.training.views import Picture
@@ -24,8 +24,8 @@ STATE_TENSORS = ("weight", "exp_avg", "exp_avg_sq", "step")
 
 
 @pytest.fixture
-def bench(thin_sd15: Path, tmp_path: Path, photos: list[Path]) -> Bench:
-    return Bench(thin_sd15, tmp_path / "cache", photos, config_of())
+def bench(thin_sd15: Path, tmp_path: Path, photos: list[Path]) -> TrainingSetup:
+    return TrainingSetup(thin_sd15, tmp_path / "cache", photos, config_of())
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,12 @@ def thin_sdxl1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench_of(tmp_path: Path, photos: list[Path], request: pytest.FixtureRequest) -> Callable[[str], Bench]:
+def bench_of(tmp_path: Path, photos: list[Path], request: pytest.FixtureRequest) -> Callable[[str], TrainingSetup]:
     """bench_of(family): a bench for the thinnest base of a family."""
     thin = {"sd15": "thin_sd15", "sdxl1": "thin_sdxl1", "flux1": "tiny_flux1"}
 
-    def make(family: str) -> Bench:
-        return Bench(request.getfixturevalue(thin[family]), tmp_path / "cache", photos, config_of(), family)
+    def make(family: str) -> TrainingSetup:
+        return TrainingSetup(request.getfixturevalue(thin[family]), tmp_path / "cache", photos, config_of(), family)
 
     return make
 
@@ -49,8 +49,8 @@ def bench_of(tmp_path: Path, photos: list[Path], request: pytest.FixtureRequest)
 def finished_states(thin_sd15: Path, photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The states of a finished run. Read only."""
     folder = tmp_path_factory.mktemp("finished")
-    bench = Bench(thin_sd15, folder / "cache", photos, config_of())
-    assert bench.start().train(folder / "states", Told())
+    bench = TrainingSetup(thin_sd15, folder / "cache", photos, config_of())
+    assert bench.start().train(folder / "states", RecordedReport())
     return folder / "states"
 
 
@@ -66,15 +66,15 @@ def states(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("text_encoder_lr", [0, 5e-3])
 @pytest.mark.parametrize("stops", [[3], [2, 3, 5]])
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(
-    bench: Bench, states: Path, text_encoder_lr: float, stops: list[int]
+    bench: TrainingSetup, states: Path, text_encoder_lr: float, stops: list[int]
 ) -> None:
     bench.config = config_of(text_encoder_lr=text_encoder_lr)
     whole = bench.start()
-    assert whole.train(states / "whole", Told())
+    assert whole.train(states / "whole", RecordedReport())
 
     for number, stop in enumerate([*stops, None]):
         # Other adapters to begin with, as a proof that all of them come from the state.
-        run, told = bench.start(adapters_seed=number), Told(stop_at=stop)
+        run, told = bench.start(adapters_seed=number), RecordedReport(stop_at=stop)
         finished = run.train(states / "parts", told)
         assert finished == (stop is None)
         assert told.resumed_at == [([0, *stops])[number]]
@@ -85,16 +85,16 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(
 
 @pytest.mark.parametrize(("family", "text_encoder_lr"), [("sdxl1", 0), ("sdxl1", 5e-3), ("flux1", 0)])
 def test_a_run_of_another_family_resumes_bit_for_bit_as_well(
-    bench_of: Callable[[str], Bench], states: Path, family: str, text_encoder_lr: float
+    bench_of: Callable[[str], TrainingSetup], states: Path, family: str, text_encoder_lr: float
 ) -> None:
     bench = bench_of(family)
     bench.config = config_of(text_encoder_lr=text_encoder_lr)
     whole, stopped, resumed = bench.start(), bench.start(), bench.start(adapters_seed=1)
-    whole.train(states / "whole", Told())
-    stopped.train(states / "parts", Told(stop_at=3))
+    whole.train(states / "whole", RecordedReport())
+    stopped.train(states / "parts", RecordedReport(stop_at=3))
     assert not same(stopped.weights(), whole.weights())
     assert not same(resumed.weights(), whole.weights())
-    resumed.train(states / "parts", Told())
+    resumed.train(states / "parts", RecordedReport())
     assert same(resumed.weights(), whole.weights())
     trained = {name.split(".")[0] for name in whole.weights()}
     assert trained == {"denoiser"} | ({"text_encoder", "text_encoder_2"} if text_encoder_lr else set())
@@ -102,21 +102,21 @@ def test_a_run_of_another_family_resumes_bit_for_bit_as_well(
     assert same(load_file(last[0]), load_file(last[1]))
 
 
-def test_a_finished_run_is_not_trained_further(bench: Bench, states: Path) -> None:
-    first, again, told = bench.start(), bench.start(adapters_seed=1), Told()
-    first.train(states, Told())
+def test_a_finished_run_is_not_trained_further(bench: TrainingSetup, states: Path) -> None:
+    first, again, told = bench.start(), bench.start(adapters_seed=1), RecordedReport()
+    first.train(states, RecordedReport())
     assert again.train(states, told)
     assert told.steps == [STEPS]
     assert same(again.weights(), first.weights())
 
 
-def test_another_seed_trains_other_weights(bench: Bench, states: Path) -> None:
+def test_another_seed_trains_other_weights(bench: TrainingSetup, states: Path) -> None:
     first, same_seed = bench.start(), bench.start()
-    first.train(states / "1", Told())
-    same_seed.train(states / "2", Told())
+    first.train(states / "1", RecordedReport())
+    same_seed.train(states / "2", RecordedReport())
     bench.config = config_of(seed=43)
     other_seed = bench.start()
-    other_seed.train(states / "3", Told())
+    other_seed.train(states / "3", RecordedReport())
     assert same(first.weights(), same_seed.weights())
     assert not same(first.weights(), other_seed.weights())
 
@@ -163,55 +163,57 @@ def write_manifest(content: bytes) -> Callable[[Path], None]:
     ],
 )
 def test_a_state_that_is_not_whole_gives_way_to_the_one_before(
-    bench: Bench, states: Path, finished_states: Path, spoil: Callable[[Path], None]
+    bench: TrainingSetup, states: Path, finished_states: Path, spoil: Callable[[Path], None]
 ) -> None:
     shutil.copytree(finished_states, states)
     assert sorted(state.name for state in states.glob("step-*")) == ["step-000004", "step-000006"]
     spoil(states / "step-000006")
-    told = Told(stop_at=4)
+    told = RecordedReport(stop_at=4)
     bench.start().train(states, told)
     assert told.resumed_at == [4]
 
 
-def test_a_run_that_goes_on_from_the_state_before_ends_the_same(bench: Bench, states: Path) -> None:
+def test_a_run_that_goes_on_from_the_state_before_ends_the_same(bench: TrainingSetup, states: Path) -> None:
     first, again = bench.start(), bench.start(adapters_seed=1)
-    first.train(states, Told())
+    first.train(states, RecordedReport())
     flip_one_bit(states / "step-000006")
-    again.train(states, Told())
+    again.train(states, RecordedReport())
     assert same(again.weights(), first.weights())
-    told = Told()
+    told = RecordedReport()
     bench.start().train(states, told)
     assert told.resumed_at == [STEPS]  # the broken state has been replaced
 
 
-def test_a_folder_that_a_crash_left_half_written_is_no_state(bench: Bench, states: Path) -> None:
-    bench.start().train(states, Told(stop_at=2))
+def test_a_folder_that_a_crash_left_half_written_is_no_state(bench: TrainingSetup, states: Path) -> None:
+    bench.start().train(states, RecordedReport(stop_at=2))
     (states / "step-000004.partial-0123abcd").mkdir()
     (states / "step-000005").mkdir()
-    told = Told()
+    told = RecordedReport()
     bench.start().train(states, told)
     assert told.resumed_at == [2]
 
 
-def test_a_state_from_before_words_came_to_the_configuration_is_gone_on_from(bench: Bench, states: Path) -> None:
-    bench.start().train(states, Told(stop_at=3))
+def test_a_state_from_before_words_came_to_the_configuration_is_gone_on_from(
+    bench: TrainingSetup, states: Path
+) -> None:
+    bench.start().train(states, RecordedReport(stop_at=3))
     for state in states.iterdir():
         facts = json.loads((state / "manifest.json").read_text())
         facts["config"] = {word: value for word, value in facts["config"].items() if word not in SINCE}
         (state / "manifest.json").write_text(json.dumps(facts))
-    told = Told()
+    told = RecordedReport()
     assert bench.start().train(states, told)
     assert told.resumed_at == [3]
 
 
-def test_a_state_of_another_configuration_is_not_used(bench: Bench, states: Path) -> None:
-    bench.start().train(states, Told())
+def test_a_state_of_another_configuration_is_not_used(bench: TrainingSetup, states: Path) -> None:
+    bench.start().train(states, RecordedReport())
     bench.config = config_of(lr=1e-3)
-    told = Told(stop_at=3)
+    told = RecordedReport(stop_at=3)
     bench.start().train(states, told)
     assert told.resumed_at == [0]
     # Nor does it push out the states of this one, though it had come further.
-    told = Told(stop_at=3)
+    told = RecordedReport(stop_at=3)
     bench.start().train(states, told)
     assert told.resumed_at == [3]
 
@@ -219,10 +221,10 @@ def test_a_state_of_another_configuration_is_not_used(bench: Bench, states: Path
 # States
 
 
-def test_at_most_two_states_are_kept_and_each_is_complete(bench: Bench, states: Path) -> None:
+def test_at_most_two_states_are_kept_and_each_is_complete(bench: TrainingSetup, states: Path) -> None:
     bench.config = config_of(save_every=1)
     kept: list[list[str]] = []
-    told = Told(on_saved=lambda: kept.append(sorted(state.name for state in states.iterdir())))
+    told = RecordedReport(on_saved=lambda: kept.append(sorted(state.name for state in states.iterdir())))
     run = bench.start()
     run.train(states, told)
     assert told.saved_at == list(range(1, STEPS + 1))
@@ -232,19 +234,19 @@ def test_at_most_two_states_are_kept_and_each_is_complete(bench: Bench, states: 
     assert same(run.weights(), {name: tensors[f"weight/{name}"] for name in run.weights()})
 
 
-def test_a_run_is_stopped_within_one_step_with_its_state_saved(bench: Bench, states: Path) -> None:
+def test_a_run_is_stopped_within_one_step_with_its_state_saved(bench: TrainingSetup, states: Path) -> None:
     bench.config = config_of(save_every=100)
-    told = Told(stop_at=3)
+    told = RecordedReport(stop_at=3)
     assert bench.start().train(states, told) is False
     assert told.steps == [0, 1, 2, 3]
     assert told.saved_at == [3]
     assert [state.name for state in states.iterdir()] == ["step-000003"]
 
 
-def test_a_run_that_is_stopped_before_its_first_step_trains_nothing(bench: Bench, states: Path) -> None:
+def test_a_run_that_is_stopped_before_its_first_step_trains_nothing(bench: TrainingSetup, states: Path) -> None:
     run = bench.start()
     before = run.weights()
-    assert run.train(states, Told(stop_at=0)) is False
+    assert run.train(states, RecordedReport(stop_at=0)) is False
     assert same(run.weights(), before)
 
 
@@ -252,7 +254,7 @@ def test_a_run_that_is_stopped_before_its_first_step_trains_nothing(bench: Bench
 
 
 @pytest.mark.parametrize("text_encoder_lr", [0, 5e-3])
-def test_only_the_adapters_move_and_all_of_them_do(bench: Bench, states: Path, text_encoder_lr: float) -> None:
+def test_only_the_adapters_move_and_all_of_them_do(bench: TrainingSetup, states: Path, text_encoder_lr: float) -> None:
     bench.config = config_of(text_encoder_lr=text_encoder_lr)
     run = bench.start()
     modules = {"denoiser": run.branch.denoiser, **run.branch.text_encoders, "vae": run.branch.pipeline.vae}
@@ -265,14 +267,14 @@ def test_only_the_adapters_move_and_all_of_them_do(bench: Bench, states: Path, t
         }
 
     before = everything()
-    run.train(states, Told())
+    run.train(states, RecordedReport())
     moved = {name for name, tensor in everything().items() if not torch.equal(tensor, before[name])}
     assert moved == run.weights().keys()
     assert {name.split(".")[0] for name in moved} == ({"denoiser", "text_encoder"} if text_encoder_lr else {"denoiser"})
     assert all(".lora_A." in name or ".lora_B." in name for name in moved)
 
 
-def test_training_lowers_the_loss(bench: Bench, states: Path) -> None:
+def test_training_lowers_the_loss(bench: TrainingSetup, states: Path) -> None:
     bench.config = config_of(steps=40, min_snr=0, save_every=100)
     run = bench.start()
 
@@ -286,7 +288,7 @@ def test_training_lowers_the_loss(bench: Bench, states: Path) -> None:
             return float(torch.stack(losses).mean())
 
     before = error()
-    told = Told()
+    told = RecordedReport()
     run.train(states, told)
     assert error() < 0.9 * before
     assert len(told.losses) == 4 and all(math.isfinite(loss) for loss in told.losses)  # one reading in ten steps
@@ -316,9 +318,9 @@ def finite(states: Path) -> bool:
     return bool(kept) and all(torch.isfinite(tensor).all() for state in kept for tensor in state.values())
 
 
-def test_a_loss_that_is_not_finite_goes_back_and_on_at_half_the_rate(bench: Bench, states: Path) -> None:
+def test_a_loss_that_is_not_finite_goes_back_and_on_at_half_the_rate(bench: TrainingSetup, states: Path) -> None:
     bench.config = config_of(schedule="constant", warmup_steps=0)
-    run, told = bench.start(), Told()
+    run, told = bench.start(), RecordedReport()
     told.on_saved = lambda: all_finite.append(finite(states))
     all_finite: list[bool] = []
     spoil(run, lambda call: call == 4)  # the fourth step; states are saved after the second and the fourth
@@ -334,33 +336,35 @@ def test_a_loss_that_is_not_finite_goes_back_and_on_at_half_the_rate(bench: Benc
     assert named == set(run.data.names(3))
     # The same as a run that was told to go on from that state at half the rate, without any harm.
     other, first = bench.start(adapters_seed=1), bench.start()
-    first.train(states.parent / "again", Told(stop_at=2))
+    first.train(states.parent / "again", RecordedReport(stop_at=2))
     manifest = states.parent / "again" / "step-000002" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"halvings": 0', '"halvings": 1'))
-    other.train(states.parent / "again", Told())
+    other.train(states.parent / "again", RecordedReport())
     assert same(other.weights(), run.weights())
 
 
 @pytest.mark.parametrize("stop", [4, 5])
-def test_a_run_that_is_stopped_after_it_went_back_resumes_bit_for_bit(bench: Bench, states: Path, stop: int) -> None:
+def test_a_run_that_is_stopped_after_it_went_back_resumes_bit_for_bit(
+    bench: TrainingSetup, states: Path, stop: int
+) -> None:
     whole, stopped, resumed, unharmed = bench.start(), bench.start(), bench.start(adapters_seed=1), bench.start()
     spoil(whole, lambda call: call == 4)
     spoil(stopped, lambda call: call == 4)
-    assert whole.train(states / "whole", Told())
-    told = Told()
-    assert not stopped.train(states / "parts", Told(stop_at=stop))
+    assert whole.train(states / "whole", RecordedReport())
+    told = RecordedReport()
+    assert not stopped.train(states / "parts", RecordedReport(stop_at=stop))
     assert resumed.train(states / "parts", told)
     assert told.resumed_at == [stop] and told.warnings == []
     assert same(resumed.weights(), whole.weights())
     last = [states / name / f"step-{STEPS:06d}" / "state.safetensors" for name in ("whole", "parts")]
     assert same(load_file(last[0]), load_file(last[1]))
-    unharmed.train(states / "unharmed", Told())
+    unharmed.train(states / "unharmed", RecordedReport())
     assert not same(unharmed.weights(), whole.weights())  # the rate that was halved stays so
 
 
-def test_the_rate_is_halved_twice_and_no_more(bench: Bench, states: Path) -> None:
+def test_the_rate_is_halved_twice_and_no_more(bench: TrainingSetup, states: Path) -> None:
     bench.config = config_of(schedule="constant", warmup_steps=0)
-    run, told = bench.start(), Told()
+    run, told = bench.start(), RecordedReport()
     spoil(run, lambda call: call in (3, 7))  # steps 3 and 4 are calls 5 and 6 the second time, then 5 is call 7
     assert run.train(states, told)
     assert told.resumed_at == [0, 2, 4]
@@ -368,9 +372,9 @@ def test_the_rate_is_halved_twice_and_no_more(bench: Bench, states: Path) -> Non
     assert len(told.warnings) == 2 and finite(states)
 
 
-def test_before_the_first_state_it_goes_back_to_the_beginning(bench: Bench, states: Path) -> None:
+def test_before_the_first_state_it_goes_back_to_the_beginning(bench: TrainingSetup, states: Path) -> None:
     bench.config = config_of(save_every=100)
-    run, told = bench.start(), Told()
+    run, told = bench.start(), RecordedReport()
     spoil(run, lambda call: call == 3)
     assert run.train(states, told)
     assert told.resumed_at == [0, 0]
@@ -379,12 +383,12 @@ def test_before_the_first_state_it_goes_back_to_the_beginning(bench: Bench, stat
     # The very beginning: as a run that starts at half the rate does. AdamW knows the rate only.
     bench.config = config_of(save_every=100, lr=5e-3)
     other = bench.start()
-    other.train(states.parent / "other", Told())
+    other.train(states.parent / "other", RecordedReport())
     assert same(other.weights(), run.weights())
 
 
-def test_a_run_that_diverges_three_times_fails_and_names_the_pictures(bench: Bench, states: Path) -> None:
-    run, told = bench.start(), Told()
+def test_a_run_that_diverges_three_times_fails_and_names_the_pictures(bench: TrainingSetup, states: Path) -> None:
+    run, told = bench.start(), RecordedReport()
     spoil(run, lambda call: call > 2)
     with pytest.raises(Diverged, match=r"not a finite number in step 3, .*\.png") as failed:
         run.train(states, told)
@@ -395,8 +399,8 @@ def test_a_run_that_diverges_three_times_fails_and_names_the_pictures(bench: Ben
     assert told.saved_at == [2] and finite(states)
 
 
-def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(bench: Bench, states: Path) -> None:
-    run, told = bench.start(), Told()
+def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(bench: TrainingSetup, states: Path) -> None:
+    run, told = bench.start(), RecordedReport()
     # The root of 0 has an infinite slope and a finite value.
     spoil(run, lambda call: call == 3, lambda loss: loss.detach() + (loss - loss.detach()).sqrt())
     assert run.train(states, told)
@@ -404,8 +408,10 @@ def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(bench: Bench,
     assert all(math.isfinite(loss) for loss in told.losses) and finite(states)
 
 
-def test_a_weight_that_is_not_finite_though_loss_and_gradient_are_is_not_saved(bench: Bench, states: Path) -> None:
-    run, told = bench.start(), Told()
+def test_a_weight_that_is_not_finite_though_loss_and_gradient_are_is_not_saved(
+    bench: TrainingSetup, states: Path
+) -> None:
+    run, told = bench.start(), RecordedReport()
     weight = run.groups[0]["params"][0]
 
     def overflow(loss: Tensor) -> Tensor:
@@ -418,7 +424,7 @@ def test_a_weight_that_is_not_finite_though_loss_and_gradient_are_is_not_saved(b
     assert finite(states) and torch.isfinite(weight).all()
 
 
-def test_who_looks_in_between_sees_finite_weights_only(bench: Bench, states: Path) -> None:
+def test_who_looks_in_between_sees_finite_weights_only(bench: TrainingSetup, states: Path) -> None:
     bench.config = config_of(save_every=100)
     run, seen = bench.start(), []
 
@@ -426,7 +432,7 @@ def test_who_looks_in_between_sees_finite_weights_only(bench: Bench, states: Pat
         seen.append((step, all(torch.isfinite(weight).all() for weight in run.weights().values())))
 
     spoil(run, lambda call: call == 3)
-    loop.train(run.branch, run.groups, run.data, run.config, Told(), states, look, look_at=(2, 3, 5))
+    loop.train(run.branch, run.groups, run.data, run.config, RecordedReport(), states, look, look_at=(2, 3, 5))
     assert seen == [(2, True), (2, True), (3, True), (5, True)]  # after the step that went wrong nobody looked
 
 
@@ -434,14 +440,16 @@ def test_who_looks_in_between_sees_finite_weights_only(bench: Bench, states: Pat
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl1", "flux1"])
-def test_smaller_micro_batches_take_the_same_steps(bench_of: Callable[[str], Bench], states: Path, family: str) -> None:
+def test_smaller_micro_batches_take_the_same_steps(
+    bench_of: Callable[[str], TrainingSetup], states: Path, family: str
+) -> None:
     bench, ends = bench_of(family), []
     for micro_batch in (4, 2, 1):
         bench.config = config_of(batch=4, micro_batch=micro_batch, steps=4)
         run = bench.start()
         start = run.weights()
         assert len(list(run.data.batches(run.branch, 0))) == 4 // micro_batch
-        run.train(states / str(micro_batch), Told())
+        run.train(states / str(micro_batch), RecordedReport())
         ends.append(run.weights())
     for name, weight in ends[0].items():
         assert float((weight - start[name]).abs().max()) > 0.01, name
@@ -449,7 +457,7 @@ def test_smaller_micro_batches_take_the_same_steps(bench_of: Callable[[str], Ben
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl1", "flux1"])
-def test_checkpointing_changes_no_bit(bench_of: Callable[[str], Bench], states: Path, family: str) -> None:
+def test_checkpointing_changes_no_bit(bench_of: Callable[[str], TrainingSetup], states: Path, family: str) -> None:
     bench = bench_of(family)
     bench.config = config_of(steps=3)
     run, calls = bench.start(), list[int]()
@@ -457,7 +465,7 @@ def test_checkpointing_changes_no_bit(bench_of: Callable[[str], Bench], states: 
     name = next(name for name in start if ".to_q.lora_A." in name)
     layer = run.branch.denoiser.get_submodule(name.removeprefix("denoiser.").partition(".lora_A.")[0])
     layer.register_forward_hook(lambda *_: calls.append(1))
-    run.train(states / "plain", Told())
+    run.train(states / "plain", RecordedReport())
     plain, computed = run.weights(), len(calls)
     # Again on the same memory: the same weights elsewhere might be summed in another order.
     for group in run.groups:
@@ -465,16 +473,16 @@ def test_checkpointing_changes_no_bit(bench_of: Callable[[str], Bench], states: 
             param.data.copy_(start[name])
     # As train.py has it.
     run.branch.pipeline.components[run.branch.denoiser_name].enable_gradient_checkpointing()
-    run.train(states / "thrifty", Told())
+    run.train(states / "thrifty", RecordedReport())
     assert (computed, len(calls) - computed) == (3, 6)  # once in a step, and once more for its gradients
     assert same(run.weights(), plain) and not same(plain, start)
 
 
-def test_class_pictures_add_their_share_to_the_loss(bench: Bench, photos: list[Path], states: Path) -> None:
+def test_class_pictures_add_their_share_to_the_loss(bench: TrainingSetup, photos: list[Path], states: Path) -> None:
     def first_step(prior_weight: float) -> tuple[float, Run]:
         """Its loss, and the run after it."""
         bench.config = config_of(steps=1, prior_weight=prior_weight, caption_dropout=0, flip=False)
-        run, told = bench.start(), Told()
+        run, told = bench.start(), RecordedReport()
         run.train(states / f"{prior_weight} {len(bench.more)}", told)
         return told.losses[0], run
 
@@ -489,7 +497,7 @@ def test_class_pictures_add_their_share_to_the_loss(bench: Bench, photos: list[P
 
 
 @pytest.mark.parametrize("kind", ["weight", "exp_avg"])
-def test_no_state_with_a_value_that_is_not_finite_is_written(bench: Bench, states: Path, kind: str) -> None:
+def test_no_state_with_a_value_that_is_not_finite_is_written(bench: TrainingSetup, states: Path, kind: str) -> None:
     run = bench.start()
     params = dict(zip(run.groups[0]["names"], run.groups[0]["params"], strict=True))
     optimizer = torch.optim.AdamW(params.values())
@@ -526,12 +534,14 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 4])
-def test_each_group_is_trained_at_its_own_rate_and_on_schedule(bench: Bench, states: Path, warmup_steps: int) -> None:
+def test_each_group_is_trained_at_its_own_rate_and_on_schedule(
+    bench: TrainingSetup, states: Path, warmup_steps: int
+) -> None:
     # AdamW's first step moves each weight that has a gradient by the learning rate.
     bench.config = config_of(steps=1, lr=3e-3, text_encoder_lr=1e-3, warmup_steps=warmup_steps, weight_decay=0)
     run = bench.start()
     before = run.weights()
-    run.train(states, Told())
+    run.train(states, RecordedReport())
     farthest = {"denoiser": 0.0, "text_encoder": 0.0}
     for name, weight in run.weights().items():
         part = name.split(".")[0]

@@ -154,14 +154,14 @@ def test_a_preview_that_finds_no_room_costs_only_itself(studio: Studio, monkeypa
 
     monkeypatch.setattr(train, "write_picture", full)
     tune = studio.ended(studio.create("no previews"))
-    assert tune.status == "trained" and answers.saved_moments(studio.services, tune.id) == []
+    assert tune.status == "trained" and answers.saved_snapshots(studio.services, tune.id) == []
 
 
 # The card
 
 
 def test_a_card_with_little_memory_changes_how_and_not_what(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.work.bench.free_gib", lambda device: 30.0)
+    monkeypatch.setattr("trainer.work.job_runner.free_gib", lambda device: 30.0)
     row = {"id": 1, "branch": "flux1", "method": "lora", "args": flux_args(studio)}
     (rows.tune_folder(studio.services, 1)).mkdir(parents=True)
     (rows.tune_folder(studio.services, 1) / "request.json").write_text('{"args": null}')
@@ -171,14 +171,14 @@ def test_a_card_with_little_memory_changes_how_and_not_what(studio: Studio, monk
     (rows.tune_folder(studio.services, 1) / "config.json").write_text(
         "{}"
     )  # begun: it goes on as it began, on whatever card
-    monkeypatch.setattr("trainer.work.bench.free_gib", lambda device: 200.0)
+    monkeypatch.setattr("trainer.work.job_runner.free_gib", lambda device: 200.0)
     assert bench._fitted(row | {"args": train_config.as_args(config)}) == config
 
 
 def test_a_card_that_is_too_small_is_told_before_anything_is_loaded(
     studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.work.bench.free_gib", lambda device: 22.1)
+    monkeypatch.setattr("trainer.work.job_runner.free_gib", lambda device: 22.1)
     row = {"id": 1, "branch": "flux1", "method": "lora", "args": flux_args(studio)}
     with pytest.raises(RuntimeError, match=r"flux1 needs a card with 26 GiB of free memory; there are 22\.1 GiB"):
         train_bench(studio)._fitted(row)
@@ -192,9 +192,9 @@ def flux_args(studio: Studio) -> str:
 def train_bench(studio: Studio) -> Any:
     import threading
 
-    from trainer.work.bench import Bench
+    from trainer.work.job_runner import JobRunner
 
-    return Bench(studio.settings, studio.store, studio.looker, torch.device("cpu"), threading.Event())
+    return JobRunner(studio.settings, studio.store, studio.analyzer, torch.device("cpu"), threading.Event())
 
 
 # Class pictures

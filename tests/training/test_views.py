@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.helpers.bench import Bench, config_of
+from tests.helpers.training import TrainingSetup, config_of
 from trainer.training import views
 from trainer.training.views import Opened, Picture
 
@@ -26,7 +26,7 @@ def test_a_picture_is_freed_before_the_next_one_is_decoded(
         decoded.append(weakref.ref(opened.image))
         return opened
 
-    bench = Bench(thin_sd15, tmp_path, photos, config_of(resolution="32,64"))
+    setup = TrainingSetup(thin_sd15, tmp_path, photos, config_of(resolution="32,64"))
     monkeypatch.setattr(views, "read", spy)
-    bench.start()
+    setup.start()
     assert left == [0] * len(photos)

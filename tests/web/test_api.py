@@ -41,7 +41,7 @@ def private(services: Services) -> Services:
         services.settings.model_copy(update={"private_urls": "allow"}),
         services.store,
         services.decoder,
-        services.looker,
+        services.analyzer,
     )
 
 
@@ -166,7 +166,7 @@ def test_titles_may_repeat_where_that_is_set(services: Services) -> None:
             services.settings.model_copy(update={"idempotency": False}),
             services.store,
             services.decoder,
-            services.looker,
+            services.analyzer,
         )
     )
     assert [post(client, GOOD).status_code for _ in range(2)] == [201, 201]
@@ -376,7 +376,7 @@ def test_presets_are_listed(services: Services, tmp_path: Path) -> None:
         (tmp_path / f"{name}.toml").write_bytes((services.settings.presets / f"{name}.toml").read_bytes())
     (tmp_path / "mine.toml").write_text("[lora]\nrank = 4\n")
     own = Services(
-        services.settings.model_copy(update={"presets": tmp_path}), services.store, services.decoder, services.looker
+        services.settings.model_copy(update={"presets": tmp_path}), services.store, services.decoder, services.analyzer
     )
     assert client_of(own).get("/presets").json() == ["mine"]
     hosted = ["flux-lora-fast", "flux-lora-focus", "flux-lora-portrait"]
@@ -678,7 +678,7 @@ def test_a_link_ends_when_its_time_is_over(client: TestClient, services: Service
 def test_a_link_survives_a_restart_and_no_other_installation_knows_it(
     client: TestClient, services: Services, links: dict[str, str], tmp_path: Path
 ) -> None:
-    restarted = Services(services.settings.model_copy(), services.store, services.decoder, services.looker)
+    restarted = Services(services.settings.model_copy(), services.store, services.decoder, services.analyzer)
     restarted.settings.__dict__.pop("link_secret", None)  # it is read once
     assert client_of(restarted).get(links["photo"]).status_code == 200
     (services.settings.outputs / ".link-secret").write_text("another one")

@@ -190,7 +190,7 @@ def test_the_page_draws_more_pictures_and_saves_a_pack(
     page.fill("#prompt-text textarea", "ohwx dog on grass")
     page.get_by_text("Start from a picture", exact=True).click()
     page.set_input_files("#prompt-input_image input[type=file]", str(dog_photos(1)[0]))
-    page.get_by_label("Denoising strength: 0 keeps the picture, 1 draws anew").fill("0.3")
+    page.get_by_label("Denoising strength: 0 keeps the picture, 1 redraws it").fill("0.3")
     page.click("#render")
     shown = f"#now [data-tune='{tune['id']}'] [data-prompt]:last-of-type[data-status=rendered]"
     page.wait_for_selector(f"{shown} img")

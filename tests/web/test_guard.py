@@ -285,7 +285,7 @@ def test_nobody_without_the_key_sees_the_waiting_page(open_settings: Settings) -
 def narrow(services: Services) -> Services:
     """Requests of at most one megabyte."""
     return Services(
-        services.settings.model_copy(update={"max_body_mb": 1}), services.store, services.decoder, services.looker
+        services.settings.model_copy(update={"max_body_mb": 1}), services.store, services.decoder, services.analyzer
     )
 
 

@@ -25,8 +25,8 @@ import uvicorn
 from PIL import Image
 
 from tests.helpers.web import left_behind, multipart, photo
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.intake import Decoder
-from trainer.photos.looker import Looker
 from trainer.settings import read_settings
 from trainer.studio import tunes
 from trainer.studio.rows import Services
@@ -72,8 +72,8 @@ class Live:
 def live(tmp_path_factory: pytest.TempPathFactory, decoder: Decoder) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("hostile")
     settings = read_settings(outputs=folder / "outputs", models=folder / "models", key=KEY, max_body_mb=MAX_BODY_MB)
-    store, looker = Store(settings.outputs), Looker(settings)
-    services = Services(settings, store, decoder, looker)
+    store, analyzer = Store(settings.outputs), PhotoAnalyzer(settings)
+    services = Services(settings, store, decoder, analyzer)
     guard = Guard(settings, load=lambda: create_app(services), begin=lambda: None, unload=lambda: None)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(guard, log_level="critical", ws="none", timeout_graceful_shutdown=1))
@@ -85,7 +85,7 @@ def live(tmp_path_factory: pytest.TempPathFactory, decoder: Decoder) -> Iterator
     yield live
     server.should_exit = True
     thread.join(10)
-    looker.close()
+    analyzer.close()
     store.close()
 
 

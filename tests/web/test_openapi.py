@@ -93,7 +93,7 @@ def test_five_thousand_requests_have_declared_answers(services: Services, no_net
 
 def test_its_examples_work(services: Services, photo_server: ThreadingHTTPServer) -> None:
     private = services.settings.model_copy(update={"private_urls": "allow"})
-    client = client_of(Services(private, services.store, services.decoder, services.looker))
+    client = client_of(Services(private, services.store, services.decoder, services.analyzer))
     tried = 0
     for path, methods in client.get("/openapi.json").json()["paths"].items():
         for method, operation in methods.items():

@@ -19,11 +19,10 @@ from trainer.contract.tunes import Tune
 from trainer.studio.answers import FLAGS
 from trainer.studio.rows import Services
 from trainer.studio.tunes import create_tune
-from trainer.web import form as form_
 from trainer.web import html as page_html
 from trainer.web import page
-from trainer.web.form import Form, thumbnails, with_captions
-from trainer.web.html import Beside, current, duration, earlier, trained_pictures
+from trainer.web.form import Form, with_captions
+from trainer.web.html import Beside, current, duration, earlier, thumbnails, trained_pictures
 from trainer.web.templating import ENVIRONMENT, render
 
 pytest_plugins = ("tests.helpers.web",)
@@ -128,7 +127,7 @@ def test_what_a_user_wrote_is_text_and_nothing_else(part: Callable[[Tune], str])
 
 
 def test_a_note_beside_a_field_is_text() -> None:
-    note = Reader(form_.note([HOSTILE, "second"]))
+    note = Reader(page_html.note([HOSTILE, "second"]))
     assert (note.tags, note.text) == (["p", "p"], f"{HOSTILE}second")
 
 

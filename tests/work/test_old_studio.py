@@ -32,7 +32,7 @@ def studio(tmp_path: Path, decoder: Decoder) -> Iterator[Studio]:
     opened = Studio(tmp_path, decoder, [], weights=tmp_path / "weights")
     yield opened
     opened.store.close()
-    opened.looker.close()
+    opened.analyzer.close()
 
 
 @pytest.fixture(scope="module")

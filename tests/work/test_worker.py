@@ -56,8 +56,8 @@ def test_a_tune_goes_from_the_queue_to_a_model_and_pictures(studio: Studio) -> N
     assert [line["step"] for line in lines if "loss" in line] == [10, 12]
     assert answers.readings(studio.services, tune_id) == [line for line in lines if "loss" in line]
     assert all(line["lr"] > 0 and line["peak_gib"] > 0 for line in lines if "loss" in line)
-    assert [moment["step"] for moment in answers.saved_moments(studio.services, tune_id)] == [3, 6, 9, 12]
-    assert [bool(moment["model"]) for moment in answers.saved_moments(studio.services, tune_id)] == [
+    assert [moment["step"] for moment in answers.saved_snapshots(studio.services, tune_id)] == [3, 6, 9, 12]
+    assert [bool(moment["model"]) for moment in answers.saved_snapshots(studio.services, tune_id)] == [
         False,
         True,
         True,
@@ -209,10 +209,10 @@ def test_without_the_asked_device_a_tune_fails_in_words_and_does_not_wait_for_ev
 ) -> None:
     studio = Studio(tmp_path, decoder, dog_photos(1))
     settings = studio.settings.model_copy(update={"device": "cuda:99"})
-    studio.worker = Worker(settings, studio.store, studio.looker)
+    studio.worker = Worker(settings, studio.store, studio.analyzer)
     studio.worker.start()
     tune = studio.ended(studio.create("no such card"))
     studio.close()
     assert tune.status == "failed"
-    assert tune.error is not None and tune.error.startswith("nothing can be trained here")
+    assert tune.error is not None and tune.error.startswith("no usable device")
     assert [prompt.status for prompt in tune.prompts] == ["failed"]

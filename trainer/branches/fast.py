@@ -23,7 +23,7 @@ def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | Non
     loaded = sd15.load(replace(base, path=FOLDER), device, cache, dtype)
     branch = Fast(loaded.pipeline, device, loaded.dtype)
     if base.path.is_file():
-        with loading.told_in_words(base):
+        with loading.loading_errors(base):
             branch.load_weights(base.path, cache)
     return branch
 

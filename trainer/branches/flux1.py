@@ -25,7 +25,8 @@ from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 from trainer.branches import loading
 from trainer.branches.flux1_keys import original_layers, transformer_from_file, transformer_weights
 from trainer.branches.objectives import logit_normal, masked_mean
-from trainer.branches.protocol import ControlNet, Task
+from trainer.branches.protocol import Cond, ControlNet, Task
+from trainer.branches.single_file_keys import stacked_adapters
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
 from trainer.library.models_folder import sidecar
@@ -45,7 +46,7 @@ def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | Non
     """
     assert base.path is not None, "load_branch fetches what is not here"
     dtype = dtype or loading.compute_dtype(device)
-    with loading.told_in_words(base):
+    with loading.loading_errors(base):
         whole = base.rest or base  # a checkpoint tune has the transformer alone
         assert whole.path is not None, "load_branch fetches what is not here"
         read = read_file if whole.path.is_file() else read_folder
@@ -56,7 +57,7 @@ def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | Non
     loading.finish(base, pipeline)
 
     def transformer() -> Any:
-        with loading.told_in_words(base):
+        with loading.loading_errors(base):
             module = read_transformer()
             loading.freeze(module)
         return module
@@ -66,12 +67,7 @@ def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | Non
 
 def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: Path) -> tuple[Any, Callable[[], Any]]:
     """A diffusers folder."""
-    source = {
-        "pretrained_model_name_or_path": folder,
-        "local_files_only": True,
-        "use_safetensors": True,
-        "variant": variant,
-    }
+    source = loading.folder_source(folder, variant)
     pipeline = FluxPipeline.from_pretrained(
         **source,
         dtype={"vae": torch.float32, "default": dtype},
@@ -129,7 +125,7 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
 
 def from_home(parts: list[str]) -> Path:
     """The folder of FLUX.1-dev with these parts of it, from the hub or its cache."""
-    from trainer.library import hub  # whoever has everything here does without its library
+    from trainer.library import hub  # where all files are here, its library is not needed
 
     return hub.fetch_parts(HOME, [f"{part}/*" for part in parts])
 
@@ -153,12 +149,14 @@ def encoder_from_file(file: Path, kind: Any, config: Path, prefix: str, dtype: t
     return encoder
 
 
-def _mode_for_texts(_model: Any, args: tuple[Any, ...], told: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _mode_for_texts(
+    _model: Any, args: tuple[Any, ...], guidance: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """As many modes as there are texts, which they are put beside: diffusers 0.42 gives as many as pictures, or one."""
-    mode = told.get("controlnet_mode")
+    mode = guidance.get("controlnet_mode")
     if mode is not None:
-        told["controlnet_mode"] = mode[:1].expand(len(told["encoder_hidden_states"]), 1)
-    return args, told
+        guidance["controlnet_mode"] = mode[:1].expand(len(guidance["encoder_hidden_states"]), 1)
+    return args, guidance
 
 
 CONTROL_NET = ControlNet(
@@ -222,10 +220,9 @@ class Flux1:
         return self.parts
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (B, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (B, C, H/f, W/f), scaled."""
         return loading.encode_pixels(self.vae, pixels, self.device)
 
-    def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
+    def encode_prompts(self, captions: list[str]) -> Cond:
         """B captions -> {"encoder_hidden_states": (B, 512, D), "pooled_projections": (B, P)}; longer ones are cut."""
         with loading.autocast(self.device, self.dtype):
             if "text_encoder_2" in self.text_encoders:
@@ -236,7 +233,7 @@ class Flux1:
                 pooled = self.parts._get_clip_prompt_embeds(captions, device=self.device)
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
-    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> Cond:
         return {}
 
     def draw(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -245,25 +242,19 @@ class Flux1:
         return noise, logit_normal(len(latents), generator)
 
     def loss(
-        self,
-        latents: Tensor,
-        cond: dict[str, Tensor],
-        noise: Tensor,
-        timesteps: Tensor,
-        config: TrainConfig,
-        weight: Tensor | None = None,
+        self, latents: Tensor, cond: Cond, noise: Tensor, timesteps: Tensor, config: TrainConfig, weight: Tensor | None
     ) -> Tensor:
         """Squared error of the velocity noise - latents (rectified flow; Liu et al. 2022, arXiv 2209.03003), (B,)."""
         times = timesteps.view(-1, 1, 1, 1)
         noisy = ((1 - times) * latents + times * noise).to(self.dtype)
         batch, _, height, width = latents.shape
-        told = torch.full((batch,), config.guidance, device=latents.device)
+        guidance = torch.full((batch,), config.guidance, device=latents.device)
         text = cond["encoder_hidden_states"]
         with loading.autocast(self.device, self.dtype):
             predicted = self.denoiser(
                 hidden_states=pack(noisy),
                 timestep=timesteps,
-                guidance=told if self.pipeline.transformer.config.guidance_embeds else None,
+                guidance=guidance if self.pipeline.transformer.config.guidance_embeds else None,
                 pooled_projections=cond["pooled_projections"],
                 encoder_hidden_states=text,
                 img_ids=image_ids(height, width, latents.device),
@@ -272,10 +263,10 @@ class Flux1:
             )[0]
         return masked_mean((unpack(predicted.float(), height, width) - (noise - latents)) ** 2, weight)
 
-    def prompt_inputs(self, cond: dict[str, Tensor], empty: dict[str, Tensor]) -> dict[str, Any]:
+    def prompt_inputs(self, cond: Cond, empty: Cond) -> dict[str, Any]:
         return {"prompt_embeds": cond["encoder_hidden_states"], "pooled_prompt_embeds": cond["pooled_projections"]}
 
-    def say(self, text: str, negative: str | None) -> dict[str, Tensor]:
+    def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Tensor]:
         """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1. It has no negative."""
         hidden, pooled, _ = self.pipeline.encode_prompt(text, None)
         return {"prompt_embeds": hidden, "pooled_prompt_embeds": pooled}
@@ -295,21 +286,7 @@ class Flux1:
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
         """Layers have the original release's names there, where several of ours are one: their adapters lie beside
         each other, each with a block of the output of its own, and zeros where a layer has none."""
-        stacked: dict[str, tuple[Tensor, Tensor, int]] = {}
-        for original, layers in original_layers(self.denoiser):
-            if not any(layer in adapters for layer in layers):
-                continue
-            down, up = next(adapters[layer] for layer in layers if layer in adapters)
-            downs, ups = [], []
-            for layer in layers:
-                rows: int = self.denoiser.get_submodule(layer).out_features  # type: ignore[assignment]
-                none = (torch.zeros_like(down), up.new_zeros(rows, up.shape[1]))
-                one, other = adapters.get(layer, none)
-                downs.append(one)
-                ups.append(other)
-            name = f"lora_unet_{original.replace('.', '_')}"
-            stacked[name] = (torch.cat(downs), torch.block_diag(*ups), len(layers))  # type: ignore[no-untyped-call]
-        return stacked
+        return stacked_adapters(self.denoiser, original_layers(self.denoiser), adapters)
 
     def load_weights(self, file: Path, cache: Path) -> None:
         config = loading.single_file_config(file, cache, CONFIG)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.branches import loading
-from trainer.branches.original import module_weights, stacked
+from trainer.branches.single_file_keys import module_weights, stacked
 
 SHIFT_AND_SCALE = "final_layer.adaLN_modulation.1"  # in this order there, scale and shift in diffusers
 ORIGINAL_PREFIX = "model.diffusion_model."  # of the transformer in a file that holds more than that

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 @contextmanager
-def told_in_words(base: Base) -> Iterator[None]:
+def loading_errors(base: Base) -> Iterator[None]:
     """What the libraries raise for a broken base, as ValueError with the base's name."""
     try:
         yield
@@ -46,6 +46,35 @@ def told_in_words(base: Base) -> Iterator[None]:
         raise ValueError(f"{base.title} cannot be loaded: {problem} is missing from it") from problem
     except (RuntimeError, ValueError, SafetensorError, SingleFileComponentError) as problem:
         raise ValueError(f"{base.title} cannot be loaded: {problem}") from problem
+
+
+def read_base(
+    base: Base,
+    dtype: torch.dtype,
+    cache: Path,
+    read_folder: Callable[[Path, str | None, torch.dtype, Path], Any],
+    read_file: Callable[[Path, str | None, torch.dtype, Path], Any],
+) -> Any:
+    """The whole, frozen pipeline of a base, by the family's reader of diffusers folders or of single files.
+
+    Raises OSError where files are missing, ValueError where their content does not fit the family.
+    """
+    assert base.path is not None, "load_branch fetches what is not here"
+    with loading_errors(base):
+        read = read_file if base.path.is_file() else read_folder
+        pipeline = read(base.path, base.variant, dtype, cache)
+    finish(base, pipeline)
+    return pipeline
+
+
+def folder_source(folder: Path, variant: str | None) -> dict[str, Any]:
+    """The arguments with which `from_pretrained` reads a folder on this machine, and safetensors alone."""
+    return {
+        "pretrained_model_name_or_path": folder,
+        "local_files_only": True,
+        "use_safetensors": True,
+        "variant": variant,
+    }
 
 
 def read_text_encoder(kind: Any, subfolder: str, dtype: torch.dtype, source: Mapping[str, Any]) -> Any:
@@ -67,7 +96,7 @@ def finish(base: Base, pipeline: Any) -> None:
     pipeline.set_progress_bar_config(disable=True)
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
-            with told_in_words(base):
+            with loading_errors(base):
                 freeze(part)
         elif name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens) + 1:
             # transformers makes a tokenizer that knows no word where it finds none (T5's: the mark where words begin),

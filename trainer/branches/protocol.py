@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from trainer.library.bases import Base
 
 
+Cond: TypeAlias = "dict[str, Tensor]"  # conditioning: keyword tensors for the denoiser, batch first
 Task = Literal["text", "image", "inpaint"]  # what a picture is drawn from: text alone, a picture too, a mask as well
 
 
@@ -37,7 +38,8 @@ class ControlNet:
 class Branch(Protocol):
     """What the loop, the methods and the renderer ask of a family.
 
-    Everything is loaded into ordinary memory; whoever needs a module on the device puts it there (`memory.placed`).
+    Everything is loaded into ordinary memory; the caller that needs a module on the device puts it there
+    (`device.placed`).
     """
 
     denoiser: nn.Module
@@ -62,7 +64,7 @@ class Branch(Protocol):
         """pixels (B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents, each (B, C, H/f, W/f)."""
         ...
 
-    def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
+    def encode_prompts(self, captions: list[str]) -> Cond:
         """B captions -> exactly the keyword tensors that `loss` needs of them, batch first.
 
         Where texts differ in length, the second dimension is padded with zeros to the longest, and one of the tensors
@@ -71,8 +73,8 @@ class Branch(Protocol):
         """
         ...
 
-    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
-        """What `loss` is told of one picture's (height, width) as it came, (top, left) of the crop and trained size.
+    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> Cond:
+        """What `loss` gets of one picture's (height, width) as it was sent, (top, left) of the crop and trained size.
 
         Tensors (1, ...) with keys of their own; an empty dict where a family knows no such thing.
         """
@@ -83,22 +85,16 @@ class Branch(Protocol):
         ...
 
     def loss(
-        self,
-        latents: Tensor,
-        cond: dict[str, Tensor],
-        noise: Tensor,
-        timesteps: Tensor,
-        config: TrainConfig,
-        weight: Tensor | None = None,
+        self, latents: Tensor, cond: Cond, noise: Tensor, timesteps: Tensor, config: TrainConfig, weight: Tensor | None
     ) -> Tensor:
         """Training loss of each sample, (B,). `weight` (B, 1, H/f, W/f) is the mask; its mean is 1."""
         ...
 
-    def prompt_inputs(self, cond: dict[str, Tensor], empty: dict[str, Tensor]) -> dict[str, Any]:
+    def prompt_inputs(self, cond: Cond, empty: Cond) -> dict[str, Any]:
         """Encoded prompts, and as many empty ones, as keyword arguments of the pipeline."""
         ...
 
-    def say(self, text: str, negative: str | None) -> dict[str, Any]:
+    def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Any]:
         """A prompt as the stock pipeline encodes it, as keyword arguments of it, batch 1."""
         ...
 
@@ -137,8 +133,8 @@ class Branch(Protocol):
         ...
 
     def keep_text_encoders(self, names: Collection[str]) -> None:
-        """Give back the memory of all others, once every caption is encoded. What they said is remembered, where the
-        rest is still asked."""
+        """Give back the memory of all others, once every caption is encoded. Their outputs are remembered, where the
+        rest is still called."""
         ...
 
 

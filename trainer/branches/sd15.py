@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    DDPMScheduler,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
@@ -19,9 +18,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from trainer.branches import loading
 from trainer.branches.objectives import noise_and_timesteps, noise_loss
-from trainer.branches.original import clip_weights, joined, unet_weights, vae_weights
-from trainer.branches.protocol import Task
-from trainer.branches.unet import UNET_TARGETS, control_net
+from trainer.branches.protocol import Cond, Task
+from trainer.branches.single_file_keys import clip_weights, joined, unet_weights, vae_weights
+from trainer.branches.unet import UNET_TARGETS, control_net, metadata, noise_scheduler, size_multiple
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
 from trainer.library.models_folder import sidecar
@@ -35,27 +34,14 @@ CONTROL_PIPELINES: dict[Task, Any] = {
 
 
 def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | None = None) -> SD15:
-    """Load from a diffusers folder or a single file.
-
-    Raises OSError where files are missing, ValueError where their content does not fit the family.
-    """
-    assert base.path is not None, "load_branch fetches what is not here"
+    """Load from a diffusers folder or a single file. Raises what `loading.read_base` raises."""
     dtype = dtype or loading.compute_dtype(device)
-    with loading.told_in_words(base):
-        read = read_file if base.path.is_file() else read_folder
-        pipeline = read(base.path, base.variant, dtype, cache)
-    loading.finish(base, pipeline)
-    return SD15(pipeline, device, dtype)
+    return SD15(loading.read_base(base, dtype, cache, read_folder, read_file), device, dtype)
 
 
 def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: Path) -> Any:
     """A diffusers folder."""
-    source = {
-        "pretrained_model_name_or_path": folder,
-        "local_files_only": True,
-        "use_safetensors": True,
-        "variant": variant,
-    }
+    source = loading.folder_source(folder, variant)
     encoder = loading.read_text_encoder(CLIPTextModel, "text_encoder", dtype, source)
     return StableDiffusionPipeline.from_pretrained(
         **source,
@@ -72,7 +58,7 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
     config = loading.single_file_config(file, cache, CONFIG)
     options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     if not (sidecar(file) / "tokenizer").exists():
-        from trainer.library import hub  # whoever has everything here does without its library
+        from trainer.library import hub  # where all files are here, its library is not needed
 
         names = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
         options["tokenizer"] = CLIPTokenizer.from_pretrained(hub.fetch_files("openai/clip-vit-large-patch14", names))
@@ -103,22 +89,14 @@ class SD15:
         self.text_encoders: dict[str, nn.Module] = {"text_encoder": pipeline.text_encoder}
         self.vae: nn.Module = pipeline.vae
         self.latent_scale: int = pipeline.vae_scale_factor
-        self.size_multiple = self.latent_scale * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-        self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.noise_scheduler.alphas_cumprod = self.noise_scheduler.alphas_cumprod.to(device)
-        velocity = self.noise_scheduler.config.prediction_type == "v_prediction"
-        self.metadata = {
-            "modelspec.architecture": "stable-diffusion-v1",
-            "modelspec.prediction_type": "v" if velocity else "epsilon",
-            "ss_base_model_version": "sd_v1",
-            "ss_network_module": "networks.lora",
-        }
+        self.size_multiple = size_multiple(pipeline)
+        self.noise_scheduler = noise_scheduler(pipeline, device)
+        self.metadata = metadata("stable-diffusion-v1", "sd_v1", self.noise_scheduler)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (B, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (B, 4, H/f, W/f), scaled."""
         return loading.encode_pixels(self.vae, pixels, self.device)
 
-    def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
+    def encode_prompts(self, captions: list[str]) -> Cond:
         """B captions -> {"encoder_hidden_states": (B, 77, D)}. Longer captions are cut off, as the renderer does."""
         tokenizer = self.pipeline.tokenizer
         tokens = tokenizer(
@@ -132,21 +110,15 @@ class SD15:
             hidden = self.text_encoders["text_encoder"](tokens.input_ids.to(self.device))[0]
         return {"encoder_hidden_states": hidden}
 
-    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> Cond:
         return {}
 
     def draw(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Noise like latents (B, 4, H/f, W/f), and timesteps (B,): whole numbers from 0 to 999, all alike likely."""
+        """See `objectives.noise_and_timesteps`."""
         return noise_and_timesteps(self.noise_scheduler, latents, generator)
 
     def loss(
-        self,
-        latents: Tensor,
-        cond: dict[str, Tensor],
-        noise: Tensor,
-        timesteps: Tensor,
-        config: TrainConfig,
-        weight: Tensor | None = None,
+        self, latents: Tensor, cond: Cond, noise: Tensor, timesteps: Tensor, config: TrainConfig, weight: Tensor | None
     ) -> Tensor:
         """See `objectives.noise_loss`, (B,)."""
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
@@ -154,14 +126,16 @@ class SD15:
             predicted = self.denoiser(noisy.to(self.dtype), timesteps, **cond, return_dict=False)[0]
         return noise_loss(self.noise_scheduler, predicted, latents, noise, timesteps, config.min_snr, weight)
 
-    def prompt_inputs(self, cond: dict[str, Tensor], empty: dict[str, Tensor]) -> dict[str, Any]:
+    def prompt_inputs(self, cond: Cond, empty: Cond) -> dict[str, Any]:
         key = "encoder_hidden_states"
         return {"prompt_embeds": cond[key], "negative_prompt_embeds": empty[key]}
 
-    def say(self, text: str, negative: str | None) -> dict[str, Tensor]:
+    def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Tensor]:
         """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1."""
-        said, unsaid = self.pipeline.encode_prompt(text, self.pipeline._execution_device, 1, True, negative)
-        return {"prompt_embeds": said, "negative_prompt_embeds": unsaid}
+        prompt_embeds, negative_embeds = self.pipeline.encode_prompt(
+            text, self.pipeline._execution_device, 1, True, negative
+        )
+        return {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_embeds}
 
     def task_pipeline(self, task: Task) -> tuple[Any, frozenset[str]]:
         return loading.task_pipeline(self.pipeline, task)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
     StableDiffusionXLControlNetImg2ImgPipeline,
     StableDiffusionXLControlNetInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
@@ -24,9 +23,16 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from trainer.branches import loading
 from trainer.branches.objectives import noise_and_timesteps, noise_loss
-from trainer.branches.original import clip_weights, joined, open_clip_weights, unet_weights, vae_weights
-from trainer.branches.protocol import Task
-from trainer.branches.unet import UNET_TARGETS, control_net, union_control_net
+from trainer.branches.protocol import Cond, Task
+from trainer.branches.single_file_keys import clip_weights, joined, open_clip_weights, unet_weights, vae_weights
+from trainer.branches.unet import (
+    UNET_TARGETS,
+    control_net,
+    metadata,
+    noise_scheduler,
+    size_multiple,
+    union_control_net,
+)
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
 from trainer.library.models_folder import sidecar
@@ -55,27 +61,14 @@ SGM_BLOCKS = (
 
 
 def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | None = None) -> SDXL1:
-    """Load from a diffusers folder or a single file.
-
-    Raises OSError where files are missing, ValueError where their content does not fit the family.
-    """
-    assert base.path is not None, "load_branch fetches what is not here"
+    """Load from a diffusers folder or a single file. Raises what `loading.read_base` raises."""
     dtype = dtype or loading.compute_dtype(device)
-    with loading.told_in_words(base):
-        read = read_file if base.path.is_file() else read_folder
-        pipeline = read(base.path, base.variant, dtype, cache)
-    loading.finish(base, pipeline)
-    return SDXL1(pipeline, device, dtype)
+    return SDXL1(loading.read_base(base, dtype, cache, read_folder, read_file), device, dtype)
 
 
 def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: Path) -> Any:
     """A diffusers folder."""
-    source = {
-        "pretrained_model_name_or_path": folder,
-        "local_files_only": True,
-        "use_safetensors": True,
-        "variant": variant,
-    }
+    source = loading.folder_source(folder, variant)
     return StableDiffusionXLPipeline.from_pretrained(
         **source,
         dtype={"vae": torch.float32, "default": dtype},  # SDXL's VAE overflows in half precision
@@ -91,7 +84,7 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
     options: dict[str, Any] = {}
     for name in ("tokenizer", "tokenizer_2"):
         if not (sidecar(file) / name).exists():
-            from trainer.library import hub  # whoever has everything here does without its library
+            from trainer.library import hub  # where all files are here, its library is not needed
 
             files = hub.fetch_files(HOME, [f"{name}/{part}" for part in TOKENIZER_FILES])
             options[name] = CLIPTokenizer.from_pretrained(files / name)
@@ -130,22 +123,14 @@ class SDXL1:
         self.text_encoders: dict[str, nn.Module] = {name: getattr(pipeline, name) for name in names}
         self.vae: nn.Module = pipeline.vae
         self.latent_scale: int = pipeline.vae_scale_factor
-        self.size_multiple = self.latent_scale * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-        self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.noise_scheduler.alphas_cumprod = self.noise_scheduler.alphas_cumprod.to(device)
-        velocity = self.noise_scheduler.config.prediction_type == "v_prediction"
-        self.metadata = {
-            "modelspec.architecture": "stable-diffusion-xl-v1-base",
-            "modelspec.prediction_type": "v" if velocity else "epsilon",
-            "ss_base_model_version": "sdxl_base_v1-0",
-            "ss_network_module": "networks.lora",
-        }
+        self.size_multiple = size_multiple(pipeline)
+        self.noise_scheduler = noise_scheduler(pipeline, device)
+        self.metadata = metadata("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", self.noise_scheduler)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (B, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (B, 4, H/f, W/f), scaled."""
         return loading.encode_pixels(self.vae, pixels, self.device)
 
-    def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
+    def encode_prompts(self, captions: list[str]) -> Cond:
         """B captions -> {"encoder_hidden_states": (B, 77, D), "text_embeds": (B, P)}; an empty one is what it is when
         rendering: zeros, where the base was trained so (`force_zeros_for_empty_prompt`)."""
         with loading.autocast(self.device, self.dtype):
@@ -153,26 +138,20 @@ class SDXL1:
                 captions, device=self.device, do_classifier_free_guidance=False
             )
         if self.pipeline.config.force_zeros_for_empty_prompt:
-            said = torch.tensor([bool(caption) for caption in captions], dtype=hidden.dtype, device=self.device)
-            hidden, pooled = hidden * said[:, None, None], pooled * said[:, None]
+            message = torch.tensor([bool(caption) for caption in captions], dtype=hidden.dtype, device=self.device)
+            hidden, pooled = hidden * message[:, None, None], pooled * message[:, None]
         return {"encoder_hidden_states": hidden, "text_embeds": pooled}
 
-    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> Cond:
         """{"time_ids": (1, 6)}: SDXL's micro-conditioning (Podell et al. 2023, arXiv 2307.01952, §2.2)."""
         return {"time_ids": torch.tensor([[*original, *crop, *size]], dtype=self.dtype, device=self.device)}
 
     def draw(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Noise like latents (B, 4, H/f, W/f), and timesteps (B,): whole numbers from 0 to 999, all alike likely."""
+        """See `objectives.noise_and_timesteps`."""
         return noise_and_timesteps(self.noise_scheduler, latents, generator)
 
     def loss(
-        self,
-        latents: Tensor,
-        cond: dict[str, Tensor],
-        noise: Tensor,
-        timesteps: Tensor,
-        config: TrainConfig,
-        weight: Tensor | None = None,
+        self, latents: Tensor, cond: Cond, noise: Tensor, timesteps: Tensor, config: TrainConfig, weight: Tensor | None
     ) -> Tensor:
         """See `objectives.noise_loss`, (B,)."""
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
@@ -187,7 +166,7 @@ class SDXL1:
             )[0]
         return noise_loss(self.noise_scheduler, predicted, latents, noise, timesteps, config.min_snr, weight)
 
-    def prompt_inputs(self, cond: dict[str, Tensor], empty: dict[str, Tensor]) -> dict[str, Any]:
+    def prompt_inputs(self, cond: Cond, empty: Cond) -> dict[str, Any]:
         return {
             "prompt_embeds": cond["encoder_hidden_states"],
             "pooled_prompt_embeds": cond["text_embeds"],
@@ -195,14 +174,14 @@ class SDXL1:
             "negative_pooled_prompt_embeds": empty["text_embeds"],
         }
 
-    def say(self, text: str, negative: str | None) -> dict[str, Tensor]:
+    def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Tensor]:
         """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1."""
-        said, unsaid, pooled, unpooled = self.pipeline.encode_prompt(text, negative_prompt=negative)
+        messages, negative_embeds, pooled, negative_pooled = self.pipeline.encode_prompt(text, negative_prompt=negative)
         return {
-            "prompt_embeds": said,
-            "negative_prompt_embeds": unsaid,
+            "prompt_embeds": messages,
+            "negative_prompt_embeds": negative_embeds,
             "pooled_prompt_embeds": pooled,
-            "negative_pooled_prompt_embeds": unpooled,
+            "negative_pooled_prompt_embeds": negative_pooled,
         }
 
     def task_pipeline(self, task: Task) -> tuple[Any, frozenset[str]]:

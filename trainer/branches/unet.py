@@ -1,11 +1,12 @@
-"""What the families with diffusers' UNet have in common: layers that adapters lie on, and ControlNets."""
+"""What the families with diffusers' UNet have in common: layers that adapters lie on, ControlNets, noise."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import ControlNetModel, ControlNetUnionModel
+import torch
+from diffusers import ControlNetModel, ControlNetUnionModel, DDPMScheduler
 
 from trainer.branches.protocol import ControlNet, Task
 
@@ -37,3 +38,26 @@ def union_control_net(pipelines: Mapping[Task, Any]) -> ControlNet:
         modes=UNION_MODES,
         mode_count="num_control_type",
     )
+
+
+def size_multiple(pipeline: Any) -> int:
+    """The sides of training pictures are multiples of this many pixels: each block of the UNet but the last halves."""
+    multiple: int = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    return multiple
+
+
+def noise_scheduler(pipeline: Any, device: torch.device) -> DDPMScheduler:
+    """The noise schedule that the base was trained with, on the device."""
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    return scheduler
+
+
+def metadata(architecture: str, version: str, scheduler: DDPMScheduler) -> dict[str, str]:
+    """What a model file says of its family. architecture: as modelspec names it; version: as kohya's trainer does."""
+    return {
+        "modelspec.architecture": architecture,
+        "modelspec.prediction_type": "v" if scheduler.config.prediction_type == "v_prediction" else "epsilon",
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+    }

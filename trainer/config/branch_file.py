@@ -9,7 +9,7 @@ from trainer.config.toml_file import Table, read_toml
 from trainer.names import BRANCHES, METHODS
 
 PROGRAM = Path(__file__).parents[2] / "presets"  # a user's own folder may take its place
-FACTS = ("detect", "placeholder", "face_adapter", "base")  # what a family is, and not how somebody wants it
+FACTS = ("detect", "placeholder", "face_adapter", "base")  # what a family is, and not how a user wants it
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def model_types(folder: Path, branch: str) -> list[str]:
 
 
 def why_not(folder: Path, branch: str) -> dict[str, str]:
-    """Why a branch does not have a model type, in words."""
+    """Why a branch does not have a model type."""
     return dict(branch_table(folder, branch).get("why_not", {}))
 
 

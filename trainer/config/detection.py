@@ -1,4 +1,4 @@
-"""How the files of a family are told from those of others: the table [detect] of its TOML."""
+"""How the files of a family are recognized: the table [detect] of its TOML."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Refusal:
     """What is of the family's architecture and still cannot be used.
 
     config: settings of the denoiser in a diffusers folder. has, lacks: patterns of keys in a single file. because: the
-    reason, in words.
+    reason, as a message.
     """
 
     because: str

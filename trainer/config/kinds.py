@@ -21,8 +21,8 @@ def kind_of(name: str) -> str:
     """What a class name is about: person, animal, style or object. `name` may have several words."""
     if "style" in name.lower():  # as `schema.default_caption` has it
         return STYLE_KIND
-    spoken = set(name.lower().split())
-    return next((kind for kind, known in KINDS.items() if spoken & known), OTHER_KIND)
+    words = set(name.lower().split())
+    return next((kind for kind, known in KINDS.items() if words & known), OTHER_KIND)
 
 
 def default_caption(token: str, class_name: str) -> str:

@@ -66,14 +66,14 @@ def resolve(
     meaningless += [
         (word, f"for {model_type}") for word, of in WORDS.items() if getattr(config, word) and model_type not in of
     ]
-    told = [(word, f"{word} has no meaning {where}; leave it out") for word, where in meaningless]
+    messages = [(word, f"{word} has no meaning {where}; leave it out") for word, where in meaningless]
     lacking = [word for word, of in WORDS.items() if not getattr(config, word) and model_type in of]
-    told += [(word, f"{word} must not be 0") for word in lacking]
+    messages += [(word, f"{word} must not be 0") for word in lacking]
     if config.trained_dtype == "bfloat16" and config.optimizer != "adafactor":
-        told.append(("trained_dtype", "trained_dtype=bfloat16 needs optimizer=adafactor, which rounds at random"))
-    if told:
-        field = "args" if asked.keys() & {word for word, _ in told} else "preset"
-        raise InvalidRequest({field: [message for _, message in told]})
+        messages.append(("trained_dtype", "trained_dtype=bfloat16 needs optimizer=adafactor, which rounds at random"))
+    if messages:
+        field = "args" if asked.keys() & {word for word, _ in messages} else "preset"
+        raise InvalidRequest({field: [message for _, message in messages]})
     # A photo twice in one batch is a smaller batch, paid in full.
     return config if "batch" in asked else config.model_copy(update={"batch": min(config.batch, photos)})
 
@@ -102,7 +102,7 @@ def overlay(file: Path, branch: str, model_type: str, kind: str) -> Table:
 
 
 def section_problems(file: Path, section: str, table: object) -> list[str]:
-    """What is wrong with the table of a model type, in words; the values are checked when they are put together."""
+    """What is wrong with the table of a model type; the values are checked when they are put together."""
     if not isinstance(table, dict):
         return [f"{file.name}: {section} must be a table, [{section}]"]
     kinds = {*KINDS, STYLE_KIND, OTHER_KIND}

@@ -51,7 +51,7 @@ class TrainConfig(BaseModel):
         description="of an earlier LoRA: go on from its weights, where rank and layers are the same; or keep it as it "
         "is and begin a new one on it. What is saved holds both"
     )
-    tokens: int = Field(ge=0, le=16, description="new words that stand for the token")
+    tokens: int = Field(ge=0, le=16, description="learned tokens that stand for the token")
     token_lr: float = Field(ge=0, le=1, description="learning rate of their embeddings")
     token_share: float = Field(ge=0, le=1, description="share of the steps in which they are trained; then they rest")
     resolution: Resolutions = Field(description="side of the training pictures in pixels; several: each photo at each")
@@ -77,7 +77,7 @@ class TrainConfig(BaseModel):
         gt=0, description="gradients are clipped to this norm; adafactor clips each update by itself"
     )
     min_snr: float = Field(ge=0, le=100, description="gamma of min-SNR weighting; 0: none")
-    guidance: float = Field(ge=0, le=100, description="what a guidance-distilled model is told while it is trained")
+    guidance: float = Field(ge=0, le=100, description="guidance value that a guidance-distilled model gets in training")
     caption_dropout: float = Field(ge=0, le=1, description="share of samples that see no caption")
     save_every: int = Field(ge=1, description="steps between two states to resume from")
     save_dtype: Literal["float32", "float16", "bfloat16"] = Field(description="number format of the saved model")

@@ -15,14 +15,14 @@ class InvalidRequest(Exception):
 
 
 class NotFound(Exception):
-    """There is no such thing. REST answers it with 404."""
+    """Not found. REST answers it with 404."""
 
 
 class Conflict(Exception):
     """Not in this state. REST answers it with 409."""
 
 
-class CannotLook(Exception):
+class AnalysisUnavailable(Exception):
     """A photo that cannot be looked at, and why. REST answers it with 503; a tune fails."""
 
 

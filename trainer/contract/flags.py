@@ -14,7 +14,7 @@ from typing import Any
 class Flags:
     """Those that mean something here; None (or False) where a text does not have them.
 
-    mask_prompt, mask_negative: what the mask is to cover, and what not, in words. mask_dilate: `12` px or `5%`,
+    mask_prompt, mask_negative: what the mask is to cover, and what not, as text. mask_dilate: `12` px or `5%`,
     negative to shrink. mask_blur: px. Numbers are within the bounds of NUMBERS.
     """
 
@@ -83,8 +83,8 @@ def split(text: str) -> tuple[str, Flags, list[str]]:
             what = "has no effect here" if name in ELSEWHERE else "is not known here"
             warnings.append(f"{shown(f'--{name} {taken}')} {what} and was left out of the prompt")
             continue
-        value, told = read(name, taken)
-        warnings += [told] if told else []
+        value, message = read(name, taken)
+        warnings += [message] if message else []
         if value is not None:
             warnings += [f"--{name} is given twice; the last one counts"] if name in values else []
             values[name] = value
@@ -93,8 +93,8 @@ def split(text: str) -> tuple[str, Flags, list[str]]:
     stop = 1 if flags.control_guidance_end is None else flags.control_guidance_end
     if start >= stop:
         flags = replace(flags, control_guidance_start=None, control_guidance_end=None)
-        told = "--control_guidance_start (0 if not given) must be below --control_guidance_end (1 if not given)"
-        warnings.append(f"{told}, got {start:g} and {stop:g}; they were left out")
+        message = "--control_guidance_start (0 if not given) must be below --control_guidance_end (1 if not given)"
+        warnings.append(f"{message}, got {start:g} and {stop:g}; they were left out")
     return kept, flags, warnings
 
 
@@ -103,8 +103,8 @@ def without_attributes(text: str) -> tuple[str, list[str]]:
     lines, warnings = text.split("\n"), list[str]()
     while len(lines) > 1 and (not lines[-1].strip() or ATTRIBUTE.fullmatch(lines[-1].strip())):
         if match := ATTRIBUTE.fullmatch(lines.pop().strip()):
-            told = f"send it as the prompt's attribute {match[1]}"
-            warnings.append(f"{shown(match[0])} below the text was left out: {told}")
+            message = f"send it as the prompt's attribute {match[1]}"
+            warnings.append(f"{shown(match[0])} below the text was left out: {message}")
     return "\n".join(lines).rstrip(), warnings[::-1]
 
 

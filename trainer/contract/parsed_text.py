@@ -32,7 +32,7 @@ def parse_text(text: str) -> ParsedText:
 
 def as_row(parsed: ParsedText) -> dict[str, object]:
     """As the store keeps it: flags that were not given are left out."""
-    flags = {name: value for name, value in asdict(parsed.flags).items() if value not in (None, False)}
+    flags = {name: value for name, value in asdict(parsed.flags).items() if value is not None and value is not False}
     return {"text": parsed.text, "models": parsed.models, "flags": flags}
 
 

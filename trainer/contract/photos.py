@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-Tell = Callable[[str, int, int], None]  # tell("photos are decoded", 3, 20): how far a request has come
+ProgressCallback = Callable[[str, int, int], None]  # tell("photos are decoded", 3, 20): how far a request has come
 
 
-def untold(_what: str, _done: int, _of: int) -> None:
+def no_progress(_what: str, _done: int, _of: int) -> None:
     """For callers that do not wait to hear."""
 
 
@@ -53,7 +53,9 @@ class Photo(BaseModel):
     blurred: bool = False
     too_small: bool = False
     duplicate_of: str | None = Field(None, description="the photo that this one is, or looks almost like")
-    faces: list[Face] | None = Field(None, description="None: nobody looked; only photos of people are looked at")
+    faces: list[Face] | None = Field(
+        None, description="None: face detection was skipped; it runs on photos of people only"
+    )
     same_person: bool | None = Field(None, description="None: not known; it takes recognition weights and three photos")
     cropped: bool = False
     restored: bool = False

@@ -90,7 +90,7 @@ class PromptToRender(TypedDict):
 
 
 class PromptRow(PromptToRender):
-    """A row of `prompts`. named: (kind, id, weight) of each model in its text; None: nobody has looked yet."""
+    """A row of `prompts`. named: (kind, id, weight) of each model in its text; None: they were not resolved yet."""
 
     id: int
     tune_id: int

@@ -73,7 +73,7 @@ class TuneChange(Request):
 
 
 class CheckRequest(Request):
-    """What a check of photos may be told: the tune parameters that decide what becomes of them."""
+    """What a check of photos takes: the tune parameters that decide what becomes of them."""
 
     name: OrNone[ClassName] = None
     images: list[object] = []
@@ -93,7 +93,7 @@ class CheckRequest(Request):
         )
 
     def as_tune(self) -> TuneRequest:
-        """The tune that these photos would be for; a LoRA where nothing else is said."""
+        """The tune that these photos would be for; a LoRA where nothing else is given."""
         given = self.model_dump(exclude={"images"}, exclude_none=True)
         known = MODEL_TYPES.get(self.model_type or "")
         if known and not known.trains:  # which looks at them as a LoRA does

@@ -40,7 +40,7 @@ class Base:
     model: Path | None = None  # a LoRA that is put on it: a file, or the `model/` of an earlier tune
     rest: Base | None = None  # what has the parts that its file lacks
     root: str = ""  # the title of what the weights are of, where that is another one
-    chain: tuple[str, ...] = ()  # of an earlier tune: the titles of what it stands on, the nearest first
+    chain: tuple[str, ...] = ()  # of an earlier tune: the titles of what it is derived from, the nearest first
 
     @property
     def weights(self) -> tuple[object, ...]:
@@ -130,7 +130,7 @@ def resolve(
 
 
 def of_tune(settings: Settings, tune: TuneRow, tunes: Tunes, listed: Bases | None = None) -> Base:
-    """An earlier tune as a base: what it stands on with its LoRA, or its checkpoint.
+    """An earlier tune as a base: the base that it was trained on with its LoRA, or its checkpoint.
 
     Raises InvalidRequest for one that is not trained, or that has no weights.
     """

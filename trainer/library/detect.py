@@ -15,7 +15,7 @@ from typing import Any
 from trainer.config.detection import Detection, Keys
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-EDITING_MODEL = "it is a model for inpainting or editing, which takes a picture as input; those are not trained here"
+EDITING_MODEL = "it is a model for inpainting or editing, which takes a picture as input; such models cannot be trained"
 LORA_KEY = re.compile(r"\.(lora_down|lora_A|lora\.down)\.weight$")
 Families = Mapping[str, Detection]  # by their names, in the order in which they are asked
 

@@ -108,8 +108,8 @@ def fetch_files(repository: str, names: Sequence[str], revision: str | None = No
     that are missing. A cache without that list (of an older huggingface_hub) is completed by the hub; offline it is
     taken for whole if it has the shards that the weight indexes name, and weights in every part that needs some.
 
-    Raises OSError, in words and before anything large is downloaded: offline and not in the cache, hub out of reach,
-    no such repository, revision or file, no access; NotEnoughRoom where it does not fit.
+    Raises OSError with a clear message before anything large is downloaded: offline and not in the cache, hub out
+    of reach, no such repository, revision or file, no access; NotEnoughRoom where it does not fit.
     """
 
     def pick(known: Collection[str], _place: Callable[[str], Path]) -> list[str]:

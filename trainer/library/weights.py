@@ -1,7 +1,7 @@
 """Weights of the small models that look at photos: what they are, where they come from, and that they are these.
 
-They lie in a folder of their own (setting `weights`), are fetched there once, and are told by their sha256. A machine
-without a network gets them by hand: the same names in that folder.
+They are in a folder of their own (setting `weights`), are fetched there once, and are recognized by their sha256. A
+machine without a network gets them by hand: the same names in that folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 
 from trainer.config import branch_file
-from trainer.contract.photos import Tell, untold
+from trainer.contract.photos import ProgressCallback, no_progress
 from trainer.files import PARTIAL, fsync, write_whole
 from trainer.settings import Settings
 
@@ -27,7 +27,7 @@ CLIPSEG_HUB = f"https://huggingface.co/CIDAS/{CLIPSEG_FOLDER}/resolve/main"
 
 
 class Unavailable(Exception):
-    """Weights that cannot be had here, and why, in words for a user."""
+    """Weights that are not available, and why, as a message for the user."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def face_adapter(settings: Settings, branch: str) -> Weights:
 
 
 def find(settings: Settings, *wanted: Weights) -> Path | None:
-    """The first of these files, if all of them lie in the folder. Raises Unavailable for one that is another file."""
+    """The first of these files, if all of them are in the folder. Raises Unavailable for one that is another file."""
     if not all((settings.weights / one.name).is_file() for one in wanted):
         return None
     for one in wanted:
@@ -132,21 +132,21 @@ def find(settings: Settings, *wanted: Weights) -> Path | None:
 
 
 def find_recognizer(settings: Settings) -> Path | None:
-    """The face recognizer, where one lies in the folder."""
+    """The face recognizer, where one is in the folder."""
     found = (find(settings, one) for one in RECOGNIZERS)
     return next((file for file in found if file), None)
 
 
 def find_identifier(settings: Settings) -> Path | None:
-    """The face recognizer for faceid tunes, where one lies in the folder: ArcFace's, else that for other tunes.
+    """The face recognizer for faceid tunes, where one is in the folder: ArcFace's, else that for other tunes.
 
     Adapters know only identities of the one that they were trained with.
     """
     return find(settings, ARCFACE) or find_recognizer(settings)
 
 
-def obtain_identifier(settings: Settings, tell: Tell = untold) -> Path:
-    """ArcFace's, which is fetched; the one for other tunes only where that cannot be had. Raises Unavailable."""
+def obtain_identifier(settings: Settings, tell: ProgressCallback = no_progress) -> Path:
+    """ArcFace's, which is fetched; the one for other tunes only where that is not available. Raises Unavailable."""
     if file := find(settings, ARCFACE):
         return file
     try:
@@ -157,7 +157,7 @@ def obtain_identifier(settings: Settings, tell: Tell = untold) -> Path:
         raise
 
 
-def obtain(settings: Settings, *wanted: Weights, tell: Tell = untold) -> Path:
+def obtain(settings: Settings, *wanted: Weights, tell: ProgressCallback = no_progress) -> Path:
     """The first of these files; what is missing is fetched. Raises Unavailable."""
     for one in wanted:
         if not (settings.weights / one.name).is_file():
@@ -167,7 +167,7 @@ def obtain(settings: Settings, *wanted: Weights, tell: Tell = untold) -> Path:
     return file
 
 
-def _fetch(settings: Settings, one: Weights, tell: Tell) -> None:
+def _fetch(settings: Settings, one: Weights, tell: ProgressCallback) -> None:
     from huggingface_hub import constants  # the switch for being offline is that library's
 
     by_hand = f"put {one.name} into the weights folder, from {one.url}"

@@ -1,6 +1,6 @@
 """DreamBooth (Ruiz et al. 2022, arXiv 2208.12242): the weights of the base themselves are trained.
 
-What is saved is a whole model, in one file under the original release's keys, which stands on nothing else: the folder
+What is saved is a whole model, in one file under the original release's keys, which needs nothing else: the folder
 of the same name beside it has its configuration and its tokenizers.
 """
 
@@ -23,18 +23,18 @@ from trainer.names import CHECKPOINT_FILE
 LARGE = True
 
 
-def begin(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
+def prepare(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
     """Merge the earlier LoRA into the weights. Raises ValueError for one with new words: a checkpoint has none."""
     if earlier is None:
         return []
     file, warnings = lora.load(branch.pipeline, earlier, lora.EARLIER, token)
     if new_tokens.rows_of(branch.pipeline):
-        raise ValueError(f"{file.name} has new words, and a checkpoint has no place for them: train a LoRA on it")
+        raise ValueError(f"{file.name} has learned tokens, which a checkpoint cannot hold: train a LoRA on it")
     lora.merge(branch.pipeline)
     return warnings
 
 
-def encoders(branch: Branch, config: TrainConfig) -> list[str]:
+def needed_text_encoders(branch: Branch, config: TrainConfig) -> list[str]:
     """See `Method.encoders`: they are part of the file, where the family has them there."""
     return list(branch.text_encoders) if config.text_encoder_lr or branch.whole_file else []
 
@@ -88,7 +88,7 @@ def write(branch: Branch, file: Path, dtype: torch.dtype, metadata: dict[str, st
     branch.pipeline.save_config(beside)
 
 
-def readable(branch: Branch) -> list[str]:
+def checkable_files(branch: Branch) -> list[str]:
     """The saved files that a stock pipeline reads."""
     return [CHECKPOINT_FILE]
 

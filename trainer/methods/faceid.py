@@ -45,8 +45,8 @@ def apply(branch: Branch, folder: Path, scale: float, adapter: Path, file: str =
 def inputs(branch: Branch, folder: Path, cfg_scale: float, file: str = IDENTITY_FILE) -> dict[str, list[Tensor]]:
     """What the call of a pipeline with the adapter needs: it does not run without it.
 
-    One tensor (2, 1, 1, D) on the denoiser's device: nobody, who is guided away from, and the identity; (1, 1, 1, D)
-    where `cfg_scale` asks for no guidance.
+    One tensor (2, 1, 1, D) on the denoiser's device: zeros, which guidance leads away from, and the identity; (1,
+    1, 1, D) where `cfg_scale` asks for no guidance.
     """
     unet = branch.pipeline.unet
     identity = read_identity(folder / file)[0].to(branch.device, unet.dtype)[None, None, None]

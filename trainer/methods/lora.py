@@ -33,7 +33,7 @@ KOHYA_FILE, DIFFUSERS_FILE, WORDS_FILE, BUNDLED_FILE = (
 LARGE = False
 
 
-def begin(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
+def prepare(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
     """Load the earlier LoRA, frozen, and the new words that it was trained with, under this tune's token."""
     if earlier is None:
         return []
@@ -75,7 +75,7 @@ def attach(branch: Branch, config: TrainConfig) -> list[Group]:
     return groups
 
 
-def encoders(branch: Branch, config: TrainConfig) -> list[str]:
+def needed_text_encoders(branch: Branch, config: TrainConfig) -> list[str]:
     """See `Method.encoders`."""
     if config.text_encoder_lr:
         return list(branch.text_encoders)
@@ -176,7 +176,7 @@ def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, 
     return [KOHYA_FILE, WORDS_FILE, DIFFUSERS_FILE, BUNDLED_FILE]
 
 
-def readable(branch: Branch) -> list[str]:
+def checkable_files(branch: Branch) -> list[str]:
     """The saved files that a stock pipeline reads."""
     return [KOHYA_FILE, DIFFUSERS_FILE] if branch.reads_kohya else [DIFFUSERS_FILE]
 
@@ -222,9 +222,11 @@ def load(pipeline: DiffusionPipeline, model: Path, adapter: str, token: str | No
         token = token or facts.get("tunebooth.token", "ohwx")
         taken = {known.token.lower() for part in new_tokens.TOKENIZERS for known in new_tokens.all_of(pipeline, part)}
         if token.lower() in taken:
-            return file, [f"two of these models have new words for {token!r}: here it means the one named first"]
+            return file, [f"two of these models have learned tokens for {token!r}: here it means the one named first"]
         new_tokens.add(pipeline, token, new_tokens.load(of_words))
     elif "tunebooth.tokens" in facts:
-        told = f"{file.name} was trained with new words, which are not here: {file.stem}_emb.safetensors is missing"
-        return file, [f"{told} beside it. The token {facts['tunebooth.token']!r} does not mean the subject"]
+        message = (
+            f"{file.name} was trained with learned tokens, which are missing: {file.stem}_emb.safetensors is missing"
+        )
+        return file, [f"{message} beside it. The token {facts['tunebooth.token']!r} does not mean the subject"]
     return file, []

@@ -37,7 +37,7 @@ class NewWords(nn.Module):
         super().__init__()
         # The table comes first: an encoder's number format is that of its first weight.
         self.table = table
-        # bf16 has too few digits for small steps. Frozen, until somebody trains it.
+        # bf16 has too few digits for small steps. Frozen, until it is trained.
         self.new = nn.Embedding.from_pretrained(rows.float().clone())  # type: ignore[no-untyped-call]
         self.first, self.token = first, token
         self.tokenizer = tokenizer  # the one that does not know these words
@@ -184,7 +184,7 @@ def load(file: Path) -> dict[str, Tensor]:
     found = {key: value for key, value in load_file(file).items() if is_rows(key)}
     names = [key.rpartition(".")[2] for key in found]
     if strange := [key for key in found if key.rpartition(".")[2] not in parts]:
-        raise ValueError(f"{file.name} has new words under {strange[0]!r}; known are {', '.join(parts)}")
+        raise ValueError(f"{file.name} has learned tokens under {strange[0]!r}; known are {', '.join(parts)}")
     if len(set(names)) < len(names):
         raise ValueError(f"{file.name} has the words of several tokens; one is possible")
     return {parts[name]: value for name, value in zip(names, found.values(), strict=True)}

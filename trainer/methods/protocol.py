@@ -33,15 +33,15 @@ class Method(Protocol):
 
     LARGE: bool  # whether its files are those of a whole model, which are not kept twice
 
-    def begin(self, branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
+    def prepare(self, branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
         """What comes before captions are encoded: an earlier model, new words. Returns what to warn of.
 
-        name: the class name. earlier: the LoRA that the base stands on, a file or the `model/` of a tune. Raises
+        name: the class name. earlier: the LoRA that is on the base, a file or the `model/` of a tune. Raises
         ValueError where the earlier model or the token does not fit the base.
         """
         ...
 
-    def encoders(self, branch: Branch, config: TrainConfig) -> list[str]:
+    def needed_text_encoders(self, branch: Branch, config: TrainConfig) -> list[str]:
         """The text encoders that are needed once the captions are encoded, to be trained or to be saved."""
         ...
 
@@ -57,7 +57,7 @@ class Method(Protocol):
         """Write the files that the user keeps into `folder`; returns their names, the most widely read one first."""
         ...
 
-    def readable(self, branch: Branch) -> list[str]:
+    def checkable_files(self, branch: Branch) -> list[str]:
         """The saved files that a stock pipeline reads; there is at least one."""
         ...
 

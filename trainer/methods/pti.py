@@ -13,23 +13,25 @@ from trainer.methods import lora, new_tokens
 from trainer.methods.protocol import Group
 
 LARGE = False
-readable, apply = lora.readable, lora.apply
+checkable_files, apply = lora.checkable_files, lora.apply
 
 
-def encoders(branch: Branch, config: TrainConfig) -> list[str]:
+def needed_text_encoders(branch: Branch, config: TrainConfig) -> list[str]:
     """See `Method.encoders`."""
     return list(branch.text_encoders if config.text_encoder_lr else branch.token_encoders)
 
 
-def begin(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
+def prepare(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
     """Load the earlier LoRA; its words go on. Where it has none, new ones begin as the mean of the class name's."""
-    warnings = lora.begin(branch, config, token, name, earlier)
+    warnings = lora.prepare(branch, config, token, name, earlier)
     brought = new_tokens.rows_of(branch.parts)
     if brought and len(next(iter(brought.values()))) == config.tokens:
         return warnings
     if brought:
         count = len(next(iter(brought.values())))
-        warnings.append(f"the earlier model has {count} new words for its token, not {config.tokens}: they begin anew")
+        warnings.append(
+            f"the earlier model has {count} learned tokens for its token, not {config.tokens}: they start again"
+        )
         new_tokens.remove(branch.parts)
     parts = [part for part in new_tokens.TOKENIZERS if part in branch.token_encoders]
     starts = {part: new_tokens.meaning(branch.parts, part, name) for part in parts}

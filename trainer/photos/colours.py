@@ -28,7 +28,7 @@ def to_srgb(image: Image.Image, depth: int) -> tuple[Image.Image, str | None]:
     if profile:
         plain = image.mode == "RGB"
         image, described = from_profile(image, profile)
-        was += [described] * (plain and described != "")  # grey and CMYK are told already
+        was += [described] * (plain and described != "")  # grey and CMYK are named already
     if image.mode != "RGB":
         image = image.convert("RGB")
     return image, ", ".join(was) or None
@@ -54,7 +54,7 @@ def to_grey(image: Image.Image) -> Image.Image:
         high = float(image.getextrema()[1])  # type: ignore[arg-type]  # one band, so two numbers
         white = next((limit for limit in (1.0, 255.0, 65_535.0) if high <= limit), high)
     grey = image.point(lambda value: value * (255 / white)).convert("L")
-    grey.info.pop("transparency", None)  # one of the numbers that are no more
+    grey.info.pop("transparency", None)  # one of the numbers that were replaced
     return grey
 
 

@@ -109,8 +109,8 @@ def decode(source: Path, target: Path, name: str, max_pixels: int) -> Decoded:
     except UnidentifiedImageError:
         raise Refused(why_unidentified(source)) from None
     except Exception as error:  # noqa: BLE001  # the edge of a process, for strangers' files: decoders raise anything
-        said = " ".join(str(error).split())[:SAID_CHARS]  # some decoders write several lines
-        raise Refused(f"is damaged and cannot be decoded ({type(error).__name__}: {said})") from None
+        message = " ".join(str(error).split())[:SAID_CHARS]  # some decoders write several lines
+        raise Refused(f"is damaged and cannot be decoded ({type(error).__name__}: {message})") from None
     image.info.clear()  # comments and profiles would be written along with the pixels
     lossy = stored.form in LOSSY or (stored.form == "WEBP" and not is_lossless_webp(source))
     file = target.with_suffix(".jpg" if lossy else ".png")
@@ -121,7 +121,7 @@ def decode(source: Path, target: Path, name: str, max_pixels: int) -> Decoded:
         file=file.name,
         width=image.width,
         height=image.height,
-        format=told(stored.form),
+        format=format_name(stored.form),
         rotated=stored.turned or turned,
         converted=converted,
     )
@@ -153,17 +153,17 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def why_unidentified(source: Path) -> str:
-    """A file that begins as a photo does is told apart from what is none."""
+    """A file that begins as a photo does is told from what is none."""
     with source.open("rb") as file:
         head = file.read(16)
     for form in FORMATS:
         accepts = Image.OPEN[form][1] if form in Image.OPEN else None
         if accepts and accepts(head) is True:
-            return f"is damaged and cannot be decoded (it begins as {told(form)}, and does not go on so)"
+            return f"is damaged and cannot be decoded (it begins as {format_name(form)}, and does not go on so)"
     return f"is not an image that can be read ({READABLE})"
 
 
-def told(form: str) -> str:
+def format_name(form: str) -> str:
     """A format as phones name it."""
     return "HEIC" if form == "HEIF" else form
 

@@ -74,7 +74,7 @@ def detect(image: Array, model: RetinaFace) -> Array:
     """Rows of left, top, right, bottom, score, and five landmarks x, y, in pixels.
 
     facexlib's `RetinaFace.detect_faces`, but for its anchors: they are the same for all pictures of one size, and
-    making them anew is a quarter of its time.
+    making them again is a quarter of its time.
     """
     height, width = image.shape[:2]
     pixels = torch.from_numpy(image[:, :, ::-1].astype(np.float32)).permute(2, 0, 1)[None] - model.mean_tensor
@@ -99,7 +99,7 @@ def anchors_of(height: int, width: int) -> Tensor:
 
 
 def read_small(photo: Path) -> tuple[Array, float]:
-    """A photo at the size at which faces are looked for, and the scale of it."""
+    """A photo at the size at which faces are detected, and the scale of it."""
     with Image.open(photo) as opened:
         width, height = opened.size
         scale = min(2.0, LONG_SIDE / max(width, height))

@@ -45,8 +45,8 @@ def crops(
     scale = min(image[0] / size[0], image[1] / size[1])
     width, height = size[0] * scale, size[1] * scale
     slack = max(0.0, image[0] - width), max(0.0, image[1] - height)  # rounding leaves less than none at times
-    dice = torch.Generator().manual_seed(seed)
-    places = [0.5, *torch.rand(count - 1, generator=dice).tolist()] if max(slack) >= 1 else [0.5]
+    rng = torch.Generator().manual_seed(seed)
+    places = [0.5, *torch.rand(count - 1, generator=rng).tolist()] if max(slack) >= 1 else [0.5]
     return [(slack[0] * at, slack[1] * at, slack[0] * at + width, slack[1] * at + height) for at in places]
 
 

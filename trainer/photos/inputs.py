@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.contract.errors import InvalidRequest
-from trainer.contract.photos import Tell, Upload, untold
+from trainer.contract.photos import ProgressCallback, Upload, no_progress
 from trainer.contract.prompts import PICTURES, PromptRequest
 from trainer.files import PARTIAL, fsync
 from trainer.photos.intake import Decoder
@@ -18,17 +18,17 @@ from trainer.settings import Settings
 
 
 @contextmanager
-def taken_in(
+def fetch_inputs(
     settings: Settings,
     decoder: Decoder,
     requests: Sequence[PromptRequest],
     within: str | None = None,
-    tell: Tell = untold,
+    tell: ProgressCallback = no_progress,
 ) -> Iterator[dict[int, Path]]:
     """Fetch and decode the pictures of prompts; yields a folder with `input_image.*` and `mask_image.*` for each.
 
     The folders, by the number of their request, are the caller's to `keep`; what is left of them at the end is removed.
-    within: the parameter that the requests are a list of; None: there is one, and its own parameters are told. Raises
+    within: the parameter that the requests are a list of; None: there is one, and its own parameters are named. Raises
     InvalidRequest naming every bad picture.
     """
     wanted = [(number, name) for number, one in enumerate(requests) for name in PICTURES if of(one, name) is not None]
@@ -47,13 +47,13 @@ def taken_in(
                 upload = _upload(settings, given, folder, tell)
                 decoder.decode(upload.path, folder / name, upload.name)
             except InvalidRequest as invalid:
-                said = "; ".join(one for all_ in invalid.problems.values() for one in all_)
+                message = "; ".join(one for all_ in invalid.problems.values() for one in all_)
             except ValueError as problem:
-                said = f"{upload.name} {problem}"
+                message = f"{upload.name} {problem}"
             else:
-                said = ""
-            if said:
-                problems.setdefault(within or field, []).append(f"{number}.{field}: {said}" if within else said)
+                message = ""
+            if message:
+                problems.setdefault(within or field, []).append(f"{number}.{field}: {message}" if within else message)
             shutil.rmtree(folder / "fetched", ignore_errors=True)
         if problems:
             raise InvalidRequest(problems)
@@ -68,7 +68,7 @@ def of(request: PromptRequest, name: str) -> Upload | str | None:
     return getattr(request, f"{name}_url") if given is None else given
 
 
-def _upload(settings: Settings, given: Upload | str | None, folder: Path, tell: Tell) -> Upload:
+def _upload(settings: Settings, given: Upload | str | None, folder: Path, tell: ProgressCallback) -> Upload:
     if isinstance(given, str):
         (folder / "fetched").mkdir()
         return fetch_all(settings, [given], folder / "fetched", tell)[0]
@@ -79,7 +79,7 @@ def _upload(settings: Settings, given: Upload | str | None, folder: Path, tell: 
     return given
 
 
-def keep(folder: Path, target: Path) -> None:
+def move_into_place(folder: Path, target: Path) -> None:
     """Move a folder of pictures to where it stays."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)  # left by a crash before the commit, so that its number came again

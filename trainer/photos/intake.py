@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from trainer.contract.errors import CannotLook, InvalidRequest
-from trainer.contract.photos import Photo, Tell, Upload, untold
+from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
+from trainer.contract.photos import Photo, ProgressCallback, Upload, no_progress
 from trainer.files import PARTIAL
-from trainer.photos.child import Broke, Child, NotStarted
 from trainer.photos.decode import Decoded, alike
+from trainer.photos.subprocess_worker import NotStarted, SubprocessWorker, WorkerCrashed
 from trainer.photos.urls import fetch_all
 from trainer.settings import Settings
 
@@ -31,18 +31,20 @@ class Decoder:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._children = [Child("trainer.photos.decode", "decodes photos") for _ in range(CHILDREN)]
-        self._free: queue.LifoQueue[Child] = queue.LifoQueue()  # the one that worked last is the one that is awake
-        for child in self._children:
+        self._worker_processes = [SubprocessWorker("trainer.photos.decode", "decodes photos") for _ in range(CHILDREN)]
+        self._free: queue.LifoQueue[SubprocessWorker] = (
+            queue.LifoQueue()
+        )  # the one that worked last is the one that is awake
+        for child in self._worker_processes:
             self._free.put(child)
 
     def warm(self) -> None:
         """Start the children, so that the first request need not wait for them."""
-        for child in self._children:
+        for child in self._worker_processes:
             child.warm()
 
     def close(self) -> None:
-        for child in self._children:
+        for child in self._worker_processes:
             child.close()
 
     def decode(self, source: Path, target: Path, name: str) -> Decoded:
@@ -57,9 +59,9 @@ class Decoder:
         except MemoryError:
             raise ValueError("needs too much memory to be decoded") from None
         except NotStarted as problem:
-            raise CannotLook(str(problem)) from problem
-        except Broke:
-            raise ValueError("broke the decoder; it is damaged, or made to do so") from None
+            raise AnalysisUnavailable(str(problem)) from problem
+        except WorkerCrashed:
+            raise ValueError("crashed the image decoder; it is damaged, or made to do so") from None
         finally:
             self._free.put(child)
         return decoded
@@ -71,7 +73,7 @@ def intake(
     decoder: Decoder,
     uploads: Sequence[Upload],
     image_urls: list[str],
-    tell: Tell = untold,
+    tell: ProgressCallback = no_progress,
 ) -> Iterator[tuple[Path, list[Photo]]]:
     """Fetch, check and convert all photos of a request; yields a folder with `images/` in it, and the verdicts.
 
@@ -93,7 +95,9 @@ def intake(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _convert(settings: Settings, decoder: Decoder, uploads: Sequence[Upload], folder: Path, tell: Tell) -> list[Photo]:
+def _convert(
+    settings: Settings, decoder: Decoder, uploads: Sequence[Upload], folder: Path, tell: ProgressCallback
+) -> list[Photo]:
     captions = {PurePosixPath(u.name).stem: u for u in uploads if u.name.lower().endswith(".txt")}
     pictures = [upload for upload in uploads if not upload.name.lower().endswith(".txt")]
     if not pictures:

@@ -11,7 +11,7 @@ from torch import nn
 
 Array = NDArray[Any]
 M = TypeVar("M", bound=nn.Module)
-LONG_SIDE = 1024  # px at which faces are looked for; a smaller photo is enlarged, at most to twice its size
+LONG_SIDE = 1024  # px at which faces are detected; a smaller photo is enlarged, at most to twice its size
 
 
 def load(model: M, file: Path, key: str | None = None) -> M:

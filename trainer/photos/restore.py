@@ -52,7 +52,7 @@ def restore(image: Image.Image, faces: list[Found], weights: Path, strength: flo
 
 
 def restore_all(picture: Path, faces: list[Found], weights: Path, strength: float) -> None:
-    """Restore faces of a picture in its file (a PNG), whether they gain by it or not: somebody asked for it."""
+    """Restore faces of a picture in its file (a PNG), whether they gain by it or not: the user asked for it."""
     with Image.open(picture) as opened:
         pixels = np.array(opened.convert("RGB"))
     model = load_restorer(weights)

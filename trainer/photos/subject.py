@@ -16,14 +16,14 @@ SAME = {  # cosine of two identities from which they are one person
     "mobilefacenet_112.onnx": 0.4,  # same person 0.53 and more, others 0.25 and less, on the tests' data
     weights.ARCFACE.name: 0.28,  # from which insightface's own example says "the same" (web-demos/src_recognition)
 }
-CANDIDATE = 0.25  # of the area of a photo's largest face: a smaller one is somebody in the background
+CANDIDATE = 0.25  # of the area of a photo's largest face: a smaller one is a person in the background
 STRANGER = "not the person of the other photos"
 PAIRS = {"couple"}  # class names of two people; then two faces of a photo are the subject
 CROWDS = {"men", "women", "boys", "girls", "children", "people"}  # and of more: all of them
 
 
 def not_people(parameter: str, name: str) -> str:
-    return f"{parameter} is for photos of people, and {name} is not: no faces are looked for"
+    return f"{parameter} is for photos of people, and {name} is not: no faces are detected"
 
 
 def drop_faceless(photos: list[Photo], config: TrainConfig) -> list[str]:
@@ -61,7 +61,7 @@ def drop_unusable(photos: list[Photo], subjects: dict[str, list[Found]]) -> list
 
 
 def doubts(photos: list[Photo], faces: dict[str, Found], same: float) -> list[str]:
-    """Warnings for a faceid of which nobody knows who is meant. faces: the main ones, by their photo's file."""
+    """Warnings for a faceid whose person is not clear. faces: the main ones, by their photo's file."""
     warnings = []
     if any(photo.same_person is None for photo in photos):  # there is no majority that tells
         alike = [likeness(one, other) for one, other in combinations(faces.values(), 2)]
@@ -69,7 +69,7 @@ def doubts(photos: list[Photo], faces: dict[str, Found], same: float) -> list[st
             names = ", ".join(photo.name for photo in photos)
             warnings.append(
                 f"{names} seem to show different people (likeness {min(alike):.2f}; one person has {same:g} and"
-                " more). Who is meant is not known, so their faces are mixed: leave out the photos of somebody else"
+                " more). Their faces are mixed in training: leave out the photos of other people"
             )
     return warnings + [
         f"{photo.name} shows {len(photo.faces)} faces: the most prominent one is taken"
@@ -91,13 +91,13 @@ def choose(
     The subject is the most prominent face; with identities and three photos or more, the person who recurs in most of
     them. Of a couple it is two faces, of several people all. None: not known.
     """
-    spoken = set(name.lower().split())
+    words = set(name.lower().split())
     ranked = [
         sorted(faces, key=lambda face: -prominence(face, photo)) for photo, faces in zip(photos, found, strict=True)
     ]
-    if spoken & CROWDS:
+    if words & CROWDS:
         return ranked, [None] * len(ranked)
-    if spoken & PAIRS:
+    if words & PAIRS:
         return [faces[:2] for faces in ranked], [None] * len(ranked)
     main = [faces[:1] for faces in ranked]
     person = recurring(ranked, same) if same else None
@@ -121,7 +121,7 @@ def prominence(face: Found, photo: Photo) -> float:
 
 
 def candidates(faces: list[Found]) -> list[Found]:
-    """Those that may be the subject: nobody in the background."""
+    """Those that may be the subject: no person in the background."""
     largest = max((face.area for face in faces), default=0.0)
     return [face for face in faces if face.identity and face.area >= CANDIDATE * largest]
 

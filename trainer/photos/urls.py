@@ -21,12 +21,12 @@ from ssrfguard import DEFAULT_DENIED, AddressTable, Block, Policy, Reach, SSRFGu
 from ssrfguard import httpx as guarded
 
 from trainer.contract.errors import InvalidRequest
-from trainer.contract.photos import Tell, Upload, untold
+from trainer.contract.photos import ProgressCallback, Upload, no_progress
 from trainer.settings import Settings
 
 TOTAL_SECONDS = 20.0  # of all photos of a request together: the caller waits for the answer
 STALL_SECONDS = 10.0  # without a connection, or without a byte
-ANSWER_SECONDS = 15.0  # until whoever is called back has answered
+ANSWER_SECONDS = 15.0  # until the receiver has answered
 WAKE_SECONDS = 0.5  # what a thread gets to see that its connection was cut off
 MAX_REDIRECTS = 3
 PARALLEL = 8
@@ -45,15 +45,15 @@ LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 
 
 class Unreachable(Exception):
-    """Nothing answered: what can be told of it."""
+    """Nothing answered: what is known of it."""
 
 
 class _Unfit(Exception):
-    """Why a photo is not taken, in words of our own: no text of a library, which could name an inner address."""
+    """Why a photo is refused, in a message of our own: no text of a library, which could name an inner address."""
 
 
 class _Deadline:
-    """The end of all fetches of a request. `cut` ends their connections: a timeout begins anew with every byte."""
+    """The end of all fetches of a request. `cut` ends their connections: a timeout starts again with every byte."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -82,8 +82,8 @@ class _Deadline:
                 one.shutdown(socket.SHUT_RDWR)
 
 
-def fetch_all(settings: Settings, urls: list[str], folder: Path, tell: Tell = untold) -> list[Upload]:
-    """Fetch photos into `folder`, in parallel. Raises InvalidRequest naming every URL that cannot be had."""
+def fetch_all(settings: Settings, urls: list[str], folder: Path, tell: ProgressCallback = no_progress) -> list[Upload]:
+    """Fetch photos into `folder`, in parallel. Raises InvalidRequest naming every URL that is not available."""
     seconds = TOTAL_SECONDS
     deadline = _Deadline(seconds)
     pool = ThreadPoolExecutor(PARALLEL)
@@ -109,7 +109,7 @@ def fetch_all(settings: Settings, urls: list[str], folder: Path, tell: Tell = un
     return [answer for answer in answers if isinstance(answer, Upload)]
 
 
-def _await(fetches: list[Future[Upload | str | None]], deadline: _Deadline, tell: Tell) -> None:
+def _await(fetches: list[Future[Upload | str | None]], deadline: _Deadline, tell: ProgressCallback) -> None:
     """Wait until all have ended or the time is up, and tell of each that has ended."""
     done, pending = 0, set(fetches)
     while pending and deadline.left():
@@ -160,8 +160,8 @@ def post(settings: Settings, url: str, body: bytes, headers: Mapping[str, str]) 
                 return response.status_code, response.headers.get("Retry-After")
     except (SSRFGuardError, httpx.HTTPError, httpx.InvalidURL, ValueError, OverflowError, OSError):
         # One text for what is refused and what cannot be reached, as for photos.
-        told = "cannot be reached" if deadline.left() else f"did not answer within {ANSWER_SECONDS:g} s"
-        raise Unreachable(told) from None
+        message = "cannot be reached" if deadline.left() else f"did not answer within {ANSWER_SECONDS:g} s"
+        raise Unreachable(message) from None
     finally:
         timer.cancel()
 

@@ -7,7 +7,7 @@ import math
 import torch
 from PIL import Image
 
-from trainer.contract.errors import CannotLook
+from trainer.contract.errors import AnalysisUnavailable
 from trainer.contract.report import Report
 from trainer.library import weights
 from trainer.library.weights import Unavailable
@@ -69,8 +69,8 @@ def enlarge(job: Job, picture: Picture) -> Picture:
         source = picture.copy()
         scale = math.sqrt(MOST_TO_ENLARGE / (picture.width * picture.height))
         source.thumbnail((round(picture.width * scale), round(picture.height * scale)), RESAMPLING)
-        told = f"{picture.width} x {picture.height} pixels were made {source.width} x {source.height} first"
-        job.warnings.append(f"the picture is too large to be enlarged as it is: its {told}")
+        message = f"{picture.width} x {picture.height} pixels were made {source.width} x {source.height} first"
+        job.warnings.append(f"the picture is too large to be enlarged as it is: its {message}")
     factor = min(factor, math.sqrt(MOST_ENLARGED / (source.width * source.height)))
     with torch.no_grad(), torch.autocast(job.branch.device.type, enabled=False):
         larger = upscale.upscale(source, job.loaded.upscaler, factor, watch=lambda _done, _of: job.go_on())
@@ -127,11 +127,11 @@ def inpaint_faces(job: Job, picture: Picture, seed: int) -> Picture:
 
 
 def find_faces(job: Job, picture: Picture, what: str) -> list[Found]:
-    """The faces of a picture; none, and a warning, where nobody can look."""
+    """The faces of a picture; none, and a warning, where face detection is not available."""
     try:
         with job.kept(picture) as file:
-            found = job.looker.faces(file, tell=job.tell)
-    except CannotLook as problem:
+            found = job.analyzer.faces(file, tell=job.tell)
+    except AnalysisUnavailable as problem:
         job.warnings.append(f"{what}: {problem}")
         return []
     if not found:
@@ -147,9 +147,9 @@ def correct_faces(job: Job, picture: Picture) -> Picture:
     job.report.stage("restoring faces")
     try:
         with job.kept(picture) as file:
-            job.looker.restore(file, found, RESTORE_STRENGTH, tell=job.tell)
+            job.analyzer.restore(file, found, RESTORE_STRENGTH, tell=job.tell)
             with Image.open(file) as opened:
                 return opened.convert("RGB")
-    except CannotLook as problem:
+    except AnalysisUnavailable as problem:
         job.warnings.append(f"face_correct: {problem}")
         return picture

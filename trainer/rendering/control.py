@@ -1,4 +1,4 @@
-"""ControlNets (Zhang et al. 2023, arXiv 2302.05543): how they are loaded, and what the pipelines with them are told.
+"""ControlNets (Zhang et al. 2023, arXiv 2302.05543): how they are loaded, and the arguments of their pipelines.
 
 Which architectures a family takes stands in its file (`Branch.control_nets`).
 """
@@ -37,14 +37,8 @@ def load_control(branch: Branch, folder: Path) -> ModelMixin:
     try:
         kind = next((kind for kind in kinds if kind.key and _has_key(folder, kind.key)), None)
         kind = kind or next(kind for kind in kinds if not kind.key)
-        model, facts = kind.model.from_pretrained(
-            folder,
-            variant=variant,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=branch.dtype,
-            output_loading_info=True,
-        )
+        source = loading.folder_source(folder, variant)
+        model, facts = kind.model.from_pretrained(**source, dtype=branch.dtype, output_loading_info=True)
         loading.refuse_gaps(facts["missing_keys"])
     except (RuntimeError, ValueError, SafetensorError) as problem:
         raise ValueError(f"the control model cannot be loaded: {problem}") from problem
@@ -61,7 +55,7 @@ def kind_of(branch: Branch, control: ModelMixin) -> ControlNet:
 
 
 def control_mode(branch: Branch, control: ModelMixin, kind: str) -> int | None:
-    """The number that a union model knows a kind by; None for a model that is for one kind, or is not told.
+    """The number that a union model knows a kind by; None for a model that is for one kind, or takes no number.
 
     Raises ValueError where a union model does not know the kind.
     """
@@ -71,7 +65,7 @@ def control_mode(branch: Branch, control: ModelMixin, kind: str) -> int | None:
         return None
     known = {name: mode for name, mode in known_as.modes.items() if mode < count}
     if kind not in known:
-        raise ValueError(f"this control model knows no {kind}; it knows {', '.join(known)}")
+        raise ValueError(f"this control model does not know {kind}; it knows {', '.join(known)}")
     return known[kind]
 
 
@@ -82,11 +76,11 @@ def arguments(
 
     image: what the model sees of a picture. scale: how strongly it works; 0 is not at all.
     """
-    told: dict[str, Any] = {"controlnet_conditioning_scale": float(scale)}
+    arguments: dict[str, Any] = {"controlnet_conditioning_scale": float(scale)}
     if (mode := control_mode(branch, control, kind)) is not None:
-        told["control_mode"] = mode
-    told[kind_of(branch, control).text_argument if task == "text" else "control_image"] = image
-    return told
+        arguments["control_mode"] = mode
+    arguments[kind_of(branch, control).text_argument if task == "text" else "control_image"] = image
+    return arguments
 
 
 def pipeline(branch: Branch, control: ModelMixin, task: Task) -> DiffusionPipeline:

@@ -13,10 +13,10 @@ from PIL import Image, ImageChops, ImageOps
 
 from trainer import device as device_memory
 from trainer.branches.protocol import Task
-from trainer.contract.errors import CannotLook
+from trainer.contract.errors import AnalysisUnavailable
 from trainer.library import hub
 from trainer.methods import faceid
-from trainer.rendering import control, outlines, paste
+from trainer.rendering import control, paste, preprocessors
 from trainer.rendering.job import RESAMPLING, Job, Picture
 from trainer.rendering.pipelines import pipeline_for
 from trainer.rendering.plan import Control
@@ -51,14 +51,14 @@ def draw_pictures(job: Job) -> list[Picture]:
 
 
 def repaint_mask(job: Job, start: Picture) -> Picture | None:
-    """Where the picture is drawn anew, white on black, of its size; None: everywhere."""
+    """Where the picture is redrawn, white on black, of its size; None: everywhere."""
     plan, asked = job.plan, job.plan.flags
     if plan.mask:
         mask = ImageOps.fit(plan.mask, start.size, RESAMPLING)
     elif asked.mask_prompt:
         found = mask_of_words(job, start, asked.mask_prompt)
-        if found is None:  # without it all of the picture would be drawn anew, which nobody asked for
-            raise CannotLook(f"--mask_prompt: {asked.mask_prompt!r} was not found in the picture")
+        if found is None:  # without it all of the picture would be redrawn, which was not asked for
+            raise AnalysisUnavailable(f"--mask_prompt: {asked.mask_prompt!r} was not found in the picture")
         mask = found
         if asked.mask_negative and (less := mask_of_words(job, start, asked.mask_negative)):
             mask = ImageChops.subtract(mask, less)
@@ -74,7 +74,7 @@ def repaint_mask(job: Job, start: Picture) -> Picture | None:
 def mask_of_words(job: Job, picture: Picture, words: str) -> Picture | None:
     """Where the thing of these words is in the picture; None: nowhere. Raises CannotLook."""
     with job.kept(picture) as file:
-        png = job.looker.mask(file, words, tell=job.tell)
+        png = job.analyzer.mask(file, words, tell=job.tell)
     if png is None:
         return None
     return Image.open(io.BytesIO(png)).convert("L")
@@ -96,7 +96,7 @@ def control_model(job: Job, asked: Control) -> ModelMixin | None:
 
 
 def control_arguments(job: Job, asked: Control, model: ModelMixin, start: Picture, task: Task) -> dict[str, object]:
-    """What a control model is told: what it sees of the picture, and how strongly it works."""
+    """The control image and the scale, as arguments of the pipeline."""
     plan = job.plan
 
     def find(name: str) -> Path:
@@ -105,13 +105,13 @@ def control_arguments(job: Job, asked: Control, model: ModelMixin, start: Pictur
         return hub.fetch_model(row.repository, row.revision, row.variant)
 
     with torch.autocast(job.branch.device.type, enabled=False):
-        seen = outlines.outline(asked.kind, start, find, job.branch.device)
+        seen = preprocessors.control_image(asked.kind, start, find, job.branch.device)
     scale = plan.request.controlnet_conditioning_scale
-    told = control.arguments(job.branch, model, asked.kind, seen, 1.0 if scale is None else scale, task)
+    message = control.arguments(job.branch, model, asked.kind, seen, 1.0 if scale is None else scale, task)
     for name in ("control_guidance_start", "control_guidance_end"):
         if (value := getattr(plan.flags, name)) is not None:
-            told[name] = value
-    return told
+            message[name] = value
+    return message
 
 
 def sample(
@@ -154,7 +154,7 @@ def sample(
         now = seeds[len(drawn) : len(drawn) + at_once]
         try:
             drawn += pipeline(
-                **job.said,
+                **job.embeds,
                 **more,
                 num_inference_steps=steps,
                 guidance_scale=cfg_scale,

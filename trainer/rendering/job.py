@@ -15,7 +15,7 @@ from trainer.branches.protocol import Branch
 from trainer.config.branch_file import ControlRow
 from trainer.contract.report import Report
 from trainer.library.bases import Base
-from trainer.photos.looker import Looker
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.rendering.plan import Plan
 from trainer.rendering.preview import Preview
 from trainer.rendering.upscale import Upscaler
@@ -57,7 +57,7 @@ class Models:
 
 
 class Stopped(Exception):
-    """The report said to stop."""
+    """The report asked to stop."""
 
 
 @dataclass
@@ -82,9 +82,9 @@ class Job:
     plan: Plan
     models: Models
     loaded: Loaded
-    said: dict[str, Tensor]  # the prompt, encoded
+    embeds: dict[str, Tensor]  # the prompt, encoded
     folder: Path  # for files that the looker reads
-    looker: Looker
+    analyzer: PhotoAnalyzer
     report: Report
     preview: Preview
     warnings: list[str]

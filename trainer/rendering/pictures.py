@@ -22,7 +22,7 @@ QUALITY = 95  # of JPEGs; small ones are for looking at
 SMALL_QUALITY = 85
 THUMB, CELL, PREVIEW = 256, 512, 512  # pixels of the long side, at most
 GAP = 4  # pixels between the cells of a sheet
-PAPER = (255, 255, 255)  # what transparent pictures and sheets stand on
+PAPER = (255, 255, 255)  # what transparent pictures and sheets are drawn on
 COMMENT_ENCODING = b"UNICODE\0"  # the EXIF standard's mark of a UserComment in UTF-16
 MOST_EXIF = 65_533  # bytes, with its mark: a JPEG counts them in 16 bits
 
@@ -59,16 +59,16 @@ def write(
     """
     names = []
     plain = [plainly(image) for image in images]
-    for number, (image, told) in enumerate(zip(plain, facts, strict=True)):
-        exif = exif_of(told)
+    for number, (image, message) in enumerate(zip(plain, facts, strict=True)):
+        exif = exif_of(message)
         if picture_format == "jpeg" and image.mode == "RGB" and len(exif.tobytes()) <= MOST_EXIF:
             names.append(f"{number}.jpg")
             image.save(folder / names[-1], quality=QUALITY, subsampling="4:4:4", exif=exif)
         else:
             names.append(f"{number}.png")
             info = PngInfo()
-            info.add_text("parameters", parameters(told))  # as iTXt where it is not Latin-1
-            info.add_text("tunebooth", as_json(told))
+            info.add_text("parameters", parameters(message))  # as iTXt where it is not Latin-1
+            info.add_text("tunebooth", as_json(message))
             image.save(folder / names[-1], pnginfo=info)
         (folder / f"{number}.thumb.jpg").write_bytes(small_jpeg(image, THUMB))
     if len(plain) > 1:
@@ -101,7 +101,7 @@ def quoted(value: str) -> str:
 
 
 def read_facts(file: Path) -> dict[str, object]:
-    """What `write` was told of a picture. Raises ValueError for pictures of others, OSError for what is no picture."""
+    """The facts that `write` got of a picture. Raises ValueError for other pictures, OSError for other files."""
     with Image.open(file) as image:
         text = image.getexif().get(ExifTags.Base.ImageDescription) if image.format == "JPEG" else None
         text = image.info.get("tunebooth") if image.format == "PNG" else text
@@ -110,7 +110,9 @@ def read_facts(file: Path) -> dict[str, object]:
     except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
-        raise ValueError(f"{file.name} does not say how it was made: it was not rendered here, or saved anew since")
+        raise ValueError(
+            f"{file.name} does not say how it was made: it was not rendered here, or was saved by another program"
+        )
     return facts
 
 

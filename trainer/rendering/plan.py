@@ -17,12 +17,12 @@ from trainer.contract.flags import Flags
 from trainer.contract.prompts import AR, CONTROLS, DENOISING_STRENGTH, PromptRequest, prompt_of
 from trainer.contract.rows import PromptToRender
 from trainer.photos import inputs
-from trainer.rendering.outlines import ANNOTATORS
+from trainer.rendering.preprocessors import ANNOTATORS
 
 DEFAULT_SEED = 42  # the hosted service's, so that a prompt without a seed renders the same twice
 FIELD = re.compile(r"\{\{\s*([\w-]+)\s*\}\}")
 MOST_PX = 2048  # of a side, as w and h may be
-BLOCK_PX = 16  # sides that nobody has asked for are multiples of it
+BLOCK_PX = 16  # sides that were not asked for are multiples of it
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Plan:
     height: int
     picture: Image.Image | None  # what it starts from, in its own size
     mask: Image.Image | None
-    strength: float  # of the noise on it: 1 draws anew, 0 leaves it as it is
+    strength: float  # of the noise on it: 1 redraws it, 0 leaves it as it is
     scheduler: str | None  # None: the base's own
     control: Control | None
     film: FilmLook | None

@@ -56,11 +56,11 @@ class Preview:
 
 
 def load_tiny_decoder(repository: str, device: torch.device) -> AutoencoderTiny | None:
-    """A decoder of previews (TAESD, https://github.com/madebyollin/taesd); None where it cannot be had."""
+    """A decoder of previews (TAESD, https://github.com/madebyollin/taesd); None where it is not available."""
     try:
         folder = hub.fetch_model(repository)
         decoder = AutoencoderTiny.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as problem:  # pictures come without it
-        log.info("there are no previews: %s cannot be had (%s)", repository, problem)
+        log.info("no previews: %s is not available (%s)", repository, problem)
         return None
     return decoder.eval().requires_grad_(False).to(device)

@@ -16,7 +16,7 @@ from trainer.device import place_for_rendering
 from trainer.files import whole_folder
 from trainer.library.bases import Base
 from trainer.methods import faceid, lora
-from trainer.photos.looker import Looker
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.rendering import pictures, weighted
 from trainer.rendering.afterwards import load_upscaler, postprocess
 from trainer.rendering.draw import draw_pictures
@@ -33,10 +33,10 @@ TEXTS_KEPT = 16  # encoded, while the models on the base stay the same
 class Renderer:
     """Keeps the base of the last prompt loaded, with what lies on it: the next prompt is likely to want it too."""
 
-    def __init__(self, settings: Settings, device: torch.device, looker: Looker) -> None:
+    def __init__(self, settings: Settings, device: torch.device, analyzer: PhotoAnalyzer) -> None:
         self._settings = settings
         self._device = device
-        self._looker = looker
+        self._analyzer = analyzer
         self._loaded: Loaded | None = None
 
     def release(self) -> None:
@@ -75,8 +75,8 @@ class Renderer:
         target.parent.mkdir(exist_ok=True)
         preview = Preview(folder / "previews" / f"{prompt_id}.jpg", branch, loaded.decoder)
         with preview, whole_folder(target) as made, autocast(self._device, branch.dtype):
-            said = encode_prompt(loaded, plan, warnings)
-            job = Job(plan, models, loaded, said, made, self._looker, report, preview, warnings)
+            embeds = encode_prompt(loaded, plan, warnings)
+            job = Job(plan, models, loaded, embeds, made, self._analyzer, report, preview, warnings)
             drawn = draw_pictures(job)
             done = [postprocess(job, one, seed) for one, seed in zip(drawn, plan.seeds, strict=True)]
             report.stage("saving")
@@ -114,7 +114,7 @@ def load_loras(loaded: Loaded, loras: Sequence[Lora]) -> list[str]:
         lora.remove(pipeline)
         for name, one in zip(names, wanted, strict=True):
             warnings += lora.load(pipeline, one.model, name)[1]
-        loaded.loras = None if warnings else there  # what there is to warn of is told each time
+        loaded.loras = None if warnings else there  # warnings are given each time
     if wanted:
         pipeline.set_adapters(names, [one.weight for one in wanted])
     loaded.weights = tuple(one.weight for one in wanted)
@@ -141,16 +141,16 @@ def encode_prompt(loaded: Loaded, plan: Plan, warnings: list[str]) -> dict[str, 
                 return texts[key]
             except ValueError as problem:  # not with these text encoders
                 warnings.append(str(problem))
-        said = branch.say(plan.text, plan.negative)
+        embeds = branch.encode_for_pipeline(plan.text, plan.negative)
     if not plan.request.use_lpw:  # else the warning is due again
-        texts[key] = said
-    return said
+        texts[key] = embeds
+    return embeds
 
 
 def describe(plan: Plan, seed: int, drawn: Picture, sampler: str, models: Models) -> Facts:
     """What is written into a picture of how it was made."""
     request = plan.request.model_dump(exclude_none=True, exclude_defaults=True)
-    told = {"text", "negative_prompt", "num_images", "seed", "steps", "cfg_scale", "w", "h", "callback", "scheduler"}
+    names = {"text", "negative_prompt", "num_images", "seed", "steps", "cfg_scale", "w", "h", "callback", "scheduler"}
     return Facts(
         prompt=plan.text,
         negative_prompt=plan.negative,
@@ -163,5 +163,5 @@ def describe(plan: Plan, seed: int, drawn: Picture, sampler: str, models: Models
         model=models.title,
         base=models.base.root or models.base.title,
         loras=[(one.title, one.weight) for one in models.loras],
-        more={name: value for name, value in request.items() if name not in told and not name.endswith("_url")},
+        more={name: value for name, value in request.items() if name not in names and not name.endswith("_url")},
     )

@@ -156,7 +156,7 @@ def hidden_states(
     encoder, tokenizer = getattr(pipeline, part), getattr(pipeline, TOKENIZERS[part])
     device, length = pipeline._execution_device, tokenizer.model_max_length
     states, pooled, weights = [], [], []
-    for tokens in texts:  # each by itself: what is said of a chunk does not depend on its neighbours
+    for tokens in texts:  # each alone: the embedding of a chunk does not depend on its neighbours
         ids = [tokenizer.bos_token_id, *(token for token, _ in tokens), tokenizer.eos_token_id]
         ids += [tokenizer.pad_token_id] * (length - len(ids))
         output = encoder(torch.tensor([ids], device=device), output_hidden_states=penultimate)

@@ -17,7 +17,7 @@ from trainer.photos.intake import SAME_PICTURE
 from trainer.studio.links import MODEL_LINK_SECONDS, make_link
 from trainer.studio.rows import Services, tune_folder
 
-MOMENT_FILES = FORMATS["bundled"], FORMATS["kohya"]  # of a model in mid-run: with its new words, where it has some
+SNAPSHOT_FILES = FORMATS["bundled"], FORMATS["kohya"]  # of a model in mid-run: with its new words, where it has some
 CONTACT_SHEET = "sheet.jpg"
 BESIDE = tuple(name for name in Prompt.model_fields if name in PromptRequest.model_fields and name not in (
     *COLUMNS, *PICTURES, *Echo.model_fields))  # fmt: skip
@@ -36,27 +36,27 @@ def trained_pictures(services: Services, tune_id: int) -> list[dict[str, Any]]:
     facts = tune_folder(services, tune_id) / "dataset" / "seen" / "seen.json"
     try:
         listed = json.loads(facts.read_text("utf-8"))
-    except FileNotFoundError:  # not made yet, or just being made anew
+    except FileNotFoundError:  # not made yet, or just being made again
         listed = []
     return [one | {"url": make_link(services.settings, f"{tune_id}/dataset/seen/{one['file']}")} for one in listed]
 
 
-def saved_moments(services: Services, tune_id: int) -> list[dict[str, Any]]:
+def saved_snapshots(services: Services, tune_id: int) -> list[dict[str, Any]]:
     """The previews of a run: `step`, `url`, and `model`, the link to the model of that moment where it is kept."""
     folder, found = tune_folder(services, tune_id), []
     for picture in sorted((folder / "samples").glob("step-*.png")):
-        model = moment_of(folder / "checkpoints" / picture.stem)
+        model = snapshot_of(folder / "checkpoints" / picture.stem)
         found.append(
             {
                 "step": int(picture.stem.removeprefix("step-")),
                 "url": make_link(services.settings, f"{tune_id}/samples/{picture.name}"),
-                "model": moment_link(services, model) if model else None,
+                "model": snapshot_link(services, model) if model else None,
             }
         )
     return found
 
 
-def moment_link(services: Services, model: Path) -> str:
+def snapshot_link(services: Services, model: Path) -> str:
     return make_link(
         services.settings, model.relative_to(services.settings.outputs / "tunes").as_posix(), MODEL_LINK_SECONDS
     )
@@ -66,11 +66,11 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
     tune_id = row["id"]
     models = [make_link(services.settings, f"{tune_id}/model/{f}", MODEL_LINK_SECONDS) for f in row["files"]]
     if models:
-        kept = map(moment_of, sorted(tune_folder(services, tune_id).glob("checkpoints/step-??????"), reverse=True))
-        models += [moment_link(services, model) for model in kept if model]
+        kept = map(snapshot_of, sorted(tune_folder(services, tune_id).glob("checkpoints/step-??????"), reverse=True))
+        models += [snapshot_link(services, model) for model in kept if model]
     photos = photo_answers(services, row)
     prompts = [prompt_answer(services, p) for p in services.store.find("prompts", tune_id=tune_id, oldest_first=True)]
-    told = {
+    arguments = {
         "ckpt_url": models[0] if models else None,
         "ckpt_urls": models,
         "url": f"{services.settings.base_url}/tunes/{tune_id}.json",
@@ -79,7 +79,7 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
         "progress": Progress.model_validate(row["progress"]),
         "prompts": prompts,
     }
-    return Tune.model_validate({**row, **told})
+    return Tune.model_validate({**row, **arguments})
 
 
 def photo_answers(services: Services, row: TuneRow) -> list[Photo]:
@@ -113,7 +113,7 @@ def prompt_answer(services: Services, row: PromptRow) -> Prompt:
         name: make_link(services.settings, f"{tune_id}/inputs/{prompt_id}/{wanted[name]}") if name in wanted else None
         for name in PICTURES
     }
-    told = {
+    arguments = {
         "url": f"{services.settings.base_url}/prompts/{prompt_id}.json",
         "images": [make_link(services.settings, f"{folder}/{file}") for file in row["files"]],
         "thumbnails": [
@@ -128,14 +128,14 @@ def prompt_answer(services: Services, row: PromptRow) -> Prompt:
         "tunes": list(dict.fromkeys([tune_id, *(one[1] for one in row["named"] or [])])),
     }
     echo = Echo.model_validate(row["kept"] | wanted).model_dump()
-    return Prompt.model_validate({**row, **echo, **beside, **inputs, **told})
+    return Prompt.model_validate({**row, **echo, **beside, **inputs, **arguments})
 
 
-def moment_of(folder: Path) -> Path | None:
+def snapshot_of(folder: Path) -> Path | None:
     """The file to hand out of a model in mid-run; None where it is not there (any more)."""
-    return next((folder / name for name in MOMENT_FILES if (folder / name).exists()), None)
+    return next((folder / name for name in SNAPSHOT_FILES if (folder / name).exists()), None)
 
 
 def here(row: TuneRow) -> dict[str, str]:
-    """The formats that a tune's own files are in, and where these lie in its folder."""
+    """The formats that a tune's own files are in, and where they are in its folder."""
     return {name: f"model/{file}" for name, file in FORMATS.items() if file in row["files"]}

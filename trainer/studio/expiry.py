@@ -23,7 +23,7 @@ def expiry(settings: Settings, begin: datetime) -> str | None:
     return stamp(begin + timedelta(days=settings.lifetime_days)) if settings.lifetime_days else None
 
 
-class Keeper:
+class ExpiryThread:
     """A thread that lets tunes expire, and empties the trash."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
@@ -60,10 +60,10 @@ def expire_tunes(settings: Settings, store: Store) -> None:
 
 
 def expire(settings: Settings, store: Store, tune: TuneRow) -> None:
-    """Move a tune's files to the trash; one that is in use, or that others stand on, stays for now."""
+    """Move a tune's files to the trash; one that is in use, or is the base of others, stays for now."""
     with store.transaction():
         rendering = store.find("prompts", tune_id=tune["id"], status="rendering")
-        if rendering or store.find("exports", tune_id=tune["id"], status="exporting") or store.standing_on(tune["id"]):
+        if rendering or store.find("exports", tune_id=tune["id"], status="exporting") or store.dependents(tune["id"]):
             return
         store.end_prompts(tune["id"], "canceled")
         for prompt in store.find("prompts", tune_id=tune["id"]):

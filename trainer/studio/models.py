@@ -34,52 +34,52 @@ def model_link(services: Services, tune_id: int, format_: str | None = None) -> 
         raise NotFound(f"tune {tune_id} has no model: it is {row['status']}")
     paths = here(row)
     if format_ in (None, ""):
-        return file_link(services, tune_id, f"model/{row['files'][0]}")
+        return model_file_link(services, tune_id, f"model/{row['files'][0]}")
     if format_ in paths:
-        return file_link(services, tune_id, paths[format_])
+        return model_file_link(services, tune_id, paths[format_])
     known = [*paths, *MODEL_TYPES[row["method"]].made]
     if format_ not in known:
-        raise InvalidRequest({"format": [f"tune {tune_id} can be had as {words(known)}, not as {format_!r}"]})
+        raise InvalidRequest({"format": [f"tune {tune_id} is available as {words(known)}, not as {format_!r}"]})
     with services.store.transaction():
         made = next(iter(services.store.find("exports", tune_id=tune_id, format=format_)), None)
         if made is None:
             services.store.add_export(tune_id, format_)
-        elif made["status"] == "failed":  # told once; who asks again, tries again
+        elif made["status"] == "failed":  # the error is given once; the next request tries again
             services.store.delete("exports", made["id"])
     services.store.changed.set()
     if made and made["status"] == "failed":
         raise Conflict(f"tune {tune_id} could not be made into {format_}: {made['error']}")
-    return file_link(services, tune_id, f"exports/{made['files'][0]}") if made and made["files"] else None
+    return model_file_link(services, tune_id, f"exports/{made['files'][0]}") if made and made["files"] else None
 
 
-def file_link(services: Services, tune_id: int, path: str) -> str:
+def model_file_link(services: Services, tune_id: int, path: str) -> str:
     return make_link(services.settings, f"{tune_id}/{path}", MODEL_LINK_SECONDS)
 
 
 def model_formats(services: Services, tune_id: int) -> dict[str, tuple[str | None, str]]:
-    """What a trained tune can be had as: (link or None, state) of each format.
+    """What a trained tune is available as: (link or None, state) of each format.
 
-    state: made, failed, exporting, queued or, where nobody has asked for it yet, nothing.
+    state: made, failed, exporting, queued or, where it was not asked for yet, nothing.
     """
     row = row_of(services, "tunes", tune_id)
     if row["status"] != "trained":
         return {}
     links: dict[str, tuple[str | None, str]] = {}
-    links |= {name: (file_link(services, tune_id, path), "made") for name, path in here(row).items()}
+    links |= {name: (model_file_link(services, tune_id, path), "made") for name, path in here(row).items()}
     asked = {one["format"]: one for one in services.store.find("exports", tune_id=tune_id)}
     for name in MODEL_TYPES[row["method"]].made:
         one = asked.get(name)
         if one is None:
             links[name] = None, ""
         elif one["files"]:
-            links[name] = file_link(services, tune_id, f"exports/{one['files'][0]}"), "made"
+            links[name] = model_file_link(services, tune_id, f"exports/{one['files'][0]}"), "made"
         else:
             links[name] = None, one["status"]
     return links
 
 
 def lineage(services: Services, tune_id: int) -> list[str]:
-    """The earlier tunes that a tune stands on, the nearest first."""
+    """The earlier tunes that a tune is derived from, the nearest first."""
     row = row_of(services, "tunes", tune_id)
     titles: list[str] = []
     while earlier := tune_row(services, row["base_id"]):
@@ -89,7 +89,7 @@ def lineage(services: Services, tune_id: int) -> list[str]:
 
 
 def earlier_tunes(services: Services) -> list[tuple[str, int]]:
-    """The trained tunes that another one can stand on: what to call them, and their ids; newest first."""
+    """The trained tunes that can be a base: what to call them, and their ids; newest first."""
     rows = services.store.find("tunes", status="trained", limit=EARLIER_LISTED)
     usable = [row for row in rows if MODEL_TYPES[row["method"]].trains]
     return [(f"{row['title']} (tune {row['id']}, {row['branch']})", row["id"]) for row in usable]

@@ -70,7 +70,7 @@ class Pack(BaseModel):
 
 
 def load(table: Mapping[str, object], slug: str) -> Pack:
-    """The pack that a TOML's table is. Raises ValueError with all that is wrong with it, in words."""
+    """The pack that a TOML's table is. Raises ValueError with all that is wrong with it."""
     problems = [f"unknown key {key!r}{nearest(key, KEYS)}" for key in table if key not in KEYS]
     if not SLUG.fullmatch(slug):
         problems.append(f"a pack's name must be 1 to {SLUG_CHARACTERS} of a-z, 0-9 and -, got {slug!r}")
@@ -140,8 +140,8 @@ def read_classes(given: object, where: str, problems: list[str]) -> list[str]:
 def read_attributes(given: Mapping[str, object], where: str, problems: list[str]) -> dict[str, object]:
     """Attributes of prompts as the API takes them; what is wrong with them is added to `problems`."""
     known = [name for name in PromptRequest.model_fields if name not in ("text", *OF_A_REQUEST)]
-    told = [f"{name} is of a request, and not of a pack" for name in given if name in OF_A_REQUEST]
-    told += [
+    messages = [f"{name} is of a request, and not of a pack" for name in given if name in OF_A_REQUEST]
+    messages += [
         f"unknown attribute {name!r}{nearest(name, known)}" for name in given if name not in (*known, *OF_A_REQUEST)
     ]
     attributes = {name: value for name, value in given.items() if name in known}
@@ -149,31 +149,31 @@ def read_attributes(given: Mapping[str, object], where: str, problems: list[str]
         request = parse_request(PromptRequest, {"text": "{subject}", **attributes})
         attributes = request.model_dump(include=set(attributes), exclude_none=True)
     except InvalidRequest as invalid:
-        told += in_words(invalid)
-    problems += [f"{where}: {problem}" for problem in told]
+        messages += in_words(invalid)
+    problems += [f"{where}: {problem}" for problem in messages]
     return attributes
 
 
 def read_prompt(row: Mapping[str, object], where: str, classes: Sequence[str], problems: list[str]) -> PackPrompt:
     """One of [[prompts]]; what is wrong with it is added to `problems`."""
-    text, only, told = row.get("text"), [], []
+    text, only, messages = row.get("text"), [], []
     if not isinstance(text, str) or not text.strip():
-        told.append("text is required")
+        messages.append("text is required")
         text = "{subject}"
     strange = [name for name in PLACE.findall(text) if name not in PLACES]
-    told += [f"unknown {{{name}}} in its text{close}" for name in strange if (close := nearest(name, PLACES))]
+    messages += [f"unknown {{{name}}} in its text{close}" for name in strange if (close := nearest(name, PLACES))]
     try:
         references(text)
     except InvalidRequest as invalid:
-        told += in_words(invalid)
+        messages += in_words(invalid)
     if "classes" in row:
-        only = read_classes(row["classes"], "classes", told)
-        told += [
+        only = read_classes(row["classes"], "classes", messages)
+        messages += [
             f"{one!r} is not among the pack's classes{nearest(one, classes)}; they are {words(classes)}"
             for one in only
             if classes and one not in classes
         ]
-    problems += [f"{where}: {problem}" for problem in told]
+    problems += [f"{where}: {problem}" for problem in messages]
     own = {name: value for name, value in row.items() if name not in ("text", "classes")}
     return PackPrompt(text=text, classes=tuple(only), attributes=read_attributes(own, where, problems))
 
@@ -210,7 +210,7 @@ def to_toml(
     columns: Mapping[str, object] = tune
     asked = {key: columns.get(key) for key in PARAMETERS if key not in ("token", "args")}
     asked |= {"model_type": tune["method"], "args": args}
-    if not tune["training_face_correct"]:  # which is what nobody asked for; face_crop=false was asked
+    if not tune["training_face_correct"]:  # the default, which a request need not give; face_crop=false was given
         asked["training_face_correct"] = None
     asked |= {key: bool(asked[key]) for key in ("face_crop", "training_face_correct") if asked[key] is not None}
     if placeholder:  # it has a base and settings of its own

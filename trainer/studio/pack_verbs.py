@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from trainer.config import branch_file, looks
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound, nearest, words
 from trainer.contract.fields import parse_request
-from trainer.contract.photos import Tell, Upload, untold
+from trainer.contract.photos import ProgressCallback, Upload, no_progress
 from trainer.contract.prompts import PromptRequest, prompt_of
 from trainer.contract.tunes import Tune
 from trainer.files import write_whole
@@ -18,21 +18,21 @@ from trainer.studio.pack_file import Pack
 from trainer.studio.prompt_rules import check_prompt
 from trainer.studio.prompts import create_prompt
 from trainer.studio.references import resolve
-from trainer.studio.rows import Mark, Services, row_of, tune_folder, tunes_by_id
+from trainer.studio.rows import IdempotencyKey, Services, row_of, tune_folder, tunes_by_id
 from trainer.studio.settle import token_for
 from trainer.studio.tunes import create_tune, get_tune
 
 
 def list_packs(services: Services) -> list[dict[str, object]]:
     """All packs, with their prompts for each class; `error` of one that cannot be read."""
-    told = []
+    messages = []
     for slug, table in all_pack_tables(services).items():
         try:
             pack = read_pack(slug, table)
-            told.append(packs.describe(pack, branch_file.default_token(services.settings.presets, pack.branch)))
+            messages.append(packs.describe(pack, branch_file.default_token(services.settings.presets, pack.branch)))
         except Conflict as problem:
-            told.append({"slug": slug, "error": str(problem)})
-    return told
+            messages.append({"slug": slug, "error": str(problem)})
+    return messages
 
 
 def get_pack(services: Services, slug: str) -> dict[str, object]:
@@ -46,8 +46,8 @@ def create_pack_tune(
     slug: str,
     data: Mapping[str, object],
     uploads: Sequence[Upload],
-    tell: Tell = untold,
-    mark: Mark | None = None,
+    tell: ProgressCallback = no_progress,
+    mark: IdempotencyKey | None = None,
 ) -> tuple[Tune, bool]:
     """Queue a tune with the settings and prompts of a pack, or with `tune_ids` its prompts on a tune that is there.
 
@@ -57,14 +57,16 @@ def create_pack_tune(
     pack, listed = pack_of(services, slug), bases.listed_once(services.settings)
     if tune_id := packs.asked_tune(data):
         if uploads:
-            raise InvalidRequest({"images": ["has no effect with tune_ids, for nothing is trained; leave it out"]})
+            raise InvalidRequest({"images": ["has no effect with tune_ids, since nothing is trained; leave it out"]})
         tune = row_of(services, "tunes", tune_id)
         requests = packs.prompt_requests(pack, data, tune["name"], tune["token"])
         for request in (parse_request(PromptRequest, one) for one in requests):  # before the first one is made
             check_prompt(services, request)
             resolve(services.store, listed, request.parsed, tune["branch"], tune)
         for number, one in enumerate(requests):
-            create_prompt(services, tune_id, one, tell, mark and Mark(f"{mark.key} {number}", mark.digest), listed)
+            create_prompt(
+                services, tune_id, one, tell, mark and IdempotencyKey(f"{mark.key} {number}", mark.digest), listed
+            )
         return get_tune(services, tune_id), True
     base_tune_id, branch = packs.asked_base(pack, data)
     base = bases.resolve(services.settings, base_tune_id, branch, tunes_by_id(services), listed)
@@ -85,7 +87,7 @@ def save_pack(services: Services, tune_id: int, title: str | None = None) -> dic
     toml = pack_file.to_toml(title, tune, requests, asked, placeholder=placeholder)
     folder = services.settings.outputs / "packs"
     folder.mkdir(exist_ok=True)
-    with services.store.transaction():  # nobody else takes the name
+    with services.store.transaction():  # no other request takes the name
         slug = pack_file.free_slug(title, list(all_pack_tables(services)))
         write_whole(folder / f"{slug}.toml", toml)
     return get_pack(services, slug)

@@ -54,17 +54,17 @@ def class_of(pack: Pack, name: str) -> str | None:
     It is the name itself in any case, else its last word (`old dog` is a dog, `dog house` is none), else the word for
     its kind (person, animal or pet, style), else "*".
     """
-    spoken = name.lower().split()
-    if not spoken:
+    words = name.lower().split()
+    if not words:
         return None
-    known = (" ".join(spoken), spoken[-1], *GENERAL.get(kind_of(spoken[-1]), ()), ANY)
+    known = (" ".join(words), words[-1], *GENERAL.get(kind_of(words[-1]), ()), ANY)
     return next((one for one in known if one in pack.classes), None)
 
 
 def fill(text: str, token: str | None, name: str) -> str:
     """A prompt's text for a subject. token None: it has none, as a faceid."""
-    spoken = {"subject": " ".join(filter(None, (token, name))), "name": name, "token": token or ""}
-    return PLACE.sub(lambda match: spoken.get(match[1], match[0]), text)
+    words = {"subject": " ".join(filter(None, (token, name))), "name": name, "token": token or ""}
+    return PLACE.sub(lambda match: words.get(match[1], match[0]), text)
 
 
 def prompts_for(
@@ -99,8 +99,8 @@ def numbered_prompts(
     prompts = enumerate(pack.prompts, 1)
     known = {number: prompt for number, prompt in prompts if class_ is not None and is_for(prompt, class_)}
     if known and (wrong := [str(number) for number in prompt_ids if number not in known]):
-        told = f"the pack {pack.title} has for {name!r} the prompts {', '.join(map(str, known))}"
-        problems["prompt_ids"] = [f"{told}, not {', '.join(wrong)}"]
+        message = f"the pack {pack.title} has for {name!r} the prompts {', '.join(map(str, known))}"
+        problems["prompt_ids"] = [f"{message}, not {', '.join(wrong)}"]
     if problems:
         raise InvalidRequest(problems)
     return {
@@ -113,8 +113,8 @@ def numbered_prompts(
 def asked_attributes(given: Mapping[str, object]) -> dict[str, object]:
     """The attributes that a request wants on each prompt, as the API takes them. Raises InvalidRequest."""
     if "text" in given:
-        told = "text is each prompt's own; send prompts of yours as prompts_attributes"
-        raise InvalidRequest({"prompt_attributes": [told]})
+        message = "text is each prompt's own; send prompts of yours as prompts_attributes"
+        raise InvalidRequest({"prompt_attributes": [message]})
     try:
         request = parse_request(PromptRequest, {"text": "{subject}", **given})
     except InvalidRequest as invalid:
@@ -125,8 +125,8 @@ def asked_attributes(given: Mapping[str, object]) -> dict[str, object]:
 def describe(pack: Pack, token: str) -> dict[str, object]:
     """What GET /packs answers of a pack.
 
-    token: the one that its tunes get where nobody says. Prompts are listed for each class as they would be sent, with
-    their numbers (`id`) in the pack; {name} stands for the class name where the pack takes any.
+    token: the one that its tunes get where the request gives none. Prompts are listed for each class as they would be
+    sent, with their numbers (`id`) in the pack; {name} stands for the class name where the pack takes any.
     """
     own = str(pack.parameters.get("token") or token)
     token_ = own if has_token(pack.parameters.get("model_type")) else None
@@ -202,9 +202,9 @@ def tune_request(pack: Pack, data: Mapping[str, object], branch: str, token: str
     request = {key: value for key, value in request.items() if value is not None and value != ""}
     name, more = request.get("name"), request.get("prompts_attributes", [])
     if isinstance(name, str) and name.strip() and isinstance(more, list):  # else POST /tunes says what is wrong
-        spoken = str(request.get("token", token)) if has_token(request.get("model_type")) else None
+        words = str(request.get("token", token)) if has_token(request.get("model_type")) else None
         request["prompts_attributes"] = [
-            *prompts_for(pack, name, spoken, own.prompt_attributes, own.prompt_ids),
+            *prompts_for(pack, name, words, own.prompt_attributes, own.prompt_ids),
             *more,
         ]
     return request
@@ -217,13 +217,13 @@ def asked_tune(data: Mapping[str, object]) -> int | None:
     if not tune_ids:
         return None
     if len(tune_ids) > 1:
-        told = f"takes one tune, got {len(tune_ids)}; send the request once for each"
-        raise InvalidRequest({"tune_ids": [told]})
+        message = f"takes one tune, got {len(tune_ids)}; send the request once for each"
+        raise InvalidRequest({"tune_ids": [message]})
     blank: tuple[object, ...] = (None, "", [], {})
     needless = [name for name, value in data.items() if name not in BESIDE_TUNE_IDS and value not in blank]
     if needless:
-        told = "has no effect with tune_ids, for nothing is trained; leave it out"
-        raise InvalidRequest({name: [told] for name in needless})
+        message = "has no effect with tune_ids, since nothing is trained; leave it out"
+        raise InvalidRequest({name: [message] for name in needless})
     return tune_ids[0]
 
 

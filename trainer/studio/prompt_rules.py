@@ -27,13 +27,13 @@ def check_prompt(services: Services, request: PromptRequest) -> None:
         given = getattr(request, field)
         name = next((name for name in known if given and name.lower() == given.strip().lower()), None)
         if given and name is None:
-            told = f"there is no {given!r}{nearest(given, known)}; known: {', '.join(known)}"
-            problems[field] = [told]
+            message = f"there is no {given!r}{nearest(given, known)}; known: {', '.join(known)}"
+            problems[field] = [message]
         setattr(request, field, name)
     for field in PICTURES:
         if not isinstance(getattr(request, field), Upload | None):
-            told = f"must be a file in multipart/form-data; an address goes into {field}_url"
-            problems[field] = [told]
+            message = f"must be a file in multipart/form-data; an address goes into {field}_url"
+            problems[field] = [message]
     if not request.has_input:
         for field, given in (("mask_image", request.has_mask), ("controlnet", request.controlnet)):
             if given:
@@ -45,13 +45,13 @@ def check_prompt(services: Services, request: PromptRequest) -> None:
 def keep_pictures(services: Services, prompt_id: int, folder: Path, target: Path) -> None:
     """Move the pictures that a prompt starts from to where they stay, and note their names."""
     names = {path.stem: path.name for path in folder.iterdir()}
-    inputs.keep(folder, target)
+    inputs.move_into_place(folder, target)
     attributes = row_of(services, "prompts", prompt_id)["attributes"]
     services.store.update("prompts", prompt_id, attributes=attributes | names)
 
 
 def pictures_of(services: Services, tune_id: int, prompt_id: int) -> Path:
-    """Where the pictures lie that a prompt starts from."""
+    """Where the pictures are that a prompt starts from."""
     return tune_folder(services, tune_id) / "inputs" / str(prompt_id)
 
 
@@ -71,19 +71,19 @@ def prompt_values(
 
 
 def numbered(invalid: InvalidRequest, number: int) -> list[str]:
-    """What is wrong with one of several prompts, in words that say which."""
+    """What is wrong with one of several prompts, with its number."""
     return [f"{number}.{field}: {message}" for field, all_ in invalid.problems.items() for message in all_]
 
 
 def prompt_warnings(request: PromptRequest) -> list[str]:
-    """What a prompt asks for and does not get, in words; what only its base can tell comes when it is rendered."""
-    told = [f"{name} is accepted and has no effect" for name in request.ignored]
+    """What a prompt asks for and does not get, as warnings; what only its base can tell comes when it is rendered."""
+    messages = [f"{name} is accepted and has no effect" for name in request.ignored]
     asked = request.parsed.flags
-    told += request.parsed.warnings
+    messages += request.parsed.warnings
     if request.face_swap:
-        told.append("face_swap is accepted and not done: there is no model for it whose licence allows its use")
+        messages.append("face_swap is accepted and not done: there is no model for it whose licence allows its use")
     if request.controlnet in HOSTED_CONTROLS:
-        told.append(f"controlnet {request.controlnet} is accepted and not done; there are {', '.join(CONTROLS)}")
+        messages.append(f"controlnet {request.controlnet} is accepted and not done; there are {', '.join(CONTROLS)}")
     drawn = not (request.has_input and (asked.only_upscale or request.denoising_strength == 0))
     enlarged = request.super_resolution or asked.upscale_factor or asked.only_upscale
     follows = request.controlnet in CONTROLS and drawn
@@ -102,7 +102,7 @@ def prompt_warnings(request: PromptRequest) -> list[str]:
         "lora_scale": lines and "where the text says a weight",
     }.items():
         if lacks and getattr(request, name):
-            told.append(f"{name} has no effect {lacks}")
+            messages.append(f"{name} has no effect {lacks}")
     for name, lacks in {
         "mask_prompt": (not request.has_input and "without input_image") or (request.has_mask and "beside mask_image"),
         "only_upscale": not request.has_input and "without input_image",
@@ -117,5 +117,5 @@ def prompt_warnings(request: PromptRequest) -> list[str]:
         "control_guidance_end": not follows and "without controlnet",
     }.items():
         if lacks and getattr(asked, name):
-            told.append(f"--{name} has no effect {lacks}")
-    return told
+            messages.append(f"--{name} has no effect {lacks}")
+    return messages

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound
 from trainer.contract.fields import parse_request
 from trainer.contract.parsed_text import ParsedText
-from trainer.contract.photos import Tell, Upload, untold
+from trainer.contract.photos import ProgressCallback, Upload, no_progress
 from trainer.contract.prompts import PICTURES, Prompt, PromptRequest, prompt_of
 from trainer.contract.rows import PromptRow, TuneRow
 from trainer.files import discard
@@ -20,15 +20,24 @@ from trainer.studio import pack_file
 from trainer.studio.answers import prompt_answer
 from trainer.studio.prompt_rules import check_prompt, keep_pictures, pictures_of, prompt_values
 from trainer.studio.references import GONE, Named, resolve
-from trainer.studio.rows import STOP_SECONDS, Mark, Services, find_marked, marks, row_of, tune_folder, tune_row
+from trainer.studio.rows import (
+    STOP_SECONDS,
+    IdempotencyKey,
+    Services,
+    find_by_idempotency_key,
+    idempotency_columns,
+    row_of,
+    tune_folder,
+    tune_row,
+)
 
 
 def create_prompt(
     services: Services,
     tune_id: int,
     data: Mapping[str, object],
-    tell: Tell = untold,
-    mark: Mark | None = None,
+    tell: ProgressCallback = no_progress,
+    mark: IdempotencyKey | None = None,
     listed: Bases | None = None,
 ) -> Prompt:
     """Queue a prompt on a tune that has, or is getting, a model. Raises NotFound, InvalidRequest.
@@ -49,13 +58,13 @@ def create_prompt(
     else:
         assert base is not None
         tune, named = tune_on_base(services, base, request.parsed, listed)
-    if known := find_marked(services, "prompts", mark):
+    if known := find_by_idempotency_key(services, "prompts", mark):
         return prompt_answer(services, known)
     with (
-        inputs.taken_in(services.settings, services.decoder, [request], None, tell) as pictures,
+        inputs.fetch_inputs(services.settings, services.decoder, [request], None, tell) as pictures,
         services.store.transaction(),
     ):
-        if known := find_marked(services, "prompts", mark):
+        if known := find_by_idempotency_key(services, "prompts", mark):
             return prompt_answer(services, known)
         tune = row_of(services, "tunes", tune["id"])  # it may be gone by now
         if tune["status"] in GONE:
@@ -63,7 +72,7 @@ def create_prompt(
         trained = MODEL_TYPES[tune["method"]].trains
         asked = base.id if base and (not trained or root_id(services, tune) != base.id) else None
         values = prompt_values(services, tune["id"], request, named) | {"base_id": asked}
-        prompt_id = services.store.add_prompt(values | marks(mark))
+        prompt_id = services.store.add_prompt(values | idempotency_columns(mark))
         if 0 in pictures:
             keep_pictures(services, prompt_id, pictures[0], pictures_of(services, tune["id"], prompt_id))
     services.store.changed.set()
@@ -81,20 +90,24 @@ def tune_on_base(services: Services, base: Base, parsed: ParsedText, listed: Bas
     in_order = sorted(named, key=lambda one: one.kind != LORA_REFERENCE)
     tune = next((row for one in in_order if (row := tune_row(services, one.id))), None)
     if tune is None:
-        told = f"a prompt on base {base.id} names a tune: <lora:ID:WEIGHT>, or <faceid:ID:WEIGHT>"
-        raise InvalidRequest({"text": [told]})
+        message = f"a prompt on base {base.id} names a tune: <lora:ID:WEIGHT>, or <faceid:ID:WEIGHT>"
+        raise InvalidRequest({"text": [message]})
     return tune, named
 
 
 def root_id(services: Services, tune: TuneRow) -> int:
-    """The base at the end of the chain of tunes that a tune stands on."""
+    """The base that the first tune of a lineage was trained on."""
     while earlier := tune_row(services, tune["base_id"]):
         tune = earlier
     return int(tune["base_id"])
 
 
 def duplicate_prompt(
-    services: Services, prompt_id: int, data: Mapping[str, object], tell: Tell = untold, mark: Mark | None = None
+    services: Services,
+    prompt_id: int,
+    data: Mapping[str, object],
+    tell: ProgressCallback = no_progress,
+    mark: IdempotencyKey | None = None,
 ) -> Prompt:
     """Queue a prompt again, with other values where `data` has some. Raises NotFound, InvalidRequest."""
     row = row_of(services, "prompts", prompt_id)
@@ -152,7 +165,7 @@ def list_prompts(services: Services, tune_id: int | None = None, limit: int = 20
 
 
 def still_good(kept: Mapping[str, object]) -> dict[str, object]:
-    """What was kept of an older prompt, when nobody rendered it, as far as it is a request now."""
+    """What was kept of an older prompt, when it was not rendered, as far as it is a request now."""
     good = {}
     for name, value in kept.items():
         if name in (*PICTURES, "controlnet"):  # which would need the picture

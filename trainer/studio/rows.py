@@ -9,8 +9,8 @@ from typing import Literal, overload
 
 from trainer.contract.errors import InvalidRequest, NotFound
 from trainer.contract.rows import PromptRow, TuneRow
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.intake import Decoder
-from trainer.photos.looker import Looker
 from trainer.settings import Settings
 from trainer.studio.store import Store
 
@@ -19,14 +19,14 @@ STOP_SECONDS = 120.0  # a step of the largest model on the slowest card, and sav
 
 
 @dataclass(frozen=True)
-class Mark:
+class IdempotencyKey:
     """The header `Idempotency-Key` of a request, and a digest of what it asked for."""
 
     key: str
     digest: str
 
 
-def marks(mark: Mark | None) -> dict[str, str]:
+def idempotency_columns(mark: IdempotencyKey | None) -> dict[str, str]:
     """The columns that hold a mark."""
     return {"request_key": mark.key, "request_digest": mark.digest} if mark else {}
 
@@ -38,7 +38,7 @@ class Services:
     settings: Settings
     store: Store
     decoder: Decoder
-    looker: Looker
+    analyzer: PhotoAnalyzer
 
 
 def tunes_by_id(services: Services) -> Callable[[int], TuneRow | None]:
@@ -55,17 +55,21 @@ def tune_row(services: Services, tune_id: int) -> TuneRow | None:
 
 
 @overload
-def find_marked(services: Services, table: Literal["tunes"], mark: Mark | None) -> TuneRow | None: ...
+def find_by_idempotency_key(
+    services: Services, table: Literal["tunes"], mark: IdempotencyKey | None
+) -> TuneRow | None: ...
 @overload
-def find_marked(services: Services, table: Literal["prompts"], mark: Mark | None) -> PromptRow | None: ...
-def find_marked(
-    services: Services, table: Literal["tunes", "prompts"], mark: Mark | None
+def find_by_idempotency_key(
+    services: Services, table: Literal["prompts"], mark: IdempotencyKey | None
+) -> PromptRow | None: ...
+def find_by_idempotency_key(
+    services: Services, table: Literal["tunes", "prompts"], mark: IdempotencyKey | None
 ) -> TuneRow | PromptRow | None:
     """What an equal request of the same mark has made. Raises InvalidRequest where that was another request."""
     found = services.store.find(table, request_key=mark.key, limit=1) if mark else []
     if found and mark and found[0]["request_digest"] != mark.digest:
-        told = f"was used for {table[:-1]} {found[0]['id']}, which was another request; take a new one"
-        raise InvalidRequest({"Idempotency-Key": [told]})
+        message = f"was used for {table[:-1]} {found[0]['id']}, which was another request; take a new one"
+        raise InvalidRequest({"Idempotency-Key": [message]})
     return found[0] if found else None
 
 

@@ -48,8 +48,8 @@ def settle(services: Services, request: TuneRequest, photos: int, listed: Bases)
         check_model_type(method, branch, branch_file.model_types(folder, branch), branch_file.why_not(folder, branch))
         model_type, earlier = MODEL_TYPES[method], tune_row(services, base.id)
         if model_type.whole_model and earlier and FORMATS["embeddings"] in earlier["files"]:
-            told = f"tune {base.id} has new words, and a checkpoint has no place for them; train lora or pti on it"
-            problems["base_tune_id"] = [told]
+            message = f"tune {base.id} has learned tokens, which a checkpoint cannot hold; train lora or pti on it"
+            problems["base_tune_id"] = [message]
         if model_type.learns_tokens and (request.token or "").lower() in request.name.lower().split():
             problems["token"] = [f"{request.token} is a word of the class name: every {request.name} would be meant"]
         if not model_type.trains:
@@ -109,28 +109,30 @@ def token_for(services: Services, base: Base) -> str:
 
 
 def request_warnings(services: Services, request: TuneRequest, photos: int, base: Base) -> list[str]:
-    """What was asked for and is not done, in words."""
-    told = [f"{name} is accepted and has no effect" for name in request.ignored]
-    told += branch_file.branch_warnings(services.settings.presets, base.branch)
+    """What was asked for and is not done, as warnings."""
+    messages = [f"{name} is accepted and has no effect" for name in request.ignored]
+    messages += branch_file.branch_warnings(services.settings.presets, base.branch)
     if photos < FEW_PHOTOS:
-        told.append(f"{photos} photos are few: with {FEW_PHOTOS} or more a tune learns its subject better")
+        messages.append(f"{photos} photos are few: with {FEW_PHOTOS} or more a tune learns its subject better")
     if branch_file.is_placeholder(services.settings.presets, base.branch):
         if request.base_tune_id not in (None, base.id):
-            told.append(f"branch {base.branch} has a base of its own: base_tune_id {request.base_tune_id} is not used")
+            messages.append(
+                f"branch {base.branch} has a base of its own: base_tune_id {request.base_tune_id} is not used"
+            )
         if request.preset is not None:
-            told.append(f"branch {base.branch} has settings of its own: preset {request.preset} is not used")
+            messages.append(f"branch {base.branch} has settings of its own: preset {request.preset} is not used")
     if request.face_crop and kinds.kind_of(request.name) != "person":
-        told.append(not_people("face_crop", request.name))
+        messages.append(not_people("face_crop", request.name))
     if request.model_type in MODEL_TYPES and not MODEL_TYPES[request.model_type].trains:
         asked = [name for name in ("steps", "token", "training_face_correct", "preset") if getattr(request, name)]
-        told += [f"{name} has no effect: {request.model_type} trains nothing" for name in asked]
+        messages += [f"{name} has no effect: {request.model_type} trains nothing" for name in asked]
     if request.auto_extend and not services.settings.lifetime_days:
-        told.append("auto_extend has no effect: tunes do not expire here")
-    return told
+        messages.append("auto_extend has no effect: tunes do not expire here")
+    return messages
 
 
 def untrained_problems(request: TuneRequest, model_type: ModelType) -> dict[str, list[str]]:
-    """What a request for a model type that trains nothing cannot have, in words."""
+    """What a request for a model type that trains nothing cannot have."""
     problems = {}
     if model_type.needs_person and not of_one_person(request.name):
         problems["name"] = [f"faceid is of one person (man, woman, boy, girl, child, ...), not of {request.name}"]

@@ -131,7 +131,9 @@ class Store:
             raise self._damaged(check)
 
     def _damaged(self, how: str) -> RuntimeError:
-        return RuntimeError(f"{self._path} is damaged ({how}); put back a copy, or move it away to start anew")
+        return RuntimeError(
+            f"{self._path} is damaged ({how}); restore a copy, or move it away to start with an empty database"
+        )
 
     def add_tune(self, values: Mapping[str, object]) -> int:
         """Insert a tune and its job, both or neither; its prompts follow in the caller's `transaction()`."""
@@ -163,9 +165,11 @@ class Store:
     def _insert(self, table: Table, values: Mapping[str, object]) -> int:
         moment = now()
         row = _encode({**values, "status": "queued", "created_at": moment, "updated_at": moment})
-        marks = ", ".join("?" * len(row))
+        idempotency_columns = ", ".join("?" * len(row))
         with self.transaction() as db:
-            cursor = db.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", list(row.values()))
+            cursor = db.execute(
+                f"INSERT INTO {table} ({', '.join(row)}) VALUES ({idempotency_columns})", list(row.values())
+            )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
@@ -314,12 +318,12 @@ class Store:
             )
 
     def send_callbacks_again(self, tune_id: int) -> int:
-        """Begin anew with the callbacks of a tune and its prompts; returns how many there are."""
+        """Start again with the callbacks of a tune and its prompts; returns how many there are."""
         with self.transaction() as db:
             again = "UPDATE callbacks SET attempts = 0, arrived_at = NULL, due_at = ? WHERE tune_id = ?"
             return db.execute(again, (now(), tune_id)).rowcount
 
-    def standing_on(self, tune_id: int) -> list[TuneRow]:
+    def dependents(self, tune_id: int) -> list[TuneRow]:
         """The tunes that were, or are to be, trained on this one, and have not expired; oldest first."""
         found = self._db.execute(
             "SELECT * FROM tunes WHERE base_id = ? AND status != 'expired' ORDER BY id", (tune_id,)

@@ -13,7 +13,7 @@ from trainer.config import kinds, train_config
 from trainer.config.train_config import TrainConfig
 from trainer.contract.errors import Conflict, InvalidRequest, words
 from trainer.contract.fields import Request, parse_request
-from trainer.contract.photos import Check, Photo, Tell, Upload, untold
+from trainer.contract.photos import Check, Photo, ProgressCallback, Upload, no_progress
 from trainer.contract.rows import TuneValues
 from trainer.contract.states import ENDED, Callback
 from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
@@ -27,7 +27,16 @@ from trainer.studio.answers import tune_answer
 from trainer.studio.expiry import expiry
 from trainer.studio.prompt_rules import check_prompt, keep_pictures, numbered, prompt_values
 from trainer.studio.references import NamedTune, resolve
-from trainer.studio.rows import STOP_SECONDS, Mark, Services, find_marked, marks, row_of, tune_folder, tunes_by_id
+from trainer.studio.rows import (
+    STOP_SECONDS,
+    IdempotencyKey,
+    Services,
+    find_by_idempotency_key,
+    idempotency_columns,
+    row_of,
+    tune_folder,
+    tunes_by_id,
+)
 from trainer.studio.settle import settle
 
 R = TypeVar("R", bound=Request)
@@ -37,8 +46,8 @@ def create_tune(
     services: Services,
     data: Mapping[str, object],
     uploads: Sequence[Upload],
-    tell: Tell = untold,
-    mark: Mark | None = None,
+    tell: ProgressCallback = no_progress,
+    mark: IdempotencyKey | None = None,
     listed: Bases | None = None,
 ) -> tuple[Tune, bool]:
     """Queue a tune; False beside it: it was there already, by its mark or its title (setting `idempotency`).
@@ -48,7 +57,7 @@ def create_tune(
     """
     request, count, problems = _parse(services, TuneRequest, data, uploads)
     listed = listed or bases.listed_once(services.settings)
-    if known := find_marked(services, "tunes", mark):
+    if known := find_by_idempotency_key(services, "tunes", mark):
         return tune_answer(services, known), False
     if existing := same_title(services, request.title):
         return existing, False
@@ -73,15 +82,15 @@ def create_tune(
     try:
         with (
             intake(services.settings, services.decoder, uploads, request.image_urls, tell) as (work, photos),
-            inputs.taken_in(
+            inputs.fetch_inputs(
                 services.settings, services.decoder, request.prompts_attributes, "prompts_attributes", tell
             ) as pictures,
         ):
             if problems or values is None:
                 raise InvalidRequest({})
             if not MODEL_TYPES[values["method"]].trains:
-                photos, said = services.looker.identify(work, photos, request.name, tell)
-                values["warnings"] = [*values["warnings"], *said]
+                photos, messages = services.analyzer.identify(work, photos, request.name, tell)
+                values["warnings"] = [*values["warnings"], *messages]
                 return _insert(services, request, values, work, photos, pictures, mark, listed)
             different = sum(not photo.dropped for photo in photos)
             if different != count:  # a photo that came twice is trained once
@@ -99,11 +108,11 @@ def own_name(request: TuneRequest, values: TuneValues | None) -> NamedTune:
 
 
 def check_photos(
-    services: Services, data: Mapping[str, object], uploads: Sequence[Upload], tell: Tell = untold
+    services: Services, data: Mapping[str, object], uploads: Sequence[Upload], tell: ProgressCallback = no_progress
 ) -> Check:
     """The verdicts that a tune with these parameters would give its photos; nothing is kept.
 
-    data: tune parameters but `images`; none of them is needed, but without `name` nobody looks for faces. Raises
+    data: tune parameters but `images`; none of them is needed, but without `name` face detection is skipped. Raises
     InvalidRequest with all problems, CannotLook.
     """
     request, count, problems = _parse(services, CheckRequest, data, uploads)
@@ -111,24 +120,24 @@ def check_photos(
     if problems:
         raise InvalidRequest(problems)
     if request.name and kinds.kind_of(request.name) == "person":
-        services.looker.warm()  # while the photos are fetched and decoded
+        services.analyzer.warm()  # while the photos are fetched and decoded
     values = settle(services, request.as_tune(), count, listed)
     config = TrainConfig(**train_config.parse_args(values["args"]))
     with intake(services.settings, services.decoder, uploads, request.image_urls, tell) as (work, photos):
         warnings = values["warnings"]
         if request.name:
             restore = bool(request.training_face_correct)
-            photos, said = services.looker.prepare(work, photos, config, request.name, restore, tell, fetch=False)
-            warnings = [*warnings, *said]
+            photos, messages = services.analyzer.prepare(work, photos, config, request.name, restore, tell, fetch=False)
+            warnings = [*warnings, *messages]
         else:
-            warnings = [*warnings, "without a class name (`name`) nobody looks for faces"]
+            warnings = [*warnings, "without a class name (`name`), face detection was skipped"]
         left = sum(not photo.dropped for photo in photos)
-        if left != count:  # what is said of their number
+        if left != count:  # the warnings of their number
             of_left = settle(services, request.as_tune(), max(1, left), listed)["warnings"]
             warnings = [*of_left, *warnings[len(values["warnings"]) :]]
         for number, photo in enumerate(photos):
             tell("pictures are drawn", number, len(photos))
-            services.looker.show(work, photo, config)
+            services.analyzer.show(work, photo, config)
         tell("pictures are drawn", len(photos), len(photos))
         return Check(photos=photos, warnings=warnings)
 
@@ -202,8 +211,8 @@ def change_tune(services: Services, tune_id: int, data: Mapping[str, object]) ->
             problems["tune"] = [f"must have at least one of {words(TuneChange.model_fields)}"]
         name = request.name or row["name"]
         if name != row["name"] and row["status"] != "queued":
-            told = f"tune {tune_id} is {row['status']}, and its class name is part of what was trained"
-            problems["name"] = [told]
+            message = f"tune {tune_id} is {row['status']}, and its class name is part of what was trained"
+            problems["name"] = [message]
         elif kinds.kind_of(name) != kinds.kind_of(row["name"]):
             problems["name"] = [f"{name} is trained with other settings than {row['name']}; make a new tune"]
         holder = same_title(services, changes["title"]) if "title" in changes else None
@@ -218,15 +227,15 @@ def change_tune(services: Services, tune_id: int, data: Mapping[str, object]) ->
 def delete_tune(services: Services, tune_id: int) -> None:
     """Remove a tune with its prompts and files; a running one is stopped first. Raises NotFound, Conflict.
 
-    One that others stand on stays.
+    One that is the base of others stays.
     """
     row_of(services, "tunes", tune_id)
     deadline = time.monotonic() + STOP_SECONDS
     while True:
         with services.store.transaction():
-            if others := services.store.standing_on(tune_id):
+            if others := services.store.dependents(tune_id):
                 named = ", ".join(f"{other['id']} ({other['title']})" for other in others)
-                raise Conflict(f"tune {tune_id} is what others stand on: {named}; delete those first")
+                raise Conflict(f"tune {tune_id} is the base of tunes {named}; delete those first")
             services.store.take_off_queue(tune_id)
             if not _busy(services, tune_id):
                 services.store.delete("tunes", tune_id)
@@ -258,7 +267,7 @@ def send_callbacks_again(services: Services, tune_id: int) -> list[Callback]:
     """Post all callbacks of a tune and its prompts once more. Raises NotFound, Conflict."""
     row_of(services, "tunes", tune_id)
     if not services.store.send_callbacks_again(tune_id):
-        raise Conflict(f"tune {tune_id} has no callback to send: none was asked for, or nothing has ended yet")
+        raise Conflict(f"tune {tune_id} has no callback to send: none was requested, or nothing has ended yet")
     return list_callbacks(services, tune_id)
 
 
@@ -269,20 +278,20 @@ def _insert(
     work: Path,
     photos: list[Photo],
     pictures: Mapping[int, Path],
-    mark: Mark | None,
+    mark: IdempotencyKey | None,
     listed: Bases,
 ) -> tuple[Tune, bool]:
     if request.base_tune_id is not None or any(prompt.parsed.models for prompt in request.prompts_attributes):
         listed()  # the models folder is scanned before the transaction, in which other writers wait
     with services.store.transaction():
-        if known := find_marked(services, "tunes", mark):  # made by somebody else meanwhile
+        if known := find_by_idempotency_key(services, "tunes", mark):  # made by another request meanwhile
             return tune_answer(services, known), False
         if existing := same_title(services, request.title):
             return existing, False
         base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services), listed)
         if base.id != values["base_id"]:  # it was deleted while the photos came
             raise InvalidRequest({"base_tune_id": [f"{request.base_tune_id} is no base any more"]})
-        row = {**values, **marks(mark), "photos": [photo.model_dump() for photo in photos]}
+        row = {**values, **idempotency_columns(mark), "photos": [photo.model_dump() for photo in photos]}
         if not MODEL_TYPES[values["method"]].trains:
             moment = datetime.now(UTC)
             tune_id = services.store.add_ready_tune(

@@ -34,7 +34,7 @@ MOST_SECONDS = 86_400.0
 GONE = 410  # the receiver wants nothing more (Standard Webhooks)
 
 
-class Postman:
+class WebhookSender:
     """A thread that looks for callbacks that are due, and a few that post them."""
 
     def __init__(self, services: Services) -> None:

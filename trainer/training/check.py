@@ -42,7 +42,7 @@ def check_effect(branch: Branch, method: Method, model: Path, render: Render, be
     before: the latents of that picture before anything was trained.
     """
     least = ROUNDING * torch.finfo(branch.dtype).eps * float(before.abs().max())
-    for file in method.readable(branch):
+    for file in method.checkable_files(branch):
         method.apply(branch, model, 1.0, file)
         changed = render(CHECK_STEPS, "latent")
         difference = float((changed - before).abs().max())

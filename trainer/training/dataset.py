@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trainer.branches.protocol import Branch
 from trainer.config.kinds import default_caption
@@ -56,7 +57,7 @@ class Dataset:
     """Everything that is trained on, encoded.
 
     captions: the distinct ones, the empty one last. cond: what they are encoded to, one entry (1, ...) each; None while
-    that is trained as well, and captions are encoded anew in each step.
+    that is trained as well, and captions are encoded again in each step.
     """
 
     def __init__(
@@ -80,9 +81,9 @@ class Dataset:
         """
         config = self._config
         drawn = self._drawn(step)
-        dice = torch.Generator().manual_seed(derive(config.seed, step, "caption dropout"))
-        dropped = (torch.rand(len(drawn), generator=dice) < config.caption_dropout).tolist()
-        turns = torch.randint(2**31, (len(drawn),), generator=dice).tolist()
+        rng = torch.Generator().manual_seed(derive(config.seed, step, "caption dropout"))
+        dropped = (torch.rand(len(drawn), generator=rng) < config.caption_dropout).tolist()
+        view_index = torch.randint(2**31, (len(drawn),), generator=rng).tolist()
         mask = self._mask(step)
         if step < config.text_steps:
             self.cond = None  # again, where a run went back to before they came to rest
@@ -95,7 +96,7 @@ class Dataset:
         size = config.micro_batch
         parts = [(share, of[at : at + size]) for (_, share), of in groups.items() for at in range(0, len(of), size)]
         for number, (share, places) in enumerate(parts, 1):
-            views = [drawn[place][0].views[turns[place] % len(drawn[place][0].views)] for place in places]
+            views = [drawn[place][0].views[view_index[place] % len(drawn[place][0].views)] for place in places]
             captions = ["" if dropped[place] else drawn[place][0].picture.caption for place in places]
             chances = [self._chance(branch, view, step, place) for view, place in zip(views, places, strict=True)]
             latents, noise, timesteps = (torch.cat(values) for values in zip(*chances, strict=True))
@@ -105,11 +106,11 @@ class Dataset:
     def _drawn(self, step: int) -> list[tuple[Sample, float]]:
         """The samples of a step, each with its share of the loss."""
         batch, seed = self._config.batch, self._config.seed
-        drawn = [(row, 1 / batch) for row in in_turn(seed, self.samples, step * batch, batch)]
+        drawn = [(row, 1 / batch) for row in epoch_order(seed, self.samples, step * batch, batch)]
         if self.prior:
             share = self._config.prior_weight / batch
             drawn += [
-                (row, share) for row in in_turn(derive(seed, 0, "class pictures"), self.prior, step * batch, batch)
+                (row, share) for row in epoch_order(derive(seed, 0, "class pictures"), self.prior, step * batch, batch)
             ]
         return drawn
 
@@ -133,8 +134,8 @@ class Dataset:
             rows = [distinct.index(caption) for caption in captions]
             cond = {key: value[rows] for key, value in branch.encode_prompts(distinct).items()}
         else:
-            said = [self.cond[self.captions.index(caption)] for caption in captions]
-            cond = {key: torch.cat([one[key] for one in said]) for key in said[0]}
+            messages = [self.cond[self.captions.index(caption)] for caption in captions]
+            cond = {key: join([one[key] for one in messages]) for key in messages[0]}
         return cond | {key: torch.cat([view.size[key] for view in views]) for key in views[0].size}
 
     @staticmethod
@@ -143,6 +144,18 @@ class Dataset:
         if not any(mask in view.masks for view in views):
             return None
         return torch.cat([view.masks.get(mask, torch.ones_like(view.mean[:, :1])) for view in views])
+
+
+def join(rows: Sequence[Tensor]) -> Tensor:
+    """Put encoded texts together: several (B, ...) -> one.
+
+    Where texts differ in length, (B, L, ...), they are padded with zeros at the end to the longest.
+    """
+    longest = max((row.shape[1] for row in rows if row.dim() > 1), default=0)
+    short = [longest - row.shape[1] if row.dim() > 1 else 0 for row in rows]
+    if not any(short):
+        return torch.cat(list(rows))
+    return torch.cat([pad(row, (0, 0) * (row.dim() - 2) + (0, less)) for row, less in zip(rows, short, strict=True)])
 
 
 def build(
@@ -163,30 +176,30 @@ def build(
     captions = [*dict.fromkeys(picture.caption for picture in pictures if picture.caption), ""]
     with torch.no_grad(), placed(branch.device, *encoders):
         cond = [branch.encode_prompts([caption]) for caption in captions]
-        said = [branch.encode_prompts([prompt]) for prompt in prompts]
+        messages = [branch.encode_prompts([prompt]) for prompt in prompts]
     branch.keep_text_encoders(keep)
     with whole_folder(folder / "seen") as partial, placed(branch.device, branch.vae):
         samples: list[Sample] = []
         shown: list[dict[str, object]] = []
         for picture in pictures:
-            of_picture, told = encode_and_show(branch, picture, config, folder, partial)
+            of_picture, facts = encode_and_show(branch, picture, config, folder, partial)
             samples += of_picture
-            shown += told
+            shown += facts
         (partial / "seen.json").write_text(json.dumps(shown, indent=1))
-    return Dataset(samples, captions, None if config.text_steps else cond, config), said
+    return Dataset(samples, captions, None if config.text_steps else cond, config), messages
 
 
 def without_mask(pictures: Sequence[Picture], folder: Path, config: TrainConfig) -> list[str]:
-    """What the configuration asks for and `dataset/` does not have, in words."""
+    """What the configuration asks for and `dataset/` does not have, as warnings."""
     wanted = {config.mask} | ({"subject"} if config.mask_widen else set())
-    told = []
+    messages = []
     for kind in sorted(wanted - {"none"}):
         names = sorted({picture.name for picture in pictures if not mask_file(folder, picture, kind).exists()})
         if names:
-            told.append(f"no mask of the {kind} for {', '.join(names)}: the whole picture is trained")
+            messages.append(f"no mask of the {kind} for {', '.join(names)}: the whole picture is trained")
     if config.face_set and not any(picture.kind == "face" for picture in pictures):
-        told.append("no face crops: only the photos themselves are trained")
-    return told
+        messages.append("no face crops: only the photos themselves are trained")
+    return messages
 
 
 def find_pictures(
@@ -220,8 +233,8 @@ def captions_for(photos: list[Path], token: str, class_name: str) -> list[str]:
     return [text.read_text("utf-8").strip() if text.exists() else subject for text in texts]
 
 
-def in_turn(seed: int, samples: list[Sample], start: int, count: int) -> list[Sample]:
-    """`count` places of an endless list that goes through all samples again and again, shuffled anew each time."""
+def epoch_order(seed: int, samples: list[Sample], start: int, count: int) -> list[Sample]:
+    """`count` places of an endless list that goes through all samples again and again, shuffled again each time."""
     shapes = tuple(sample.shape for sample in samples)
     rows = range(start, start + count)
     return [samples[shuffled(seed, shapes, row // len(samples))[row % len(samples)]] for row in rows]

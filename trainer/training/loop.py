@@ -36,8 +36,8 @@ def train(
     """Run `config.steps` optimizer steps, going on from the newest whole state in `states`.
 
     groups: parameter groups of `Method.attach`. look(n) is called when n steps are done, for each n in `look_at`, where
-    all is finite and the report has said to go on, also right after resuming: previews are made there. after_step is
-    called after each step. Returns False when the report said to stop: the state is saved then. A loss that is not
+    all is finite and the report allows to go on, also right after resuming: previews are made there. after_step is
+    called after each step. Returns False when the report asked to stop: the state is saved then. A loss that is not
     finite goes back to the last state and halves the learning rate, twice at most; then Diverged is raised, which names
     the pictures of that step. No state with a non-finite value is ever written.
     """

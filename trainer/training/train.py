@@ -65,13 +65,20 @@ def train_tune(
     report: Report,
     preview: str,
 ) -> list[str] | None:
-    """Train a tune whose photos lie in `outputs/tunes/ID/images`, and write `model/`.
+    """Train a tune whose photos are in `outputs/tunes/ID/images`, and write `model/`.
 
     tune: its row in the store. preview: the prompt that is rendered at every quarter of the run. Returns the names of
-    the files to keep, the most widely read one first; None when the report said to stop: the state to go on from is on
+    the files to keep, the most widely read one first; None when the report asked to stop: the state to go on from is on
     disk then. Starting and resuming are the same call.
     """
-    run = load(tune, base, config, settings, device, report, preview)
+    folder = settings.outputs / "tunes" / str(tune["id"])
+    (folder / "config.json").write_text(json.dumps({"base": base.title, **config.model_dump(mode="json")}, indent=1))
+    pictures = find_pictures(tune, folder, config, report)
+    report.stage("loading")
+    branch = load_branch(base, device, settings.outputs / "cache")
+    method = prepare(tune, base, config, branch, report)
+    defaults = branch_file.render_config(settings.presets, base.branch)
+    run = Run(tune, base, config, device, report, folder, branch, method, defaults, preview, pictures)
     if config.prior_weight:
         report.stage("class pictures")
         drawn = class_pictures(run.branch, base, tune["name"], config, run.defaults, settings.outputs / "cache", report)
@@ -97,35 +104,31 @@ def train_tune(
     return files
 
 
-def load(
-    tune: TuneRow,
-    base: Base,
-    config: TrainConfig,
-    settings: Settings,
-    device: torch.device,
-    report: Report,
-    preview: str,
-) -> Run:
-    """Find the pictures, load the base, and prepare the model type on it. Arguments: see `train_tune`."""
-    folder, token = settings.outputs / "tunes" / str(tune["id"]), tune["token"]
-    assert token is not None, "a tune that is trained has a token"
-    (folder / "config.json").write_text(json.dumps({"base": base.title, **config.model_dump(mode="json")}, indent=1))
+def find_pictures(tune: TuneRow, folder: Path, config: TrainConfig, report: Report) -> list[Picture]:
+    """The photos that are trained, with their captions. folder: of the tune."""
     names = {photo["file"]: photo["name"] for photo in tune["photos"] if not photo.get("dropped")}
-    pictures = dataset.find_pictures(folder, names, token, tune["name"], config)
+    pictures = dataset.find_pictures(folder, names, token_of(tune), tune["name"], config)
     for warning in dataset.without_mask(pictures, folder / "dataset", config):
         report.warn(warning)
-    report.stage("loading")
-    branch = load_branch(base, device, settings.outputs / "cache")
+    return pictures
+
+
+def prepare(tune: TuneRow, base: Base, config: TrainConfig, branch: Branch, report: Report) -> Method:
+    """The tune's model type, prepared on the branch."""
     method = get_method(tune["method"])
-    for warning in method.begin(branch, config, token, tune["name"], base.model):
+    for warning in method.prepare(branch, config, token_of(tune), tune["name"], base.model):
         report.warn(warning)
-    defaults = branch_file.render_config(settings.presets, base.branch)
-    return Run(tune, base, config, device, report, folder, branch, method, defaults, preview, pictures)
+    return method
+
+
+def token_of(tune: TuneRow) -> str:
+    assert tune["token"] is not None, "a tune that is trained has a token"
+    return tune["token"]
 
 
 def encode(run: Run) -> Dataset:
-    """Encode pictures and captions; then what trains is on the device, and what is needed no more is not."""
-    kept = run.method.encoders(run.branch, run.config)
+    """Encode pictures and captions; then what trains is on the device, and what is not needed any more is not."""
+    kept = run.method.needed_text_encoders(run.branch, run.config)
     data, run.encoded = dataset.build(
         run.branch, run.pictures, [run.preview, ""], run.config, run.folder / "dataset", kept
     )
@@ -208,7 +211,7 @@ def class_pictures(
 ) -> list[Picture] | None:
     """Pictures of the class as the base draws it, for prior preservation (Ruiz et al. 2022, arXiv 2208.12242).
 
-    Rendered once and kept for the next tune of the same base, class and resolution. None: the report said to stop.
+    Rendered once and kept for the next tune of the same base, class and resolution. None: the report asked to stop.
     """
     caption, side = f"a photo of {name}", config.resolution[0]
     folder = cache / "class" / f"{base.id}-{name.lower().replace(' ', '-')}-{side}"

@@ -93,12 +93,12 @@ def encode(branch: Branch, opened: Opened, resolution: int, config: TrainConfig)
             scale = size[0] / (box[2] - box[0])
             left = image.width - box[2] if mirrored else box[0]
             corner = (round(box[1] * scale), round(left * scale))
-            told = branch.encode_size((image.height, image.width), corner, (size[1], size[0]))
+            message = branch.encode_size((image.height, image.width), corner, (size[1], size[0]))
             weights = {
                 name: to_weights(cut(mask, box, size, mirrored), mean, config.mask_floor)
                 for name, mask in masks.items()
             }
-            views.append(View(mean, std, told, weights))
+            views.append(View(mean, std, message, weights))
     return Sample(picture, views)
 
 
@@ -113,8 +113,8 @@ def show(branch: Branch, opened: Opened, resolution: int, config: TrainConfig, t
         pixels = Image.composite(pixels, dark, cut(mask, box, size, False))
     file = f"{picture.path.stem}-{size[0]}x{size[1]}.jpg"
     pixels.save(target / file, quality=90)
-    told = {"file": file, "name": picture.name, "kind": picture.kind, "caption": picture.caption}
-    return told | {"width": size[0], "height": size[1], "mask": config.mask if mask else None}
+    arguments = {"file": file, "name": picture.name, "kind": picture.kind, "caption": picture.caption}
+    return arguments | {"width": size[0], "height": size[1], "mask": config.mask if mask else None}
 
 
 def read(picture: Picture, folder: Path) -> Opened:

@@ -21,7 +21,7 @@ from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import PICTURES
 from trainer.files import PARTIAL
-from trainer.studio.rows import Mark, Services
+from trainer.studio.rows import IdempotencyKey, Services
 
 MAX_FIELDS = 5000
 MAX_JSON_BYTES = 2**20
@@ -55,7 +55,7 @@ async def sent_tune(request: Request, services: Services) -> AsyncIterator[tuple
         yield data, uploads
 
 
-def read_mark(request: Request, data: dict[str, object], uploads: list[Upload]) -> Mark | None:
+def read_idempotency_key(request: Request, data: dict[str, object], uploads: list[Upload]) -> IdempotencyKey | None:
     """The header `Idempotency-Key` with a digest of what is asked for. Raises InvalidRequest."""
     key = request.headers.get("idempotency-key")
     if key is None:
@@ -66,7 +66,7 @@ def read_mark(request: Request, data: dict[str, object], uploads: list[Upload]) 
     digest = hashlib.sha256(request.url.path.encode() + asked.encode())
     for upload in uploads:
         digest.update(upload.name.encode() + _sha256(upload.path))
-    return Mark(key, digest.hexdigest())
+    return IdempotencyKey(key, digest.hexdigest())
 
 
 def _sha256(path: Path) -> bytes:

@@ -12,7 +12,7 @@ import gradio as gr
 from fastapi.concurrency import run_in_threadpool
 from gradio.utils import get_upload_folder
 
-from trainer.contract.errors import CannotLook, Conflict, InvalidRequest, NotFound
+from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import PICTURES, PromptRequest
 from trainer.contract.tunes import CheckRequest, Tune, TuneRequest
@@ -20,7 +20,7 @@ from trainer.studio import models, settle
 from trainer.studio import prompts as prompt_verbs
 from trainer.studio import tunes as tune_verbs
 from trainer.studio.rows import Services
-from trainer.web.progress import WATCH_SECONDS, busy, teller
+from trainer.web.progress import WATCH_SECONDS, busy, progress_callback
 
 Answer = dict[str, Any]  # Gradio shows this type to its clients
 Endpoint = Callable[..., Awaitable[Any]]
@@ -40,7 +40,7 @@ def endpoints(services: Services) -> list[Endpoint]:
 
 
 def submit_endpoint(services: Services) -> Endpoint:
-    @spoken
+    @as_gradio_errors
     async def submit_tune(
         name: str = "",
         title: str = "",
@@ -65,7 +65,9 @@ def submit_endpoint(services: Services) -> Endpoint:
         given = locals()
         values = {key: given[key] for key in TuneRequest.parameters() if given[key] is not None}
         uploads = [_upload(image) for image in values.pop("images", [])]
-        tune, _ = await run_in_threadpool(tune_verbs.create_tune, services, values, uploads, teller(gr.Progress()))
+        tune, _ = await run_in_threadpool(
+            tune_verbs.create_tune, services, values, uploads, progress_callback(gr.Progress())
+        )
         return tune.model_dump()
 
     return submit_tune
@@ -89,14 +91,14 @@ def waiting_endpoint(services: Services, submit_tune: Endpoint) -> Endpoint:
             raise gr.Error(tune.error or "the tune failed", print_exception=False)
         return tune.model_dump()
 
-    create_tune = functools.wraps(submit_tune)(spoken(submit_and_wait))
+    create_tune = functools.wraps(submit_tune)(as_gradio_errors(submit_and_wait))
     create_tune.__name__ = "create_tune"
     create_tune.__doc__ = "Create a tune and wait for it and its prompts; it goes on when the caller leaves."
     return create_tune
 
 
 def check_endpoint(services: Services) -> Endpoint:
-    @spoken
+    @as_gradio_errors
     async def check_photos(
         images: list[gr.FileData] | None = None,
         image_urls: list[str] | None = None,
@@ -114,19 +116,21 @@ def check_endpoint(services: Services) -> Endpoint:
         values = {key: given[key] for key in CheckRequest.parameters() if given[key] is not None}
         uploads = [_upload(image) for image in values.pop("images", [])]
         return (
-            await run_in_threadpool(tune_verbs.check_photos, services, values, uploads, teller(gr.Progress()))
+            await run_in_threadpool(
+                tune_verbs.check_photos, services, values, uploads, progress_callback(gr.Progress())
+            )
         ).model_dump()
 
     return check_photos
 
 
 def tune_endpoints(services: Services) -> list[Endpoint]:
-    @spoken
+    @as_gradio_errors
     async def get_tune(tune_id: int) -> Answer:
         """One tune with its prompts."""
         return (await run_in_threadpool(tune_verbs.get_tune, services, tune_id)).model_dump()
 
-    @spoken
+    @as_gradio_errors
     async def list_tunes(
         limit: int = 20,
         offset: int = 0,
@@ -138,17 +142,17 @@ def tune_endpoints(services: Services) -> list[Endpoint]:
         tunes = await run_in_threadpool(tune_verbs.list_tunes, services, limit, offset, None, title, branch, model_type)
         return [tune.model_dump() for tune in tunes]
 
-    @spoken
+    @as_gradio_errors
     async def cancel_tune(tune_id: int) -> Answer:
         """Stop a tune, within one step; its state is kept for resume_tune."""
         return (await run_in_threadpool(tune_verbs.cancel_tune, services, tune_id)).model_dump()
 
-    @spoken
+    @as_gradio_errors
     async def resume_tune(tune_id: int) -> Answer:
         """Queue a canceled or failed tune again; it goes on from its last state."""
         return (await run_in_threadpool(tune_verbs.resume_tune, services, tune_id)).model_dump()
 
-    @spoken
+    @as_gradio_errors
     async def delete_tune(tune_id: int) -> dict[str, str]:
         """Remove a tune, its prompts and its files."""
         await run_in_threadpool(tune_verbs.delete_tune, services, tune_id)
@@ -158,18 +162,18 @@ def tune_endpoints(services: Services) -> list[Endpoint]:
 
 
 def prompt_endpoints(services: Services) -> list[Endpoint]:
-    @spoken
+    @as_gradio_errors
     async def get_prompt(prompt_id: int) -> Answer:
         """One prompt with its pictures."""
         return (await run_in_threadpool(prompt_verbs.get_prompt, services, prompt_id)).model_dump()
 
-    @spoken
+    @as_gradio_errors
     async def list_prompts(tune_id: int | None = None, limit: int = 20, offset: int = 0) -> list[Answer]:
         """Prompts, newest first."""
         prompts = await run_in_threadpool(prompt_verbs.list_prompts, services, tune_id, limit, offset)
         return [prompt.model_dump() for prompt in prompts]
 
-    @spoken
+    @as_gradio_errors
     async def delete_prompt(prompt_id: int) -> dict[str, str]:
         """Remove a prompt and its pictures."""
         await run_in_threadpool(prompt_verbs.delete_prompt, services, prompt_id)
@@ -179,7 +183,7 @@ def prompt_endpoints(services: Services) -> list[Endpoint]:
 
 
 def create_prompt_endpoint(services: Services) -> Endpoint:
-    @spoken
+    @as_gradio_errors
     async def create_prompt(
         tune_id: int,
         text: str,
@@ -217,19 +221,19 @@ def create_prompt_endpoint(services: Services) -> Endpoint:
         given = locals()
         values = {key: given[key] for key in PromptRequest.parameters() if given[key] is not None}
         values |= {name: _upload(values[name], name) for name in PICTURES if name in values}
-        tell = teller(gr.Progress())
+        tell = progress_callback(gr.Progress())
         return (await run_in_threadpool(prompt_verbs.create_prompt, services, tune_id, values, tell)).model_dump()
 
     return create_prompt
 
 
 def list_endpoints(services: Services) -> list[Endpoint]:
-    @spoken
+    @as_gradio_errors
     async def list_base_tunes(branch: str | None = None) -> list[Answer]:
         """Base models that a tune can start from."""
         return await run_in_threadpool(models.list_base_tunes, services, branch)
 
-    @spoken
+    @as_gradio_errors
     async def list_presets() -> list[str]:
         """Names for the parameter preset."""
         return await run_in_threadpool(settle.list_presets, services)
@@ -237,14 +241,14 @@ def list_endpoints(services: Services) -> list[Endpoint]:
     return [list_base_tunes, list_presets]
 
 
-def spoken(endpoint: Endpoint) -> Endpoint:
+def as_gradio_errors(endpoint: Endpoint) -> Endpoint:
     """Our own errors reach the client as `gr.Error` texts, others do not."""
 
     @functools.wraps(endpoint)
     async def wrapped(*positional: object, **named: object) -> object:
         try:
             return await endpoint(*positional, **named)
-        except (InvalidRequest, NotFound, Conflict, CannotLook) as problem:
+        except (InvalidRequest, NotFound, Conflict, AnalysisUnavailable) as problem:
             raise gr.Error(str(problem), print_exception=False) from None
 
     return wrapped

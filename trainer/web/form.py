@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from gradio.components import Component
 
 from trainer.config import branch_file, looks
 from trainer.config.kinds import default_caption
-from trainer.contract.errors import CannotLook, InvalidRequest, NotFound
+from trainer.contract.errors import AnalysisUnavailable, InvalidRequest, NotFound
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import ASPECT_RATIOS, CONTROLS, PICTURES, SCHEDULERS
 from trainer.contract.tunes import CheckRequest
@@ -22,7 +21,8 @@ from trainer.names import BRANCHES, DEFAULT_METHOD, DEMO_BRANCH, METHODS
 from trainer.studio import models, pack_verbs, prompts, settle, tunes
 from trainer.studio.rows import Services
 from trainer.web import html
-from trainer.web.progress import teller
+from trainer.web.html import note, thumbnails
+from trainer.web.progress import progress_callback
 
 PAGE_NUM_IMAGES = 4
 OWN = ("branch's own", "")  # the choice that leaves a parameter null
@@ -87,9 +87,9 @@ class PromptForm:
             with gr.Row():
                 pictures = [
                     gr.File(label=label, file_types=["image"], height=110, elem_id=f"prompt-{name}")
-                    for name, label in (("input_image", "Picture"), ("mask_image", "Mask: white is drawn anew"))
+                    for name, label in (("input_image", "Picture"), ("mask_image", "Mask: white is redrawn"))
                 ]
-            strength = gr.Textbox(label="Denoising strength: 0 keeps the picture, 1 draws anew", placeholder="0.8")
+            strength = gr.Textbox(label="Denoising strength: 0 keeps the picture, 1 redraws it", placeholder="0.8")
             with gr.Row():
                 kind = gr.Dropdown(choices=[("none", ""), *CONTROLS], value="", label="ControlNet")
                 scale = gr.Textbox(label="Its strength", placeholder="1")
@@ -114,12 +114,12 @@ class PromptForm:
         try:
             if not tune_id:
                 raise InvalidRequest({"tune": ["choose the tune that is to be drawn"]})
-            prompt = prompts.create_prompt(self._services, int(tune_id), data, teller(gr.Progress()))
+            prompt = prompts.create_prompt(self._services, int(tune_id), data, progress_callback(gr.Progress()))
             gr.Info(f"prompt {prompt.id} is queued", duration=4)
         except NotFound as gone:
             return note([str(gone)])
         except InvalidRequest as invalid:
-            return note([f"{field}: {'; '.join(told)}" for field, told in invalid.problems.items()])
+            return note([f"{field}: {'; '.join(message)}" for field, message in invalid.problems.items()])
         return ""
 
 
@@ -238,7 +238,7 @@ class Form:
     def dropped(self, paths: list[str] | None) -> str:
         """The photos that were dropped, small; and the process that looks at them is started meanwhile."""
         if paths:
-            self._services.looker.warm()
+            self._services.analyzer.warm()
         return thumbnails(paths)
 
     def check(self, *values: Any) -> list[object]:
@@ -246,11 +246,13 @@ class Form:
         data, uploads = self._read(values)
         asked = {name: data[name] for name in CheckRequest.parameters() if name in data}
         try:
-            verdicts = html.verdicts(tunes.check_photos(self._services, asked, uploads, teller(gr.Progress())))
+            verdicts = html.verdicts(
+                tunes.check_photos(self._services, asked, uploads, progress_callback(gr.Progress()))
+            )
             return [verdicts, *self._told({})]
         except InvalidRequest as invalid:
             return [gr.skip(), *self._told(invalid.problems)]
-        except CannotLook as problem:
+        except AnalysisUnavailable as problem:
             return [gr.skip(), *self._told({"images": [str(problem)]})]
 
     def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], list[Upload]]:
@@ -282,9 +284,11 @@ class Form:
                     # An empty field would take the pack's own away; those of PACK_FIELDS show it.
                     given = {name: value for name, value in data.items() if name in PACK_FIELDS or value}
                     data = given | {"prompt_attributes": changed}
-                    tune, _ = pack_verbs.create_pack_tune(self._services, pack, data, uploads, teller(gr.Progress()))
+                    tune, _ = pack_verbs.create_pack_tune(
+                        self._services, pack, data, uploads, progress_callback(gr.Progress())
+                    )
                 else:
-                    tune, _ = tunes.create_tune(self._services, data, uploads, teller(gr.Progress()))
+                    tune, _ = tunes.create_tune(self._services, data, uploads, progress_callback(gr.Progress()))
             gr.Info(f"{tune.title} is queued", duration=4)
         except InvalidRequest as invalid:
             problems = invalid.problems
@@ -293,8 +297,8 @@ class Form:
     def _told(self, problems: dict[str, list[str]]) -> list[object]:
         """What is wrong beside each field, what is wrong elsewhere, and what to unfold."""
         if problems:
-            gr.Warning("The form needs a look: what is wrong is said beside the field.", duration=6)
-        other = [f"{field}: {'; '.join(told)}" for field, told in problems.items() if field not in self._notes]
+            gr.Warning("Please check the form: the message stands next to each field.", duration=6)
+        other = [f"{field}: {'; '.join(message)}" for field, message in problems.items() if field not in self._notes]
         unfold = [gr.update(open=True) if set(names) & set(problems) else gr.skip() for _, names in self._folds]
         return [*(note(problems.get(name, [])) for name in self._notes), note(other), *unfold]
 
@@ -332,16 +336,3 @@ def with_captions(uploads: list[Upload], rows: list[list[str]], automatic: str, 
         file.write_text(written[stem], "utf-8")
         kept.append(Upload(file.name, file))
     return kept
-
-
-def note(messages: list[str]) -> str:
-    return "".join(f'<p class="tb-note" role="alert">{escape(message)}</p>' for message in messages)
-
-
-def thumbnails(paths: list[str] | None) -> str:
-    """The photos that were dropped, small, in the order of the list."""
-    pictures = [path for path in paths or [] if not path.lower().endswith(".txt")]
-    images = "".join(
-        f'<img src="/gradio_api/file={escape(path)}" alt="{escape(Path(path).name)}">' for path in pictures
-    )
-    return f'<div class="tb-photos">{images}</div>' if images else ""

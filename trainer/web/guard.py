@@ -37,7 +37,7 @@ class TooLarge(Exception):
 
 
 class Body:
-    """A request's body that ends with TooLarge after `limit` bytes, whatever its Content-Length said."""
+    """A request's body that ends with TooLarge after `limit` bytes, whatever its Content-Length is."""
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive = receive
@@ -55,8 +55,8 @@ class Body:
         return message
 
 
-class Strangers:
-    """Counts the wrong keys that come from each address, so that nobody can try many.
+class RateLimiter:
+    """Counts the wrong keys that come from each address, so that no client can try many.
 
     An address that has had the right key is never shut out: behind a proxy it is everybody's.
     """
@@ -75,7 +75,7 @@ class Strangers:
                 self._wrong.pop(next(iter(self._wrong)))
             self._wrong[address] = [*self._wrong.get(address, []), time.monotonic()][-WRONG_KEYS:]
 
-    def must_wait(self, address: str) -> int:
+    def retry_after(self, address: str) -> int:
         """Seconds until an address may send a key again."""
         wrong = self._wrong.get(address, [])
         left = wrong[0] + WRONG_SECONDS - time.monotonic() if len(wrong) == WRONG_KEYS else 0.0
@@ -98,7 +98,7 @@ class Guard:
         self._end = asyncio.Event()
         self.failed: BaseException | None = None
         self._key, made_now = settings.required_key()
-        self._strangers = Strangers()
+        self._rate_limiter = RateLimiter()
         if made_now:
             print(f"Tunebooth: the API key, shown this once: {made_now}", file=sys.stderr, flush=True)
 
@@ -124,7 +124,7 @@ class Guard:
         """Load the app while `/health` answers already, and keep its own lifespan open until the end."""
         try:
             app = await asyncio.to_thread(self._load)
-        except BaseException as error:  # the edge of a thread: whoever waits for the app must hear of it
+        except BaseException as error:  # the edge of a thread: all who wait for the app get the error
             log.exception("Tunebooth cannot start")
             self.failed = error
             self._ready.set()
@@ -150,12 +150,12 @@ class Guard:
         elif path == "/health":
             health = {"status": "failed" if self.failed else "ok", "ready": self._inner is not None}
             await _json(send, 200, health)
-        elif refusal := self._stranger(headers):
+        elif refusal := self._origin_refusal(headers):
             await _json(send, 403, {"error": refusal})
         elif path == "/login" and method == "POST":
             await self._login(address, receive, send)
         elif not (self._key is None or path.startswith(OPEN_PATHS) or self._has_key(address, headers)):
-            if seconds := self._strangers.must_wait(address):
+            if seconds := self._rate_limiter.retry_after(address):
                 await _too_many(send, seconds)
             elif method == "GET" and "text/html" in headers.get("accept", ""):
                 await _html(send, 401, render("login.html", problem=None))
@@ -194,7 +194,7 @@ class Guard:
         if body.too_large and not started:
             await _json(send, 413, too_large)
 
-    def _stranger(self, headers: dict[str, str]) -> str | None:
+    def _origin_refusal(self, headers: dict[str, str]) -> str | None:
         """Why a request comes from where it should not: another site's page, or a name that was pointed here."""
         host = headers.get("host", "")
         public = urlsplit(self._settings.base_url)
@@ -214,10 +214,10 @@ class Guard:
 
     def _right_key(self, address: str, sent: str) -> bool:
         """Whether it is the key, and it may be tried now."""
-        if self._strangers.must_wait(address):
+        if self._rate_limiter.retry_after(address):
             return False
         right = self._is_key(sent)
-        self._strangers.note(address, right)
+        self._rate_limiter.note(address, right)
         return right
 
     def _is_key(self, sent: str) -> bool:
@@ -231,7 +231,7 @@ class Guard:
             body, more = body + message.get("body", b""), message.get("more_body", False)
         key = parse_qs(body.decode("latin-1")).get("key", [""])[0]
         if not self._right_key(address, key):
-            if seconds := self._strangers.must_wait(address):
+            if seconds := self._rate_limiter.retry_after(address):
                 await _too_many(send, seconds)
                 return
             await _html(send, 401, render("login.html", problem="That is not the key."))
@@ -258,8 +258,8 @@ async def _json(send: Send, status: int, content: Mapping[str, object], *headers
 
 
 async def _too_many(send: Send, seconds: int) -> None:
-    told = {"error": f"{WRONG_KEYS} wrong keys within a minute; wait {seconds} s"}
-    await _json(send, 429, told, (b"retry-after", str(seconds).encode()))
+    arguments = {"error": f"{WRONG_KEYS} wrong keys within a minute; wait {seconds} s"}
+    await _json(send, 429, arguments, (b"retry-after", str(seconds).encode()))
 
 
 async def _html(send: Send, status: int, content: str) -> None:

@@ -20,7 +20,9 @@ from trainer.web.templating import ENVIRONMENT, render
 CSS = (Path(__file__).parent / "style.css").read_text("utf-8")
 CURVE_WIDTH, CURVE_HEIGHT = 600, 120  # of the drawing; it scales with the page
 SMOOTHING = 0.8
-Lines = Sequence[dict[str, Any]]  # see `readings`, `saved_moments` and `trained_pictures` in trainer/studio/answers.py
+Lines = Sequence[
+    dict[str, Any]
+]  # see `readings`, `saved_snapshots` and `trained_pictures` in trainer/studio/answers.py
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,17 @@ def earlier(tunes: Sequence[Tune], beside: Mapping[int, Beside], waits: str = ""
 def verdicts(check: Check) -> str:
     """What a check saw in each photo, with the pictures as the trainer would see them."""
     return render("verdicts.html", check=check)
+
+
+def note(messages: Sequence[str]) -> str:
+    """What is wrong with a field of the form."""
+    return render("note.html", messages=messages).strip()
+
+
+def thumbnails(paths: Sequence[str] | None) -> str:
+    """The photos that were dropped, small, in the order of the list."""
+    pictures = [(path, Path(path).name) for path in paths or [] if not path.lower().endswith(".txt")]
+    return render("thumbnails.html", pictures=pictures).strip()
 
 
 def progress_bar(tune: Tune, readings: Lines = ()) -> Bar:
@@ -160,7 +173,7 @@ def setting_rows(tune: Tune, more: Beside) -> list[tuple[str, object]]:
         ("model type", tune.model_type),
         ("preset", tune.preset),
         ("base tune", tune.base_tune_id),
-        ("stands on", ", on ".join(more.chain)),
+        ("derived from", ", from ".join(more.chain)),
         ("characteristics", ", ".join(f"{key}: {value}" for key, value in tune.characteristics.items())),
         ("args", tune.args),
         ("trained", when(tune.trained_at) if tune.trained_at else None),

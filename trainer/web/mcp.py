@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 FILES = ("images", "input_image", "mask_image")
 
 
-def mount(app: FastAPI, endpoints: list[Endpoint], spoken: type[Exception]) -> None:
+def mount(app: FastAPI, endpoints: list[Endpoint], text: type[Exception]) -> None:
     """Serve the endpoints as tools. spoken: the error whose text is for the caller; any other is masked."""
     server = FastMCP(
         "Tunebooth",
@@ -32,7 +32,7 @@ def mount(app: FastAPI, endpoints: list[Endpoint], spoken: type[Exception]) -> N
         transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),  # the guard does that
     )
     for endpoint in endpoints:
-        server.add_tool(tool(endpoint, spoken))
+        server.add_tool(tool(endpoint, text))
     app.router.routes.extend(server.streamable_http_app().routes)  # no mount: that would answer only /mcp/
     outer = app.router.lifespan_context
 
@@ -44,14 +44,14 @@ def mount(app: FastAPI, endpoints: list[Endpoint], spoken: type[Exception]) -> N
     app.router.lifespan_context = lifespan
 
 
-def tool(endpoint: Endpoint, spoken: type[Exception]) -> Endpoint:
+def tool(endpoint: Endpoint, text: type[Exception]) -> Endpoint:
     """An endpoint without its files."""
 
     @functools.wraps(endpoint)
     async def called(**named: object) -> object:
         try:
             return await endpoint(**named)
-        except spoken:
+        except text:
             raise
         except Exception:  # the edge to a client: what an error says is not for strangers, and is in the log
             log.exception("the tool %s failed", endpoint.__name__)

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, RootModel
 from starlette.exceptions import HTTPException
 
-from trainer.contract.errors import CannotLook, Conflict, InvalidRequest, NotFound
+from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
 from trainer.contract.prompts import PromptRequest
 from trainer.contract.tunes import CheckRequest, TuneChange, TuneRequest
 from trainer.names import DEMO_BRANCH
@@ -34,7 +34,7 @@ class Done(BaseModel):
 
 
 PHOTO_URLS = [f"https://example.com/rex-{number}.jpg" for number in range(1, 5)]
-EXAMPLES: dict[type[BaseModel], dict[str, object]] = {  # of bodies, for whoever reads the OpenAPI page
+EXAMPLES: dict[type[BaseModel], dict[str, object]] = {  # of bodies, for readers of the OpenAPI page
     TuneRequest: {
         "title": "Rex - 1234-6789", "name": "dog", "branch": DEMO_BRANCH, "image_urls": PHOTO_URLS,
         "characteristics": {"colour": "brown"},
@@ -45,20 +45,23 @@ EXAMPLES: dict[type[BaseModel], dict[str, object]] = {  # of bodies, for whoever
     PromptRequest: {"text": "ohwx dog in the snow", "num_images": 2, "seed": 7},
     PackRequest: {"title": "Rex for the shop", "name": "dog", "branch": DEMO_BRANCH, "image_urls": PHOTO_URLS},
 }  # fmt: skip
+REFUSED = {
+    400: "The body cannot be read",
+    401: "A key is needed",
+    403: "From another site's page, or under a name that is not this app's",
+    404: "Not found",
+    405: "Not with this method",
+    409: "Not in this state",
+    413: "The body is too large",
+    414: "The address is too long",
+    415: "The body is of another type",
+    422: "What is wrong with each field, all at once",
+    429: "Too many wrong keys",
+    431: "The headers are too large",
+    503: "Not possible at the moment",
+}
 REFUSALS: dict[int | str, dict[str, object]] = {
-    400: {"model": Error, "description": "The body cannot be read"},
-    401: {"model": Error, "description": "A key is needed"},
-    403: {"model": Error, "description": "From another site's page, or under a name that is not this app's"},
-    404: {"model": Error, "description": "There is no such thing"},
-    405: {"model": Error, "description": "Not with this method"},
-    409: {"model": Error, "description": "Not in this state"},
-    413: {"model": Error, "description": "The body is too large"},
-    414: {"model": Error, "description": "The address is too long"},
-    415: {"model": Error, "description": "The body is of another type"},
-    422: {"model": Problems, "description": "What is wrong with each field, all at once"},
-    429: {"model": Error, "description": "Too many wrong keys"},
-    431: {"model": Error, "description": "The headers are too large"},
-    503: {"model": Error, "description": "Not possible at the moment"},
+    status: {"model": Problems if status == 422 else Error, "description": why} for status, why in REFUSED.items()
 }
 
 
@@ -77,13 +80,13 @@ def add_error_answers(app: FastAPI) -> None:
     def arguments(_request: Request, problem: Exception) -> JSONResponse:
         assert isinstance(problem, RequestValidationError)
         if any(entry["loc"][0] == "path" for entry in problem.errors()):
-            return JSONResponse({"error": "there is nothing of that id"}, 404)
+            return JSONResponse({"error": "not found"}, 404)
         return JSONResponse({str(entry["loc"][-1]): [entry["msg"]] for entry in problem.errors()}, 422)
 
     app.add_exception_handler(InvalidRequest, invalid)
     app.add_exception_handler(NotFound, error(404))
     app.add_exception_handler(Conflict, error(409))
-    app.add_exception_handler(CannotLook, error(503))
+    app.add_exception_handler(AnalysisUnavailable, error(503))
     app.add_exception_handler(Malformed, error(400))
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, arguments)

@@ -66,6 +66,7 @@ def build(services: Services) -> gr.Blocks:
         live = [now, seen, tunes, shown]
         watch = functools.partial(live_parts, services)
         quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        pressed = {"concurrency_limit": None, "show_progress": "minimal", "api_visibility": "private"}
         gr.Timer(WATCH_SECONDS).tick(watch, shown, live, **quiet)
         blocks.load(watch, shown, live, **quiet)
         blocks.load(form.choices, None, [form.fields["base_tune_id"], form.fields["preset"]], **quiet)
@@ -77,22 +78,8 @@ def build(services: Services) -> gr.Blocks:
             concurrency_limit=None,
             show_progress_on=form.thumbnails,
         )
-        form.button.click(
-            form.submit,
-            form.inputs,
-            form.outputs,
-            api_visibility="private",
-            concurrency_limit=None,
-            show_progress="minimal",
-        ).then(watch, shown, live, **quiet)
-        more.button.click(
-            more.submit,
-            more.inputs,
-            more.note,
-            api_visibility="private",
-            concurrency_limit=None,
-            show_progress="minimal",
-        ).then(watch, shown, live, **quiet)
+        form.button.click(form.submit, form.inputs, form.outputs, **pressed).then(watch, shown, live, **quiet)
+        more.button.click(more.submit, more.inputs, more.note, **pressed).then(watch, shown, live, **quiet)
         more.tune.focus(more.choices, None, more.tune, **quiet)
         blocks.load(more.choices, None, more.tune, **quiet)
         stock = functools.partial(pack_shelf, services)
@@ -114,7 +101,7 @@ def live_parts(services: Services, shown: tuple[str, str, str]) -> tuple[object,
         part(tune.id) if tune else []
         for part in (
             functools.partial(answers.readings, services),
-            functools.partial(answers.saved_moments, services),
+            functools.partial(answers.saved_snapshots, services),
             functools.partial(answers.trained_pictures, services),
         )
     )

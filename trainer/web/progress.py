@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from trainer.contract.photos import Tell
+from trainer.contract.photos import ProgressCallback
 from trainer.contract.states import ENDED
 from trainer.contract.tunes import Tune
 
@@ -15,6 +15,6 @@ def busy(tune: Tune) -> bool:
     return tune.status not in ENDED or any(prompt.status not in ENDED for prompt in tune.prompts)
 
 
-def teller(progress: gr.Progress) -> Tell:
+def progress_callback(progress: gr.Progress) -> ProgressCallback:
     """Tell a Gradio progress bar how far a request has come."""
     return lambda what, done, of: progress((done, of), what)

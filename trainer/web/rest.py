@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trainer import __version__
 from trainer.contract.errors import NotFound
-from trainer.contract.photos import Check, untold
+from trainer.contract.photos import Check, no_progress
 from trainer.contract.prompts import PICTURES, Prompt, PromptRequest
 from trainer.contract.states import Callback
 from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
@@ -21,7 +21,7 @@ from trainer.studio.links import open_link
 from trainer.studio.pack_file import SLUG
 from trainer.studio.packs import PackRequest
 from trainer.studio.rows import Services
-from trainer.web.bodies import read_body, read_mark, sent, sent_tune
+from trainer.web.bodies import read_body, read_idempotency_key, sent, sent_tune
 from trainer.web.openapi import REFUSALS, Done, add_error_answers, body_schema
 
 Slug = Annotated[str, UrlPath(pattern=f"^{SLUG.pattern}$")]
@@ -52,8 +52,8 @@ def tune_routes(app: FastAPI, services: Services) -> None:
     async def create_tune(request: Request) -> JSONResponse:
         """Create a tune and queue it. 200 where the title has one already."""
         async with sent_tune(request, services) as (data, uploads):
-            mark = await run_in_threadpool(read_mark, request, data, uploads)
-            tune, created = await run_in_threadpool(tunes.create_tune, services, data, uploads, untold, mark)
+            mark = await run_in_threadpool(read_idempotency_key, request, data, uploads)
+            tune, created = await run_in_threadpool(tunes.create_tune, services, data, uploads, no_progress, mark)
         return JSONResponse(tune.model_dump(), 201 if created else 200)
 
     @app.post("/photos/check", openapi_extra={"requestBody": {"content": body_schema("tune", CheckRequest)}})
@@ -136,7 +136,7 @@ def file_routes(app: FastAPI, services: Services) -> None:
     def get_file(path: str, signature: str = "", expires: int = 0) -> FileResponse:
         file = open_link(services.settings, path, expires, signature)
         if file is None:
-            raise NotFound("this link is wrong, over, or its file is gone")
+            raise NotFound("invalid or expired link")
         model = file.suffix in (".safetensors", ".zip")
         name = f"tune-{path.partition('/')[0]}-{file.name}" if model else file.name
         picture = file.suffix in (".png", ".jpg")
@@ -153,8 +153,8 @@ def prompt_routes(app: FastAPI, services: Services) -> None:
     async def create_prompt(tune_id: int, request: Request) -> Prompt:
         """Render a prompt with a tune; with its base's id where the text has `<lora:ID:WEIGHT>`."""
         async with sent(request, services, "prompt", len(PICTURES)) as data:
-            mark = await run_in_threadpool(read_mark, request, data, [])
-            return await run_in_threadpool(prompts.create_prompt, services, tune_id, data, untold, mark)
+            mark = await run_in_threadpool(read_idempotency_key, request, data, [])
+            return await run_in_threadpool(prompts.create_prompt, services, tune_id, data, no_progress, mark)
 
     @app.get("/tunes/{tune_id}/prompts")
     def list_tune_prompts(
@@ -198,11 +198,11 @@ def prompt_change_routes(app: FastAPI, services: Services) -> None:
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         if not has_body:
             return await run_in_threadpool(
-                prompts.duplicate_prompt, services, prompt_id, {}, untold, read_mark(request, {}, [])
+                prompts.duplicate_prompt, services, prompt_id, {}, no_progress, read_idempotency_key(request, {}, [])
             )
         async with sent(request, services, "prompt", len(PICTURES)) as data:
-            mark = await run_in_threadpool(read_mark, request, data, [])
-            return await run_in_threadpool(prompts.duplicate_prompt, services, prompt_id, data, untold, mark)
+            mark = await run_in_threadpool(read_idempotency_key, request, data, [])
+            return await run_in_threadpool(prompts.duplicate_prompt, services, prompt_id, data, no_progress, mark)
 
 
 def pack_routes(app: FastAPI, services: Services) -> None:
@@ -223,9 +223,9 @@ def pack_routes(app: FastAPI, services: Services) -> None:
     async def create_pack_tune(slug: Slug, request: Request, response: Response) -> Tune:
         """Create a tune with a pack's settings and prompts; with `tune_ids` render its prompts with a tune."""
         async with sent_tune(request, services) as (data, uploads):
-            mark = await run_in_threadpool(read_mark, request, data, uploads)
+            mark = await run_in_threadpool(read_idempotency_key, request, data, uploads)
             tune, created = await run_in_threadpool(
-                pack_verbs.create_pack_tune, services, slug, data, uploads, untold, mark
+                pack_verbs.create_pack_tune, services, slug, data, uploads, no_progress, mark
             )
         response.status_code = 201 if created else 200
         return tune

@@ -16,38 +16,38 @@ class Studio:
     """Everything behind the guard: imported and started while `/health` answers already."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
-        from trainer.photos.looker import Looker
+        from trainer.photos.analysis import PhotoAnalyzer
         from trainer.work.worker import Worker
 
         self._settings = settings
         self._store = store
-        self._looker = Looker(settings)
-        self._worker = Worker(settings, store, self._looker)
+        self._analyzer = PhotoAnalyzer(settings)
+        self._worker = Worker(settings, store, self._analyzer)
 
     def load(self) -> FastAPI:
         """Build the web app."""
         from trainer.files import sweep
         from trainer.photos.intake import Decoder
-        from trainer.studio.expiry import Keeper
+        from trainer.studio.expiry import ExpiryThread
         from trainer.studio.rows import Services
-        from trainer.studio.webhooks import Postman
+        from trainer.studio.webhooks import WebhookSender
         from trainer.web import page  # first: `import gradio` is the longest wait
         from trainer.web.rest import create_app
 
         sweep(self._settings.outputs)
         sweep(self._settings.weights)
         self._decoder = Decoder(self._settings)
-        self._services = Services(self._settings, self._store, self._decoder, self._looker)
-        self._postman = Postman(self._services)
-        self._keeper = Keeper(self._settings, self._store)
+        self._services = Services(self._settings, self._store, self._decoder, self._analyzer)
+        self._webhook_sender = WebhookSender(self._services)
+        self._expiry_thread = ExpiryThread(self._settings, self._store)
         return page.mount(create_app(self._services), self._services)
 
     def begin(self) -> None:
         """Start working, now that the page is up: importing torch would have made it wait."""
         self._decoder.warm()
         self._worker.start()
-        self._postman.start()
-        self._keeper.start()
+        self._webhook_sender.start()
+        self._expiry_thread.start()
         if self._settings.open:
             webbrowser.open(self._settings.base_url)
         if self._settings.demo:
@@ -58,8 +58,8 @@ class Studio:
     def close(self) -> None:
         """Put a running job aside, its state saved, and let go of the outputs folder."""
         self._worker.stop()
-        self._postman.close()
-        self._keeper.close()
-        self._looker.close()
+        self._webhook_sender.close()
+        self._expiry_thread.close()
+        self._analyzer.close()
         self._decoder.close()
         self._store.close()

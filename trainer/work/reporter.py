@@ -76,7 +76,7 @@ class Reporter:
         return self.going_on()
 
     def going_on(self) -> bool:
-        """Whether nobody wants this job to stop."""
+        """Whether the job may go on: nobody asked to stop it."""
         return not (self._stopping.is_set() or self._store.cancel_wanted(self._table, self._row))
 
     def saved(self, step: int) -> None:
@@ -116,7 +116,7 @@ class Reporter:
 
 
 def tensorboard(folder: Path) -> SummaryWriter:
-    """A writer of TensorBoard files. Raises RuntimeError in words where the package is not installed."""
+    """A writer of TensorBoard files. Raises RuntimeError where the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -6,13 +6,13 @@ import logging
 from typing import TYPE_CHECKING
 
 from trainer.clock import Loop
-from trainer.photos.looker import Looker
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.settings import Settings
 from trainer.studio.store import Store
 from trainer.work.errors import explain
 
 if TYPE_CHECKING:
-    from trainer.work.bench import Bench
+    from trainer.work.job_runner import JobRunner
 
 log = logging.getLogger("tunebooth.worker")
 POLL_SECONDS = 2.0
@@ -22,11 +22,11 @@ STORE_RETRY_SECONDS = 10.0
 class Worker:
     """One thread, one job at a time, oldest first."""
 
-    def __init__(self, settings: Settings, store: Store, looker: Looker) -> None:
+    def __init__(self, settings: Settings, store: Store, analyzer: PhotoAnalyzer) -> None:
         self._settings = settings
         self._store = store
-        self._looker = looker
-        self._bench: Bench | None = None
+        self._analyzer = analyzer
+        self._runner: JobRunner | None = None
         self._unable = ""
         self._loop = Loop("worker", POLL_SECONDS, self._work, wake=store.changed, retry_seconds=STORE_RETRY_SECONDS)
 
@@ -40,13 +40,13 @@ class Worker:
 
     def _work(self) -> None:
         """Run the jobs that are there. What it raises comes from the store: a full disk, for one; the job is kept."""
-        if self._bench is None and not self._unable:
+        if self._runner is None and not self._unable:
             self._set_up()
         while not self._loop.stopping.is_set() and (job := self._store.claim()):
-            if self._bench is None:
+            if self._runner is None:
                 self._store.finish(job, "failed", error=self._unable)
             else:
-                self._bench.run(job)
+                self._runner.run(job)
 
     def _set_up(self) -> None:
         """The slow imports, before anybody waits for them."""
@@ -55,7 +55,7 @@ class Worker:
             from transformers.utils import logging as transformers_logging
 
             from trainer.device import leave_a_core_free, pick_device
-            from trainer.work.bench import Bench
+            from trainer.work.job_runner import JobRunner
 
             for library in (diffusers_logging, transformers_logging):  # the page has a progress bar of its own
                 library.disable_progress_bar()
@@ -63,7 +63,7 @@ class Worker:
 
             leave_a_core_free()
             device = pick_device(self._settings.device)
-            self._bench = Bench(self._settings, self._store, self._looker, device, self._loop.stopping)
+            self._runner = JobRunner(self._settings, self._store, self._analyzer, device, self._loop.stopping)
         except Exception as error:  # the edge of a thread: a driver or library that is broken raises anything
-            log.exception("nothing can be trained here")
-            self._unable = f"nothing can be trained here: {explain(error)}"
+            log.exception("no usable device")
+            self._unable = f"no usable device: {explain(error)}"

@@ -14,13 +14,12 @@ from pathlib import Path
 
 from trainer.config.kinds import kind_of
 from trainer.config.train_config import TrainConfig
-from trainer.contract.errors import CannotLook, InvalidRequest
-from trainer.contract.photos import Face, Photo, Tell, untold
+from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
+from trainer.contract.photos import Face, Photo, ProgressCallback, no_progress
 from trainer.files import write_whole
 from trainer.library import weights
 from trainer.library.weights import Unavailable, Weights
 from trainer.names import IDENTITY_FILE
-from trainer.photos.child import Broke, Child, Closed, NotStarted
 from trainer.photos.found import Found, Made, Task, masks_of, put_down
 from trainer.photos.subject import (
     SAME,
@@ -33,6 +32,7 @@ from trainer.photos.subject import (
     not_people,
     of_one_person,
 )
+from trainer.photos.subprocess_worker import Closed, NotStarted, SubprocessWorker, WorkerCrashed
 from trainer.settings import Settings
 
 FIND_SECONDS = 60.0  # of one photo; a third of a second is usual
@@ -41,19 +41,19 @@ RESTORE_SECONDS = 60.0  # three are usual on a CPU
 MADE = ("restored", "faces", "masks")  # folders of `dataset/`
 
 
-class Looker:
-    """The child process that looks at photos, and what is asked of it."""
+class PhotoAnalyzer:
+    """The child process that analyzes photos, and what is asked of it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._child = Child("trainer.photos.faces", "looks at photos")
+        self._worker_process = SubprocessWorker("trainer.photos.faces", "analyzes photos")
 
     def warm(self) -> None:
         """Start the child: its imports take some seconds."""
-        self._child.warm()
+        self._worker_process.warm()
 
     def close(self) -> None:
-        self._child.close()
+        self._worker_process.close()
 
     def prepare(
         self,
@@ -62,13 +62,13 @@ class Looker:
         config: TrainConfig,
         name: str,
         restore: bool,
-        tell: Tell = untold,
+        tell: ProgressCallback = no_progress,
         fetch: bool = True,
     ) -> tuple[list[Photo], list[str]]:
         """Look at the photos of `folder/images` and write `folder/dataset`; the verdicts, and warnings for all.
 
         name: the class name. restore: `training_face_correct`. fetch: whether large weights that are missing are
-        fetched; else it is said that they would be. `tell` may raise, to stop between two photos. Raises CannotLook
+        fetched; else a warning says that they would be. `tell` may raise, to stop between two photos. Raises CannotLook
         where a photo breaks the child.
         """
         photos = [photo.model_copy(deep=True) for photo in photos]
@@ -87,8 +87,8 @@ class Looker:
         if restore and not people:
             warnings.append(not_people("training_face_correct", name))
         kept = [photo for photo in kept if not photo.dropped]
-        tools, said = self._tools(config, people, restore and bool(found), fetch, tell)
-        warnings += said
+        tools, messages = self._tools(config, people, restore and bool(found), fetch, tell)
+        warnings += messages
         if not (people or tools or masks_of(config)):
             return photos, warnings
         for number, photo in enumerate(kept):
@@ -98,13 +98,14 @@ class Looker:
         return photos, warnings
 
     def identify(
-        self, folder: Path, photos: Sequence[Photo], name: str, tell: Tell = untold
+        self, folder: Path, photos: Sequence[Photo], name: str, tell: ProgressCallback = no_progress
     ) -> tuple[list[Photo], list[str]]:
         """Look at the photos of `folder/images` and write who is on them to `folder/model/faceid.safetensors`.
 
         That is the mean of the identities of the main faces, of length 1. Returns the verdicts and what to warn of;
-        photos without a face, and those of somebody else, are dropped. name: the class name. `tell` may raise, to stop
-        between two photos. Raises InvalidRequest where no photo shows who it is, CannotLook where nobody can look.
+        photos without a face, and those of another person, are dropped. name: the class name. `tell` may raise, to stop
+        between two photos. Raises InvalidRequest where no photo shows who it is, AnalysisUnavailable
+        where face detection is not available.
         """
         if not of_one_person(name):
             raise InvalidRequest({"name": [f"a faceid is of one person (man, woman, ...), and {name} is not"]})
@@ -113,9 +114,9 @@ class Looker:
         try:
             detector = weights.obtain(self._settings, weights.DETECTOR, tell=tell)
             recognizer = weights.obtain_identifier(self._settings, tell)
-            self._child.start()
+            self._worker_process.start()
         except (Unavailable, NotStarted) as problem:
-            raise CannotLook(f"nobody can look for faces: {problem}") from problem
+            raise AnalysisUnavailable(f"face detection is not available: {problem}") from problem
         same = SAME[recognizer.name]
         found = self._look(folder / "images", kept, detector, recognizer, tell)
         subjects = self._judge(kept, found, name, same)
@@ -126,54 +127,58 @@ class Looker:
         warnings += doubts([photo for photo in kept if photo.file in faces], faces, same)
         if recognizer.name != weights.ARCFACE.name:
             warnings.append(
-                f"{weights.ARCFACE.name} cannot be had here, so {recognizer.name} said who it is: the published"
+                f"{weights.ARCFACE.name} is not available here, so {recognizer.name} was used: the published"
                 " adapters do not know its identities"
             )
         identity = mean([face.identity or () for face in faces.values()])
         facts = {"recognizer": recognizer.name, "photos": str(len(faces))}
         try:
-            self._child.run(FIND_SECONDS, "save_identity", identity, folder / "model" / IDENTITY_FILE, facts)
-        except (TimeoutError, Broke, NotStarted, OSError, ValueError) as problem:
-            told = str(problem) or type(problem).__name__
-            raise CannotLook(f"the identity could not be written: {told}") from problem
+            self._worker_process.run(FIND_SECONDS, "save_identity", identity, folder / "model" / IDENTITY_FILE, facts)
+        except (TimeoutError, WorkerCrashed, NotStarted, OSError, ValueError) as problem:
+            message = str(problem) or type(problem).__name__
+            raise AnalysisUnavailable(f"the identity could not be written: {message}") from problem
         return photos, warnings
 
     # Of pictures that were rendered, or that a prompt starts from
 
-    def faces(self, picture: Path, tell: Tell = untold) -> list[Found]:
+    def faces(self, picture: Path, tell: ProgressCallback = no_progress) -> list[Found]:
         """The faces of a picture, largest first. Raises CannotLook."""
-        with self._able("nobody can look for faces"):
+        with self._able("face detection is not available"):
             detector = weights.obtain(self._settings, weights.DETECTOR, tell=tell)
-            found: list[Found] = self._child.run(FIND_SECONDS, "find", picture, detector, None)
+            found: list[Found] = self._worker_process.run(FIND_SECONDS, "find", picture, detector, None)
         return found
 
-    def restore(self, picture: Path, faces: Sequence[Found], strength: float, tell: Tell = untold) -> None:
+    def restore(
+        self, picture: Path, faces: Sequence[Found], strength: float, tell: ProgressCallback = no_progress
+    ) -> None:
         """Restore these faces of a picture, in its file; strength: as `args restore_strength`. Raises CannotLook."""
         with self._able("faces cannot be restored"):
             restorer = weights.obtain(self._settings, weights.RESTORER, tell=tell)
             seconds = FIND_SECONDS + RESTORE_SECONDS * len(faces)
-            self._child.run(seconds, "trainer.photos.restore:restore_all", picture, list(faces), restorer, strength)
+            self._worker_process.run(
+                seconds, "trainer.photos.restore:restore_all", picture, list(faces), restorer, strength
+            )
 
-    def mask(self, picture: Path, words: str, tell: Tell = untold) -> bytes | None:
+    def mask(self, picture: Path, words: str, tell: ProgressCallback = no_progress) -> bytes | None:
         """A PNG of where the thing of this name is in a picture, white on black; None: nowhere. Raises CannotLook."""
-        with self._able("nobody can look for things by their names"):
+        with self._able("segmentation by text is not available"):
             segmenter = weights.obtain(self._settings, *weights.SEGMENTER, tell=tell)
-            png: bytes | None = self._child.run(
+            png: bytes | None = self._worker_process.run(
                 PREPARE_SECONDS, "trainer.photos.masks:mask_png", picture, words, segmenter
             )
         return png
 
     @contextmanager
     def _able(self, otherwise: str) -> Iterator[None]:
-        """What keeps the child from working, in words."""
+        """What keeps the child process from working."""
         try:
             yield
         except TimeoutError:
-            raise CannotLook(f"{otherwise}: it takes too long") from None
-        except Broke:
-            raise CannotLook(f"{otherwise}: the process that does it broke") from None
+            raise AnalysisUnavailable(f"{otherwise}: it takes too long") from None
+        except WorkerCrashed:
+            raise AnalysisUnavailable(f"{otherwise}: its process crashed") from None
         except (Unavailable, NotStarted, OSError, RuntimeError) as problem:
-            raise CannotLook(f"{otherwise}: {problem}") from problem
+            raise AnalysisUnavailable(f"{otherwise}: {problem}") from problem
 
     def show(self, folder: Path, photo: Photo, config: TrainConfig) -> None:
         """Put pictures of what the trainer sees into a verdict, as data URLs."""
@@ -192,29 +197,35 @@ class Looker:
 
     def _preview(self, picture: Path, mask: Path, config: TrainConfig) -> str:
         mask_file = mask if mask.exists() else None
-        jpeg = self._child.run(FIND_SECONDS, "preview", picture, mask_file, config.resolution[-1], config.buckets)
+        jpeg = self._worker_process.run(
+            FIND_SECONDS, "preview", picture, mask_file, config.resolution[-1], config.buckets
+        )
         return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
-    def _find(self, images: Path, photos: list[Photo], tell: Tell) -> tuple[dict[str, list[Found]], list[str]]:
+    def _find(
+        self, images: Path, photos: list[Photo], tell: ProgressCallback
+    ) -> tuple[dict[str, list[Found]], list[str]]:
         """The faces of each photo by its file; nothing, and why, where there is no detector."""
         try:
             detector = weights.obtain(self._settings, weights.DETECTOR, tell=tell)
             recognizer = weights.find_recognizer(self._settings)
-            self._child.start()
+            self._worker_process.start()
         except (Unavailable, NotStarted) as problem:
-            return {}, [f"nobody looked for faces: {problem}"]
+            return {}, [f"face detection was skipped: {problem}"]
         return self._look(images, photos, detector, recognizer, tell), []
 
     def _look(
-        self, images: Path, photos: list[Photo], detector: Path, recognizer: Path | None, tell: Tell
+        self, images: Path, photos: list[Photo], detector: Path, recognizer: Path | None, tell: ProgressCallback
     ) -> dict[str, list[Found]]:
         """The faces of each photo by its file."""
         found = {}
         for number, photo in enumerate(photos):
-            tell("faces are looked for", number, len(photos))
+            tell("faces are detected", number, len(photos))
             with breaking(photo):
-                found[photo.file] = self._child.run(FIND_SECONDS, "find", images / photo.file, detector, recognizer)
-        tell("faces are looked for", len(photos), len(photos))
+                found[photo.file] = self._worker_process.run(
+                    FIND_SECONDS, "find", images / photo.file, detector, recognizer
+                )
+        tell("faces are detected", len(photos), len(photos))
         return found
 
     def _judge(
@@ -222,7 +233,7 @@ class Looker:
     ) -> dict[str, list[Found]]:
         """Put the faces into the verdicts; returns those of each photo that are the subject.
 
-        same: the likeness from which two faces are one person; None: nobody knows.
+        same: the likeness from which two faces are one person; None: not known.
         """
         seen = [photo for photo in photos if photo.file in found]
         subjects, known = choose(seen, [found[photo.file] for photo in seen], name, same)
@@ -247,7 +258,7 @@ class Looker:
         return SAME[recognizer.name] if recognizer else None
 
     def _tools(
-        self, config: TrainConfig, people: bool, restore: bool, fetch: bool, tell: Tell
+        self, config: TrainConfig, people: bool, restore: bool, fetch: bool, tell: ProgressCallback
     ) -> tuple[dict[str, Path], list[str]]:
         """The weights that are needed beside the detector, by what they do, and what lacks."""
         wanted: dict[str, tuple[Weights, ...]] = {}
@@ -260,7 +271,7 @@ class Looker:
             "matting": "no mask of the subject is made and the whole picture is trained",
         }
         lost["segmenter"] = lost["matting"]
-        tools, said = {}, []
+        tools, messages = {}, []
         for tool, files in wanted.items():
             try:
                 file = (
@@ -270,10 +281,10 @@ class Looker:
                     tools[tool] = file
                 else:
                     size = round(sum(one.megabytes for one in files))
-                    said.append(f"{files[0].what} is not here yet: {size} MB are fetched when a tune needs it")
+                    messages.append(f"{files[0].what} is not here yet: {size} MB are fetched when a tune needs it")
             except Unavailable as problem:
-                said.append(f"{lost[tool]}: {problem}")
-        return tools, said
+                messages.append(f"{lost[tool]}: {problem}")
+        return tools, messages
 
     def _make(
         self,
@@ -299,7 +310,7 @@ class Looker:
         )
         if not task.empty:
             with breaking(photo):
-                made: Made = self._child.run(PREPARE_SECONDS + RESTORE_SECONDS * len(faces), "prepare", task)
+                made: Made = self._worker_process.run(PREPARE_SECONDS + RESTORE_SECONDS * len(faces), "prepare", task)
             put_down(photo, task, made)
         for kind in sorted(masks_of(config) - set(photo.masks)):
             photo.notes.append(f"no mask of the {kind}: the whole picture is trained")
@@ -321,16 +332,18 @@ def begin_anew(dataset: Path) -> None:
 
 @contextmanager
 def breaking(photo: Photo) -> Iterator[None]:
-    """What a photo may do to the child, in words that name it."""
+    """What a photo may do to the child process, with its name in the message."""
     try:
         yield
     except TimeoutError as problem:
-        raise CannotLook(f"{photo.name} took too long to look at; leave it out") from problem
-    except Broke as problem:
-        raise CannotLook(f"{photo.name} ended the process that looks at photos; leave it out") from problem
+        raise AnalysisUnavailable(f"{photo.name} took too long to analyze; leave it out") from problem
+    except WorkerCrashed as problem:
+        raise AnalysisUnavailable(f"{photo.name} crashed the process that analyzes photos; leave it out") from problem
     except NotStarted as problem:
-        raise CannotLook(str(problem)) from problem
+        raise AnalysisUnavailable(str(problem)) from problem
     except Closed:
         raise
     except Exception as problem:  # the edge of a process: whatever was raised in the child
-        raise CannotLook(f"{photo.name} could not be looked at: {str(problem) or type(problem).__name__}") from problem
+        raise AnalysisUnavailable(
+            f"{photo.name} could not be analyzed: {str(problem) or type(problem).__name__}"
+        ) from problem

@@ -33,7 +33,7 @@ STEPS = 6
 
 
 @dataclass
-class Told:
+class RecordedReport:
     """A report that remembers what it was told, and says to stop after a step."""
 
     stop_at: int | None = None
@@ -65,7 +65,7 @@ class Told:
 
 
 @dataclass
-class Bench:
+class TrainingSetup:
     """Everything that a run needs; each `start` is a fresh process as far as the loop can tell."""
 
     base: Path
@@ -83,9 +83,9 @@ class Bench:
         base = Base(1, self.base.name, self.family, path=self.base)
         branch = load_branch(base, torch.device("cpu"), self.cache)
         method = get_method(self.model_type)
-        self.warnings = method.begin(branch, self.config, "ohwx", "dog", self.earlier)
+        self.warnings = method.prepare(branch, self.config, "ohwx", "dog", self.earlier)
         pictures = [Picture(*one, one[0].name) for one in zip(self.photos, self.captions, strict=True)]
-        kept = method.encoders(branch, self.config)
+        kept = method.needed_text_encoders(branch, self.config)
         data, _ = dataset.build(branch, [*pictures, *self.more], [], self.config, self.cache / "dataset", kept)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(adapters_seed)
@@ -101,7 +101,7 @@ class Run:
     config: TrainConfig
     method: Method
 
-    def train(self, states: Path, report: Told) -> bool:
+    def train(self, states: Path, report: RecordedReport) -> bool:
         tend = partial(self.method.after_step, self.branch)
         return loop.train(self.branch, self.groups, self.data, self.config, report, states, after_step=tend)
 

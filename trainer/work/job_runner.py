@@ -14,7 +14,7 @@ import torch
 from trainer.clock import now, stamp
 from trainer.config import branch_file, kinds, resolve, train_config
 from trainer.config.train_config import TrainConfig
-from trainer.contract.errors import CannotLook, InvalidRequest
+from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
 from trainer.contract.photos import Photo
 from trainer.contract.rows import ExportRow, PromptRow, TuneRow
 from trainer.device import forget_peak, free_gib
@@ -24,8 +24,8 @@ from trainer.library.bases import Base, Bases
 from trainer.library.weights import Unavailable
 from trainer.methods.protocol import get_method
 from trainer.names import FACE_REFERENCE, IDENTITY_FILE, LORA_REFERENCE, MODEL_TYPES
-from trainer.photos.child import Closed
-from trainer.photos.looker import Looker, begin_anew
+from trainer.photos.analysis import PhotoAnalyzer, begin_anew
+from trainer.photos.subprocess_worker import Closed
 from trainer.rendering.job import FaceID, Lora, Models, Stopped
 from trainer.rendering.plan import make_plan, plain
 from trainer.rendering.renderer import Renderer
@@ -44,25 +44,25 @@ R = TypeVar("R", TuneRow, PromptRow, ExportRow)
 MAX_ATTEMPTS = 3  # a job that takes the process down this often without headway is not tried again
 
 
-class Aside(Exception):
+class JobInterrupted(Exception):
     """The job is to stop, before it has begun to train."""
 
 
-class Bench:
+class JobRunner:
     """Runs jobs; keeps what is worth keeping between two of them."""
 
     def __init__(
-        self, settings: Settings, store: Store, looker: Looker, device: torch.device, stopping: threading.Event
+        self, settings: Settings, store: Store, analyzer: PhotoAnalyzer, device: torch.device, stopping: threading.Event
     ) -> None:
         self._settings = settings
         self._store = store
-        self._looker = looker
+        self._analyzer = analyzer
         self._device = device
         self._stopping = stopping
-        self._renderer = Renderer(settings, device, looker)
+        self._renderer = Renderer(settings, device, analyzer)
 
     def run(self, job: Job) -> None:
-        """Do a job, whatever becomes of it."""
+        """Do a job, and record how it ended."""
         reporter = Reporter(self._settings, self._store, job, self._stopping, self._device)
         try:
             if job.attempts >= MAX_ATTEMPTS:
@@ -73,11 +73,11 @@ class Bench:
                 self._train(job, reporter)
             else:
                 self._render(job, job.prompt_id, reporter)
-        except (InvalidRequest, CannotLook, Unavailable) as problem:
+        except (InvalidRequest, AnalysisUnavailable, Unavailable) as problem:
             self._store.finish(job, "failed", error=str(problem))
-        except (Aside, Closed):
-            self._put_aside(job, reporter)
-        except Exception as error:  # the edge of a job: it must end, whatever a library raises
+        except (JobInterrupted, Closed):
+            self._requeue(job, reporter)
+        except Exception as error:  # the edge of a job: it must end, also where a library raises
             log.exception("job %s failed", job)
             self._store.finish(job, "failed", error=explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING))
 
@@ -96,13 +96,13 @@ class Bench:
             if get_method(tune["method"]).LARGE:  # nothing goes on from its states, which are several times the model
                 discard(self._settings.outputs / "tunes" / str(tune["id"]) / "state")
         else:
-            self._put_aside(job, reporter)
+            self._requeue(job, reporter)
 
-    def _put_aside(self, job: Job, reporter: Reporter) -> None:
+    def _requeue(self, job: Job, reporter: Reporter) -> None:
         """End a tune that was stopped: for good where that was asked for, else until the next start."""
         if self._stopping.is_set() and not self._store.cancel_wanted("tunes", job.tune_id):
             self._store.put_back(job)
-            log.info("tune %s is put aside; it goes on at the next start", job.tune_id)
+            log.info("tune %s is paused; it resumes at the next start", job.tune_id)
         else:
             self._store.finish(job, "canceled", eta=None, progress=reporter.progress)
 
@@ -118,9 +118,9 @@ class Bench:
         def tell(what: str, number: int, of: int) -> None:
             reporter.stage(f"{what}: {number} of {of}")
             if not reporter.going_on():
-                raise Aside
+                raise JobInterrupted
 
-        photos, warnings = self._looker.prepare(
+        photos, warnings = self._analyzer.prepare(
             folder,
             [Photo.model_validate(photo) for photo in tune["photos"]],
             config,
@@ -128,7 +128,7 @@ class Bench:
             bool(tune["training_face_correct"]),
             tell,
         )
-        before, left = (sum(not one["dropped"] for one in told) for told in (tune["photos"], verdicts(photos)))
+        before, left = (sum(not one["dropped"] for one in messages) for messages in (tune["photos"], verdicts(photos)))
         if left < before:
             warnings.append(f"{left} of {before} photos are left; steps and batch are those for {before}")
         for warning in warnings:
@@ -179,8 +179,8 @@ class Bench:
             else:
                 self._store.put_back(job)
             return
-        told = self._must(self._store.get("prompts", prompt_id))["warnings"]
-        warnings = [*told, *(warning for warning in warnings if warning not in told)]
+        message = self._must(self._store.get("prompts", prompt_id))["warnings"]
+        warnings = [*message, *(warning for warning in warnings if warning not in message)]
         reporter.progress["stage"] = "rendered"
         ended = {"progress": reporter.progress, "trained_at": now()}
         self._store.finish(job, "rendered", files=files, warnings=warnings, **ended)

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from tests.helpers import tiny
-from tests.helpers.bench import same
 from tests.helpers.fast import fast_base
-from trainer.branches import original, sd15, sdxl1
+from tests.helpers.training import same
+from trainer.branches import sd15, sdxl1, single_file_keys
 from trainer.branches.protocol import Branch, load_branch
 from trainer.library.bases import Base
 from trainer.library.models_folder import sidecar
@@ -113,11 +113,11 @@ def test_full_size_unets_have_the_published_names(family: Any, count: int) -> No
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(family.CONFIG["unet/config.json"])
         vae = AutoencoderKL.from_config(family.CONFIG["vae/config.json"])
-    shapes = {name: tuple(tensor.shape) for name, tensor in original.unet_weights(unet).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in single_file_keys.unet_weights(unet).items()}
     assert len(shapes) == count  # as in v1-5-pruned-emaonly.safetensors and in sd_xl_base_1.0.safetensors
     expected = PUBLISHED[family]
     assert {name: shapes.get(name) for name in expected} == expected
-    shapes = {name: tuple(tensor.shape) for name, tensor in original.vae_weights(vae).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in single_file_keys.vae_weights(vae).items()}
     assert len(shapes) == 248
     assert {name: shapes.get(name) for name in PUBLISHED_VAE} == PUBLISHED_VAE
 
@@ -169,7 +169,7 @@ PUBLISHED_VAE = {
 def test_a_full_size_openclip_has_the_published_names() -> None:
     with torch.device("meta"):
         config = CLIPTextConfig.from_dict(sdxl1.CONFIG["text_encoder_2/config.json"])
-        weights = original.open_clip_weights(CLIPTextModelWithProjection(config))
+        weights = single_file_keys.open_clip_weights(CLIPTextModelWithProjection(config))
     assert len(weights) == 32 * 12 + 5
     expected = {
         "positional_embedding": (77, 1280),

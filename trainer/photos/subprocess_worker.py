@@ -20,7 +20,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 START_SECONDS = 180.0  # imports, on a machine that may be busy
 
 
-class Broke(Exception):
+class WorkerCrashed(Exception):
     """The child ended in the middle of this work, and so did the one that tried it again."""
 
 
@@ -32,8 +32,8 @@ class Closed(Exception):
     """The app is ending; no child works any more."""
 
 
-class Child:
-    """One process that works for whoever calls, one call at a time. It is started when first needed, and again when
+class SubprocessWorker:
+    """One process that works for all callers, one call at a time. It is started when first needed, and again when
     it has died or was ended because a call took too long; it ends with the app, also when that is killed."""
 
     def __init__(self, module: str, purpose: str) -> None:
@@ -66,7 +66,7 @@ class Child:
                     raise
                 except (ProcessExpired, BrokenProcessPool):
                     self._stop()
-            raise Broke
+            raise WorkerCrashed
 
     def start(self) -> None:
         """Start the process, unless it runs. Raises NotStarted, Closed."""
@@ -82,7 +82,7 @@ class Child:
             self._stop()
 
     def _try(self) -> None:
-        with suppress(NotStarted, Closed):  # whoever needs it is told
+        with suppress(NotStarted, Closed):  # the caller that needs it gets the error
             self.start()
 
     def _running(self) -> ProcessPool:

@@ -21,25 +21,25 @@ import torch
 from huggingface_hub import constants
 from PIL import Image, ImageChops
 
-from tests.helpers import bench
-from tests.helpers.bench import Bench
+from tests.helpers import training
 from tests.helpers.shared import SHARED
 from tests.helpers.studio import Studio
+from tests.helpers.training import TrainingSetup
 from tests.helpers.web import address, left_behind, photo, upload
 from trainer.config import resolve
 from trainer.config.train_config import TrainConfig
-from trainer.contract.errors import CannotLook, InvalidRequest
+from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
 from trainer.contract.photos import Check, Photo, Upload
 from trainer.files import sweep
 from trainer.library import weights
 from trainer.library.weights import Unavailable
 from trainer.photos import masks, restore
-from trainer.photos.child import Child, Closed
+from trainer.photos.analysis import PhotoAnalyzer, begin_anew, breaking
 from trainer.photos.faces import closeup_box, find, prepare
 from trainer.photos.found import Found, Task
 from trainer.photos.intake import Decoder
-from trainer.photos.looker import Looker, begin_anew, breaking
 from trainer.photos.subject import choose
+from trainer.photos.subprocess_worker import Closed, SubprocessWorker
 from trainer.settings import Settings, read_settings
 from trainer.studio import answers
 from trainer.studio.rows import Services, tune_folder
@@ -59,9 +59,9 @@ def seeing(tmp_path_factory: pytest.TempPathFactory, decoder: Decoder) -> Iterat
     """The verbs with a child that has real detector and recognizer weights; it lives through all tests here."""
     folder = tmp_path_factory.mktemp("seeing")
     settings = read_settings(outputs=folder / "outputs", models=folder / "models", weights=SHARED / "weights")
-    store, looker = Store(settings.outputs), Looker(settings)
-    yield Services(settings, store, decoder, looker)
-    looker.close()
+    store, analyzer = Store(settings.outputs), PhotoAnalyzer(settings)
+    yield Services(settings, store, decoder, analyzer)
+    analyzer.close()
     store.close()
 
 
@@ -179,9 +179,9 @@ def test_without_recognition_weights_nothing_is_said_of_persons(
     own.mkdir()
     shutil.copy(SHARED / "weights" / weights.DETECTOR.name, own)
     settings = seeing.settings.model_copy(update={"weights": own})
-    looker = Looker(settings)
-    looker._child = seeing.looker._child  # no second process for this
-    blind = Services(settings, seeing.store, decoder, looker)
+    analyzer = PhotoAnalyzer(settings)
+    analyzer._worker_process = seeing.analyzer._worker_process  # no second process for this
+    blind = Services(settings, seeing.store, decoder, analyzer)
     check = checked(blind, "person_a/01.jpg", "person_a/02.jpg", "single/outdoor_portrait.jpg")
     assert [verdict.same_person for verdict in check.photos] == [None] * 3
 
@@ -330,7 +330,7 @@ def test_a_tune_that_was_stopped_while_its_photos_are_looked_at_goes_on(studio: 
 def test_only_photos_of_people_are_looked_at(seeing: Services) -> None:
     check = checked(seeing, "noface/cat_chelsea.jpg", name="cat", face_crop=True, training_face_correct=True)
     assert check.photos[0].faces is None and not check.photos[0].cropped
-    told = "is for photos of people, and cat is not: no faces are looked for"
+    told = "is for photos of people, and cat is not: no faces are detected"
     assert {f"face_crop {told}", f"training_face_correct {told}"} <= set(check.warnings)
 
 
@@ -569,12 +569,12 @@ def test_the_segmenters_mask_is_seen_in_the_loss(
     images = tmp_path / "images"
     shutil.copytree(photos[0].parent, images)
     given = [Photo(name=path.name, file=path.name, width=64, height=64, format="PNG") for path in photos]
-    config = bench.config_of(mask="subject", mask_floor=0.1)
-    looker = Looker(segmenting)
-    verdicts, warnings = looker.prepare(tmp_path, given, config, name, restore=False)
-    looker.close()
+    config = training.config_of(mask="subject", mask_floor=0.1)
+    analyzer = PhotoAnalyzer(segmenting)
+    verdicts, warnings = analyzer.prepare(tmp_path, given, config, name, restore=False)
+    analyzer.close()
     assert warnings == [] and [verdict.masks for verdict in verdicts] == [["subject"]] * 3
-    run = Bench(thin_sd15, tmp_path, [images / path.name for path in photos], config).start()
+    run = TrainingSetup(thin_sd15, tmp_path, [images / path.name for path in photos], config).start()
     for sample in run.data.samples:
         weight = sample.views[0].masks["subject"]
         assert weight.mean() == pytest.approx(1, abs=1e-5)
@@ -727,7 +727,7 @@ def test_a_preparation_that_begins_anew_removes_what_the_one_before_made(tmp_pat
 def test_what_goes_wrong_with_a_photo_names_it() -> None:
     photo = Photo(name="rex.jpg", file="000.jpg", width=64, height=64, format="JPEG")
     for problem, told in [(ValueError("odd pixels"), "odd pixels"), (MemoryError(), "MemoryError")]:
-        with pytest.raises(CannotLook, match=f"rex.jpg could not be looked at: {told}"), breaking(photo):
+        with pytest.raises(AnalysisUnavailable, match=f"rex.jpg could not be analyzed: {told}"), breaking(photo):
             raise problem
     with pytest.raises(Closed), breaking(photo):  # the app ends; that is nobody's fault
         raise Closed
@@ -744,7 +744,7 @@ def test_the_weights_of_the_registry_are_those_beside_the_repository() -> None:
 
 def test_a_child_that_cannot_start_says_why() -> None:
     with pytest.raises(RuntimeError, match="the process that does nothing did not start: No module named 'nowhere'"):
-        Child("nowhere", "does nothing").run(1, "anything")
+        SubprocessWorker("nowhere", "does nothing").run(1, "anything")
 
 
 def test_a_child_does_not_start_while_another_thread_imports_cv2(
@@ -752,7 +752,7 @@ def test_a_child_does_not_start_while_another_thread_imports_cv2(
 ) -> None:
     """cv2 puts its folder into the path for that time, where `typing` is not Python's."""
     (tmp_path / "typing.py").write_text("raise ImportError('not the one of Python')")
-    before, child = sys.path, Child("trainer.photos.decode", "decodes photos")
+    before, child = sys.path, SubprocessWorker("trainer.photos.decode", "decodes photos")
 
     def imported() -> None:
         sys.path = before
@@ -768,7 +768,7 @@ def test_a_child_does_not_start_while_another_thread_imports_cv2(
 def test_closing_ends_a_child_in_the_middle_of_its_work(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
-    child, ended = Child("trainer.photos.decode", "decodes photos"), []
+    child, ended = SubprocessWorker("trainer.photos.decode", "decodes photos"), []
 
     def work() -> None:
         try:
@@ -793,8 +793,8 @@ def test_closing_ends_a_child_in_the_middle_of_its_work(tmp_path: Path) -> None:
 def test_a_photo_that_breaks_the_child_is_named(
     seeing: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.photos.looker.FIND_SECONDS", 1e-6)
-    with pytest.raises(CannotLook, match=r"astronaut\.png took too long to look at; leave it out"):
+    monkeypatch.setattr("trainer.photos.analysis.FIND_SECONDS", 1e-6)
+    with pytest.raises(AnalysisUnavailable, match=r"astronaut\.png took too long to analyze; leave it out"):
         checked(seeing, "single/astronaut.png")
     assert left_behind(seeing) == []
     monkeypatch.undo()

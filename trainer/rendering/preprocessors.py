@@ -49,16 +49,16 @@ LIMB_SHADE = 0.6
 STROKE = 4  # px at DRAWN_PX: half a limb's width, and a point's radius
 
 
-def outline(kind: str, picture: Picture, find: Find, device: torch.device) -> Picture:
+def control_image(kind: str, picture: Picture, find: Find, device: torch.device) -> Picture:
     """What the control model of this kind (schema.CONTROLS) is to see of a picture; of the same size.
 
     find: where the models lie that look at pictures; it may fetch them, and is asked only for those that are needed.
     They are on the device only while they look. Raises ValueError where there is nothing to see, and what `find` raises
     or the loaders: OSError for missing files, ValueError for wrong ones.
     """
-    if kind not in OUTLINES:
-        raise ValueError(f"there is no control {kind!r}; there are {', '.join(OUTLINES)}")
-    return OUTLINES[kind](picture.convert("RGB"), find, device)
+    if kind not in PREPROCESSORS:
+        raise ValueError(f"there is no control {kind!r}; there are {', '.join(PREPROCESSORS)}")
+    return PREPROCESSORS[kind](picture.convert("RGB"), find, device)
 
 
 def canny(picture: Picture, _find: Find, _device: torch.device) -> Picture:
@@ -105,7 +105,7 @@ def depth(picture: Picture, find: Find, device: torch.device) -> Picture:
 
 @torch.no_grad()
 def pose(picture: Picture, find: Find, device: torch.device) -> Picture:
-    """Stick figures of the people, as `draw_people` draws them. Raises ValueError where nobody is seen.
+    """Stick figures of the people, as `draw_people` draws them. Raises ValueError where no person is found.
 
     People are found by RT-DETR (Zhao et al. 2023, arXiv 2304.08069), their points by ViTPose (Xu et al. 2022, arXiv
     2204.12484).
@@ -127,7 +127,7 @@ def pose(picture: Picture, find: Find, device: torch.device) -> Picture:
             sure = zip(found["keypoints"].tolist(), found["scores"].tolist(), strict=True)
             people.append(body([(x, y) if score >= LEAST_SEEN else None for (x, y), score in sure]))
     if not any(point for person in people for point in person):
-        raise ValueError("nobody was found in the picture whose pose could be taken; use another picture or control")
+        raise ValueError("no person was found in the picture; use another picture or control")
     return draw_people(people, picture.size)
 
 
@@ -173,7 +173,7 @@ def _read(
     return processor, model.eval().requires_grad_(False).to(device)
 
 
-OUTLINES: dict[str, Callable[[Picture, Find, torch.device], Picture]] = {
+PREPROCESSORS: dict[str, Callable[[Picture, Find, torch.device], Picture]] = {
     "canny": canny,
     "depth": depth,
     "pose": pose,

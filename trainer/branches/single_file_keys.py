@@ -8,7 +8,7 @@ those of the modules, or views of them, and new ones only where several are one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -185,3 +185,28 @@ def encoder_weights(encoder: Any) -> dict[str, Tensor]:
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors (n, ...) one below the other; one alone is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def stacked_adapters(
+    denoiser: Any, layers: Iterable[tuple[str, Sequence[str]]], adapters: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor, int]]:
+    """Adapters under kohya's names, where several layers of diffusers are one layer: see `Branch.kohya_layers`.
+
+    layers: each layer of the original release, and the layers of diffusers that are stacked in it. Their adapters lie
+    beside each other, each with a block of the output of its own, and zeros where a layer has none.
+    """
+    found: dict[str, tuple[Tensor, Tensor, int]] = {}
+    for original, names in layers:
+        if not any(name in adapters for name in names):
+            continue
+        down, up = next(adapters[name] for name in names if name in adapters)
+        downs, ups = [], []
+        for name in names:
+            rows: int = denoiser.get_submodule(name).out_features
+            none = (torch.zeros_like(down), up.new_zeros(rows, up.shape[1]))
+            one, other = adapters.get(name, none)
+            downs.append(one)
+            ups.append(other)
+        kohya_name = f"lora_unet_{original.replace('.', '_')}"
+        found[kohya_name] = (torch.cat(downs), torch.block_diag(*ups), len(names))  # type: ignore[no-untyped-call]
+    return found
