@@ -22,13 +22,13 @@ from PIL import Image, ImageOps
 from tests.helpers.pictures import apart, pixels
 from tests.helpers.rendering import CLOSE, CPU, FAMILIES, ROUNDING, Room, far, outside, unlike
 from tests.helpers.shared import SHARED
-from trainer.config import branch_file, looks
+from trainer.config import branch_file, looks, resolve, toml_file
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import SCHEDULERS
 from trainer.library import weights
 from trainer.methods import lora
 from trainer.photos.analysis import PhotoAnalyzer
-from trainer.rendering import afterwards, film, paste, pictures, schedulers, upscale
+from trainer.rendering import afterwards, film, paste, pictures, renderer, schedulers, upscale
 from trainer.rendering import preview as preview_
 from trainer.rendering.preview import Preview
 from trainer.studio import prompts, rows
@@ -769,3 +769,34 @@ def test_a_prompt_is_copied_with_everything_that_it_asks_for(room: Room, tunes: 
     other = room.go(prompts.duplicate_prompt(room.services, first.prompt.id, {"seed": 8}))
     assert not unlike(same.picture, first.picture) and same.facts == first.facts
     assert unlike(other.picture, first.picture) and other.facts == first.facts | {"seed": 8}
+
+
+# What is read
+
+
+def test_rendering_parses_no_toml_and_no_text_and_reads_no_configuration_once_it_has_begun(
+    room: Room, tunes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"style": "Cinematic", "color_grading": "Ektar", "text": "ohwx dog --mask_blur 3"}
+    prompt = prompts.create_prompt(room.services, tunes["sd15"], {"num_images": 1, "seed": 7, **asked})
+    read, render = toml_file.read_toml, renderer.Renderer.render_prompt
+    begun: list[str] = []
+
+    def never(*arguments: object) -> Any:
+        raise AssertionError(f"was read when the prompt came: {arguments}")
+
+    def read_before(file: Path) -> dict[str, Any]:
+        assert not begun, file
+        return read(file)
+
+    def begin(*arguments: Any) -> Any:
+        begun.append("rendering")
+        return render(*arguments)
+
+    monkeypatch.setattr(toml_file.tomllib, "loads", never)
+    monkeypatch.setattr("trainer.contract.prompts.parse_text", never)
+    for module in (branch_file, looks, resolve):
+        monkeypatch.setattr(module, "read_toml", read_before)
+    monkeypatch.setattr(renderer.Renderer, "render_prompt", begin)
+    done = room.go(prompt)
+    assert (done.prompt.status, done.prompt.error, begun) == ("rendered", None, ["rendering"])

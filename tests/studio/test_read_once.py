@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -13,6 +16,7 @@ from fastapi.testclient import TestClient
 from tests.helpers.web import photo
 from trainer.config import toml_file
 from trainer.library import bases, models_folder
+from trainer.studio import tunes
 from trainer.studio.rows import Services
 
 pytest_plugins = ("tests.helpers.web",)
@@ -91,6 +95,58 @@ def test_three_loras_cost_one_scan(client: TestClient, services: Services, scans
     scans.clear()
     answer = client.post("/tunes/1/prompts", json={"prompt": {"text": text}})
     assert answer.status_code == 422 and len(answer.json()["text"]) == 3  # none of them is there
+    assert scans == [False]
+
+
+@pytest.fixture
+def loras(services: Services) -> str:
+    """A text that names three LoRA files of the models folder."""
+    key = "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"
+    header = json.dumps({key: {"dtype": "F32", "shape": [4, 320], "data_offsets": [0, 0]}}).encode()
+    for name in ("one", "two", "three"):
+        file = services.settings.models / f"{name}.safetensors"
+        file.write_bytes(struct.pack("<Q", len(header)) + header)
+    return "<lora:one:1> <lora:two:1> <lora:three:1> a dog"
+
+
+def test_three_loras_of_a_tune_s_prompts_are_looked_up_before_the_transaction(
+    client: TestClient, services: Services, scans: list[bool], loras: str
+) -> None:
+    post(client, **{"tune[branch]": "sd15", "tune[prompts_attributes][0][text]": loras})
+    assert scans == [False]
+    [prompt] = services.store.find("prompts", tune_id=1)
+    assert [kind for kind, _, _ in prompt["named"] or []] == ["lora"] * 3
+
+
+def test_a_lora_that_is_deleted_meanwhile_costs_no_scan_within_the_transaction(
+    client: TestClient, services: Services, scans: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number is then looked up among the files of the models folder."""
+    post(client, **{"tune[branch]": "fast", "tune[model_type]": "lora"})
+    insert = tunes._insert
+
+    def delete_first(*arguments: Any) -> object:
+        services.store.delete("tunes", 1)
+        return insert(*arguments)
+
+    monkeypatch.setattr(tunes, "_insert", delete_first)
+    fields = {"tune[title]": "on it", "tune[branch]": "fast", "tune[prompts_attributes][0][text]": "a dog <lora:1:1>"}
+    answer = client.post("/tunes", data=GOOD | fields, files=[("tune[images][]", ("0.png", photo()))])
+    assert answer.status_code == 422 and "no LoRA of this number" in answer.text
+    assert scans == [False]
+
+
+def test_all_prompts_of_a_pack_cost_one_scan(
+    client: TestClient, services: Services, scans: list[bool], loras: str
+) -> None:
+    post(client, **{"tune[branch]": "sd15"})
+    rows = "".join(f'[[prompts]]\ntext = "{loras} {number}"\n' for number in range(3))
+    (services.settings.outputs / "packs").mkdir()
+    head = 'title = "mine"\nbranch = "sd15"\nclasses = ["dog"]\n'
+    (services.settings.outputs / "packs" / "mine.toml").write_text(head + rows)
+    scans.clear()
+    answer = client.post("/p/mine/tunes", json={"tune": {"tune_ids": [1]}})
+    assert answer.status_code == 201 and len(answer.json()["prompts"]) == 3, answer.text
     assert scans == [False]
 
 

@@ -281,6 +281,8 @@ def _insert(
     mark: IdempotencyKey | None,
     listed: Bases,
 ) -> tuple[Tune, bool]:
+    if request.base_tune_id is not None or any(prompt.parsed.models for prompt in request.prompts_attributes):
+        listed()  # the models folder is scanned before the transaction, in which other writers wait
     with services.store.transaction():
         if known := find_by_idempotency_key(services, "tunes", mark):  # made by another request meanwhile
             return tune_answer(services, known), False

@@ -31,7 +31,7 @@ from trainer.device import placed
 from trainer.files import whole_folder
 from trainer.photos.geometry import FACE_SUFFIX
 from trainer.training.seeds import derive
-from trainer.training.views import Picture, Sample, View, encode, mask_file, read, show
+from trainer.training.views import Picture, Sample, View, encode_and_show, mask_file
 
 Image.MAX_IMAGE_PIXELS = None  # the intake has checked that, by the setting
 
@@ -181,10 +181,10 @@ def build(
     with whole_folder(folder / "seen") as partial, placed(branch.device, branch.vae):
         samples: list[Sample] = []
         shown: list[dict[str, object]] = []
-        for opened in (read(picture, folder) for picture in pictures):  # each is decoded once, and one is in memory
-            samples += [encode(branch, opened, resolution, config) for resolution in config.resolution]
-            if opened.picture.kind != "class":
-                shown += [show(branch, opened, resolution, config, partial) for resolution in config.resolution]
+        for picture in pictures:
+            of_picture, facts = encode_and_show(branch, picture, config, folder, partial)
+            samples += of_picture
+            shown += facts
         (partial / "seen.json").write_text(json.dumps(shown, indent=1))
     return Dataset(samples, captions, None if config.text_steps else cond, config), messages
 

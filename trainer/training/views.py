@@ -67,6 +67,20 @@ class Opened:
     masks: dict[str, Image.Image]
 
 
+def encode_and_show(
+    branch: Branch, picture: Picture, config: TrainConfig, folder: Path, target: Path
+) -> tuple[list[Sample], list[dict[str, object]]]:
+    """A picture at all resolutions, and what is shown of it in `target`: nothing of a class picture.
+
+    folder: the tune's `dataset/`. The picture is decoded once, and no longer in memory when this returns.
+    """
+    opened = read(picture, folder)
+    samples = [encode(branch, opened, resolution, config) for resolution in config.resolution]
+    if picture.kind == "class":
+        return samples, []
+    return samples, [show(branch, opened, resolution, config, target) for resolution in config.resolution]
+
+
 def encode(branch: Branch, opened: Opened, resolution: int, config: TrainConfig) -> Sample:
     """Encode a picture at one resolution in all its views."""
     picture, image, masks = opened.picture, opened.image, opened.masks
