@@ -230,8 +230,11 @@ def test_a_token_is_read_as_a_word_of_its_own_in_any_case(shop: Callable[..., Sh
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
-        ({"text_encoder": torch.zeros(2, 17)}, r"new words \(2, 17\) do not fit text_encoder, whose words have 16"),
-        ({"text_encoder_2": torch.zeros(2, 16)}, "do not fit text_encoder_2, whose words have None"),
+        (
+            {"text_encoder": torch.zeros(2, 17)},
+            r"learned tokens \(2, 17\) do not fit text_encoder, whose tokens have 16",
+        ),
+        ({"text_encoder_2": torch.zeros(2, 16)}, "do not fit text_encoder_2, whose tokens have None"),
     ],
 )
 def test_words_of_another_family_are_refused(shop: Callable[..., Shop], rows: dict[str, Tensor], told: str) -> None:

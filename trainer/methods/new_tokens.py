@@ -114,7 +114,9 @@ def add(pipeline: DiffusionPipeline, token: str, rows: Mapping[str, Tensor]) -> 
         encoder = getattr(pipeline, part, None)
         width = None if encoder is None else encoder.get_input_embeddings().weight.shape[1]
         if encoder is None or width != tensor.shape[1]:
-            raise ValueError(f"new words {tuple(tensor.shape)} do not fit {part}, whose words have {width} numbers")
+            raise ValueError(
+                f"learned tokens {tuple(tensor.shape)} do not fit {part}, whose tokens have {width} numbers"
+            )
         tokenizer = getattr(pipeline, TOKENIZERS[part])
         names, wider = spelled(token, len(tensor)), copy.deepcopy(tokenizer)
         wider.add_tokens(names)
