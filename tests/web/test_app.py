@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -85,11 +87,33 @@ def test_health_and_a_waiting_page_are_there_before_the_real_page(tmp_path: Path
         assert app.http.get("/gallery/tunes").status_code == 200
 
 
+def refused(*options: str) -> tuple[int, str]:
+    """Exit code and stderr of an app that does not start."""
+    command = [sys.executable, "app.py", *options]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert ended.stdout == ""
+    return ended.returncode, ended.stderr
+
+
 def test_a_second_app_on_the_same_folder_is_refused_in_words(app: App) -> None:
-    command = [sys.executable, "app.py", "--port", "0", "--outputs", str(app.outputs)]
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert second.returncode == 75
-    assert f"in use by process {app.process.pid}" in second.stderr
+    code, message = refused("--port", "0", "--outputs", str(app.outputs))
+    assert code == 75
+    assert f"in use by process {app.process.pid}" in message
+    assert message.endswith(". Stop it, or give this one another --outputs.\n")
+
+
+def test_a_port_that_is_taken_ends_the_app_with_a_message(app: App, tmp_path: Path) -> None:
+    port = app.url.rpartition(":")[2]
+    code, message = refused("--port", port, "--outputs", str(tmp_path))
+    assert (code, message) == (1, f"Tunebooth cannot listen on 127.0.0.1:{port}: Address already in use. Try --port.\n")
+
+
+def test_a_database_of_a_newer_version_ends_the_app_with_a_message(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "tunebooth.db")) as database:
+        database.execute("PRAGMA user_version=1000")
+    code, message = refused("--port", "0", "--outputs", str(tmp_path))
+    assert code == 1
+    assert message.startswith("Tunebooth: ") and message.endswith("newer version of Tunebooth; upgrade to open it.\n")
 
 
 @pytest.mark.long

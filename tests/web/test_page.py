@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,21 +13,23 @@ import gradio as gr
 import pytest
 
 from tests.helpers.web import photo, upload
-from trainer.contract.photos import Photo, Upload
+from trainer.contract.photos import Check, Photo, Upload
 from trainer.contract.prompts import Prompt
-from trainer.contract.states import Progress
+from trainer.contract.states import Callback, Progress
 from trainer.contract.tunes import Tune
+from trainer.names import BRANCHES
 from trainer.studio.answers import FLAGS
 from trainer.studio.rows import Services
 from trainer.studio.tunes import create_tune
 from trainer.web import html as page_html
 from trainer.web import page
-from trainer.web.form import Form, with_captions
-from trainer.web.html import Beside, current, duration, earlier, thumbnails, trained_pictures
+from trainer.web.form import Form, usual_tokens, with_captions
+from trainer.web.html import Beside, cards, current, duration, earlier, note, thumbnails, trained_pictures, verdicts
 from trainer.web.templating import ENVIRONMENT, render
 
 pytest_plugins = ("tests.helpers.web",)
 
+ROOT = Path(__file__).parents[2]
 HOSTILE = "<script>alert('x')</script>\" onload=\"alert(1)\" & 'ä"
 MOMENT = "2026-11-23T12:34:56.789Z"
 LINK = "http://127.0.0.1:7860/files/1/images/000.png?expires=0&signature=ab12"
@@ -68,7 +71,7 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in ("img", "polyline"):
+        if tag not in ("img", "polyline", "meta", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -94,13 +97,28 @@ def actions(one: Tune) -> str:
     return str(ENVIRONMENT.get_template("parts.html").module.actions(one))  # type: ignore[attr-defined]
 
 
+def judged(text: str) -> Photo:
+    """A photo's verdict with this text in every field that is text."""
+    link = f"{LINK}{text}"
+    return Photo(
+        name=text, file=text, width=64, height=48, format=text, converted=text, duplicate_of=text, masks=[text],
+        dropped=text, notes=[text, text], url=link, seen=link, closeup=link,
+    )  # fmt: skip
+
+
 def everywhere(text: str) -> Tune:
     """A tune with this text wherever a user, or an error that quotes one, may put it."""
+    link = f"{LINK}{text}"
+    shared = {"text": text, "warnings": [text]}
     return tune(
-        title=text, name=text, token=text, model_type=text, preset=text, args=text, error=text, warnings=[text],
-        status="failed", characteristics={text: text}, orig_images=[LINK], ckpt_url=f"{LINK}{text}",
-        photos=[Photo(name=text, file="000.png", width=64, height=48, format="PNG")],
-        prompts=[prompt(text=text, error=text, status="failed", images=[f"{LINK}{text}"])],
+        title=text, name=text, token=text, branch=text, model_type=text, preset=text, args=text, error=text,
+        warnings=[text], status="failed", characteristics={text: text}, orig_images=[link], ckpt_url=link,
+        progress=Progress(stage=text), photos=[judged(text)],
+        prompts=[
+            prompt(error=text, status="failed", images=[link], contact_sheet=link, **shared),
+            prompt(status="rendering", preview=link, progress=Progress(stage=text, step=1, steps=2), **shared),
+            prompt(status="rendering", preview=f"data:{text}", **shared),
+        ],
     )  # fmt: skip
 
 
@@ -109,26 +127,52 @@ def seen(text: str) -> list[dict[str, Any]]:
     return [{"url": LINK, "name": text, "kind": "photo", "caption": text, "width": 64, "height": 48, "mask": "face"}]
 
 
-PARTS: list[Callable[[Tune], str]] = [
-    lambda one: current(one, [], [], 0),
-    lambda one: earlier([one], {one.id: Beside((), [one.title], {"kohya": (LINK, "made"), "x": (None, "")})}),
-    lambda one: trained_pictures(seen(one.title) * 5),
-]
+def known(text: str) -> Beside:
+    """What is known beside a tune, with this text in a callback's address, in its answer and in titles."""
+    callback = Callback(
+        id=1, kind="prompt", prompt_id=3, url=text, created_at=MOMENT, attempts=2, answer=text, arrived_at=None,
+        due_at=None,
+    )  # fmt: skip
+    return Beside([callback], [text, text], {"kohya": (f"{LINK}{text}", "made"), "x": (None, "")})
 
 
-@pytest.mark.parametrize("part", PARTS, ids=["current", "earlier", "trained pictures"])
-def test_what_a_user_wrote_is_text_and_nothing_else(part: Callable[[Tune], str]) -> None:
-    hostile, plain = Reader(part(everywhere(HOSTILE))), Reader(part(everywhere("plain")))
+def packs(text: str) -> list[dict[str, object]]:
+    """A pack that can be read and one that cannot."""
+    written = {"slug": text, "title": text, "description": text, "branch": text, "classes": [text]}
+    return [{**written, "prompts": {text: [text]}}, {"slug": text, "error": text}]
+
+
+PARTS: dict[str, Callable[[str], str]] = {
+    "failed": lambda text: current(everywhere(text), [], [], 0, text),
+    "running": lambda text: current(everywhere(text).model_copy(update={"status": "training"}), [], [], 0, text),
+    "snapshots": lambda text: current(tune(title=text), [], [{"step": 5, "url": LINK, "model": f"{LINK}{text}"}], 0),
+    "all tunes": lambda text: earlier([everywhere(text)], {1: known(text)}, text),
+    "queued": lambda text: earlier([tune(prompts=[prompt()])], {}, text),
+    "trained pictures": lambda text: trained_pictures(seen(text)),
+    "verdicts": lambda text: verdicts(Check(photos=[judged(text)], warnings=[text])),
+    "packs": lambda text: cards(packs(text)),
+    "notes": lambda text: note([text, "second"]),
+    "sign-in": lambda text: render("login.html", problem=text),
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_what_a_user_wrote_is_text_and_nothing_else(part: Callable[[str], str]) -> None:
+    hostile, plain = Reader(part(HOSTILE)), Reader(part("plain"))
     assert hostile.tags == plain.tags and "script" not in hostile.tags
     assert [name for name, _ in hostile.attributes] == [name for name, _ in plain.attributes]
     assert hostile.open == plain.open == []
-    assert plain.text.count("plain") >= 5
+    assert plain.text.count("plain") >= 1
     assert hostile.text == plain.text.replace("plain", HOSTILE)
 
 
-def test_a_note_beside_a_field_is_text() -> None:
-    note = Reader(page_html.note([HOSTILE, "second"]))
-    assert (note.tags, note.text) == (["p", "p"], f"{HOSTILE}second")
+def test_no_template_turns_escaping_off() -> None:
+    files = [*(ROOT / "trainer/web").glob("*.py"), *(ROOT / "trainer/web/templates").glob("*.html")]
+    assert len(files) > 20
+    for file in files:
+        assert not re.search(
+            r"\bMarkup\b|\|\s*safe\b|autoescape (false|true)|autoescape=False", file.read_text("utf-8")
+        ), file
 
 
 def test_names_of_dropped_photos_are_text() -> None:
@@ -294,6 +338,16 @@ def test_the_page_shows_the_tune_whose_turn_it_is(services: Services, queue: Cal
         assert job is not None
         services.store.finish(job, "trained" if job.prompt_id is None else "rendered")
     assert "second" in page.live_parts(services, NOTHING)[0]
+
+
+def test_the_form_shows_which_token_a_tune_gets_that_names_none(services: Services, tmp_path: Path) -> None:
+    with gr.Blocks():
+        assert Form(services).fields["token"].placeholder == "ohwx (sd15: sks)"  # type: ignore[attr-defined]
+    shutil.copytree(services.settings.presets, tmp_path / "presets")
+    for branch in BRANCHES:
+        file = tmp_path / "presets" / f"{branch}.toml"
+        file.write_text(re.sub(r'^token = ".*"', 'token = "zwx"', file.read_text("utf-8"), flags=re.MULTILINE), "utf-8")
+    assert usual_tokens(tmp_path / "presets") == "zwx"
 
 
 def test_captions_on_the_form_follow_the_fields_until_somebody_writes_one(services: Services, tmp_path: Path) -> None:

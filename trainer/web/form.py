@@ -150,7 +150,7 @@ class Form:
             add("model_type", gr.Dropdown, choices=[OWN, *METHODS], value=DEFAULT_METHOD, label="Model type")
         with gr.Row():
             add("preset", gr.Dropdown, choices=[OWN], value="", label="Preset")
-            add("token", gr.Textbox, label="Token", placeholder="ohwx (sd15: sks)")
+            add("token", gr.Textbox, label="Token", placeholder=usual_tokens(services.settings.presets))
             self.pack = gr.Dropdown(choices=[("none", "")], value="", label="Pack", elem_id="pack", min_width=110)
         with self._fold("Captions", "captions"):
             gr.Markdown(
@@ -325,6 +325,14 @@ class Form:
             number += 1
             unique = f"{title} ({number})"
         return unique
+
+
+def usual_tokens(presets: Path) -> str:
+    """The token of a tune that names none, and of the branches where it is another: `ohwx (sd15: sks)`."""
+    tokens = {branch: branch_file.default_token(presets, branch) for branch in BRANCHES}
+    usual = tokens[DEMO_BRANCH]
+    others = ", ".join(f"{branch}: {token}" for branch, token in tokens.items() if token != usual)
+    return f"{usual} ({others})" if others else usual
 
 
 def with_captions(uploads: list[Upload], rows: list[list[str]], automatic: str, folder: Path) -> list[Upload]:

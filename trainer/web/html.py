@@ -20,9 +20,8 @@ from trainer.web.templating import ENVIRONMENT, render
 CSS = (Path(__file__).parent / "style.css").read_text("utf-8")
 CURVE_WIDTH, CURVE_HEIGHT = 600, 120  # of the drawing; it scales with the page
 SMOOTHING = 0.8
-Lines = Sequence[
-    dict[str, Any]
-]  # see `readings`, `saved_snapshots` and `trained_pictures` in trainer/studio/answers.py
+# Of trainer/studio/answers.py: `readings`, `saved_snapshots` and `trained_pictures`.
+Lines = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from trainer.web.endpoints import endpoints
 from trainer.web.form import PACK_FIELDS, Form, PromptForm
 from trainer.web.html import Beside
 from trainer.web.progress import WATCH_SECONDS, busy
+from trainer.web.templating import render
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere; read at import
 SHELF_SECONDS = 10.0
@@ -45,9 +46,7 @@ def mount(app: FastAPI, services: Services) -> FastAPI:
 def build(services: Services) -> gr.Blocks:
     """The page: a form on the left, the tunes on the right."""
     with gr.Blocks(title="Tunebooth", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
-        gr.HTML(
-            '<div class="tb-head"><h1><i></i>Tunebooth</h1><span>Your photos, your model, your machine.</span></div>'
-        )
+        gr.HTML(render("head.html"))
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=380), gr.Tabs():
                 with gr.Tab("New tune"):

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 import webbrowser
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.settings import Settings
-from trainer.studio.store import Store
+from trainer.studio.store import InUse, Store
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+IN_USE_EXIT_CODE = 75  # EX_TEMPFAIL: another process has this outputs folder
+
+
+def open_store(outputs: Path) -> Store:
+    """The database of an outputs folder.
+
+    One that cannot be opened ends the process with a message: exit code 75 where another process has the folder,
+    1 where the database is damaged or of a newer version.
+    """
+    try:
+        return Store(outputs)
+    except InUse as problem:
+        print(f"Tunebooth: {problem}. Stop it, or give this one another --outputs.", file=sys.stderr)
+        sys.exit(IN_USE_EXIT_CODE)
+    except RuntimeError as problem:
+        sys.exit(f"Tunebooth: {problem}.")
 
 
 class Studio:
