@@ -610,7 +610,7 @@ class Ragged(Plain):
     """Texts have different lengths: letters (B, L, 1), padded with zeros to the longest, and lengths (B,)."""
 
     def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
-        texts = [torch.tensor(list(caption.encode())).reshape(-1, 1) for caption in captions]
+        texts = [torch.tensor(list(caption.encode()), dtype=torch.long).reshape(-1, 1) for caption in captions]
         return {"letters": pad_sequence(texts, batch_first=True), "lengths": torch.tensor([len(one) for one in texts])}
 
 
