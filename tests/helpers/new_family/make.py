@@ -17,7 +17,7 @@ TEMPLATE = (
 
 
 def make_tiny_zimage(folder: Path, seed: int = 0) -> Path:
-    """Write a Z-Image of about 0.2 M weights as a diffusers folder. Texts have different lengths there, too."""
+    """Write a Z-Image of about 0.4 M weights as a diffusers folder. Texts differ in length, as in the real one."""
     tokenizer = Qwen2Tokenizer(vocab={token: index for index, token in enumerate(vocabulary())}, merges=[])
     tokenizer.chat_template = TEMPLATE
     with torch.random.fork_rng(devices=[]):
