@@ -535,5 +535,5 @@ def test_a_lora_of_another_family_is_refused_in_words(shop: Callable[..., Shop])
 def test_every_method_has_what_the_story_asks_of_it() -> None:
     for model_type in ("lora", "pti", "checkpoint"):
         method = get_method(model_type)
-        for name in ("begin", "encoders", "attach", "after_step", "save", "readable", "apply"):
+        for name in ("prepare", "needed_text_encoders", "attach", "after_step", "save", "checkable_files", "apply"):
             assert callable(getattr(method, name))

@@ -163,11 +163,11 @@ def heard(room: Room, tunes: dict[str, int], monkeypatch: pytest.MonkeyPatch) ->
         room.renderer(branch)._loaded.texts.clear()
         loaded = room.renderer(branch)._loaded.branch
 
-        def say(text: str, negative: str | None, real: Any = loaded.say) -> Any:
+        def say(text: str, negative: str | None, real: Any = loaded.encode_for_pipeline) -> Any:
             texts.append((text, negative))
             return real(text, negative)
 
-        monkeypatch.setattr(loaded, "say", say)
+        monkeypatch.setattr(loaded, "encode_for_pipeline", say)
     return texts
 
 
@@ -467,7 +467,7 @@ def analyzer(room: Room, monkeypatch: pytest.MonkeyPatch) -> PhotoAnalyzer:
     shutil.copy(SHARED / "weights" / weights.DETECTOR.name, room.settings.weights)
     made = PhotoAnalyzer(room.settings)
     monkeypatch.setattr(made, "_child", SameProcess())
-    monkeypatch.setattr(room.renderer("sd15"), "_looker", made)
+    monkeypatch.setattr(room.renderer("sd15"), "_analyzer", made)
     return made
 
 

@@ -134,7 +134,7 @@ class ZImage:
     def prompt_inputs(self, cond: dict[str, Tensor], empty: dict[str, Tensor]) -> dict[str, Any]:
         return {"prompt_embeds": unpadded(cond), "negative_prompt_embeds": unpadded(empty)}
 
-    def say(self, text: str, negative: str | None) -> dict[str, Any]:
+    def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Any]:
         """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1."""
         said, unsaid = self.pipeline.encode_prompt(text, self.pipeline._execution_device, True, negative)
         return {"prompt_embeds": said, "negative_prompt_embeds": unsaid}
