@@ -466,7 +466,7 @@ def analyzer(room: Room, monkeypatch: pytest.MonkeyPatch) -> PhotoAnalyzer:
         pytest.skip("the photos in ../shared are not on this machine")
     shutil.copy(SHARED / "weights" / weights.DETECTOR.name, room.settings.weights)
     made = PhotoAnalyzer(room.settings)
-    monkeypatch.setattr(made, "_child", SameProcess())
+    monkeypatch.setattr(made, "_worker_process", SameProcess())
     monkeypatch.setattr(room.renderer("sd15"), "_analyzer", made)
     return made
 

@@ -288,7 +288,7 @@ def test_a_damaged_file_is_refused_in_words(store: Store, settings: Settings, da
         "cut": whole[:half],
     }
     file.write_bytes(spoilt[damage])
-    with pytest.raises(RuntimeError, match=r"(?s)tunebooth\.db is damaged \(.+\); put back a copy, or move it away"):
+    with pytest.raises(RuntimeError, match=r"(?s)tunebooth\.db is damaged \(.+\); restore a copy, or move it away"):
         Store(settings.outputs)
     assert file.read_bytes() == spoilt[damage]  # it is the user's to mend
     file.write_bytes(whole)
