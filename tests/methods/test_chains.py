@@ -99,7 +99,7 @@ def test_tunes_stand_on_each_other_and_say_so(studio: Studio) -> None:
     assert told["tunebooth.base"] == "third"
     assert json.loads(told["tunebooth.stands_on"]) == ["second", "first", "sd15"]
     for tune, others in ((first, [second]), (second, [third]), (third, [fourth])):
-        with pytest.raises(Conflict, match=rf"others stand on: {others[0]} \("):
+        with pytest.raises(Conflict, match=rf"is the base of tunes {others[0]} \("):
             tunes.delete_tune(studio.services, tune)
     answer = client_of(studio.services).delete(f"/tunes/{third}")
     assert answer.status_code == 409 and f"{fourth} (fourth)" in answer.json()["error"]
