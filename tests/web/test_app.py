@@ -222,7 +222,10 @@ def test_the_page_draws_more_pictures_and_saves_a_pack(
     assert (prompt["text"], prompt["denoising_strength"], prompt["input_image"] is not None) == (
         "ohwx dog on grass", 0.3, True,
     )  # fmt: skip
+    before = len(app.http.get(f"/tunes/{tune['id']}/prompts").json())
     page.click("#render")  # and what is wrong is said there
+    wait_for(lambda: len(app.http.get(f"/tunes/{tune['id']}/prompts").json()) > before)
+    page.wait_for_timeout(3000)  # Gradio ignores a click while the one before has not been answered
     page.fill("#prompt-text textarea", "<lora:nobody:1> dog")
     page.click("#render")
     page.wait_for_function("document.querySelector('#prompt-note').innerText.includes('<lora:nobody>')")
