@@ -13,7 +13,7 @@ from tests.helpers.api import create
 from trainer.clock import stamp
 from trainer.settings import Settings
 from trainer.studio import expiry, rows
-from trainer.studio.expiry import ExpiryThread, empty_trash, expire_tunes, trash_of
+from trainer.studio.expiry import empty_trash, expire_tunes, expiry_loop, trash_of
 from trainer.studio.rows import Services
 
 pytest_plugins = ("tests.helpers.web",)
@@ -106,7 +106,7 @@ def test_the_trash_is_emptied_after_a_week(tmp_path: Path, monkeypatch: pytest.M
 def test_the_keeper_does_both(client: TestClient, services: Services, monthly: Settings) -> None:
     tune_id = trained(client, services, 31)
     (week_old := trash_of(monthly) / "9-1").mkdir(parents=True)
-    keeper = ExpiryThread(monthly, services.store)
+    keeper = expiry_loop(monthly, services.store)
     keeper.start()
     keeper.close()  # which waits for the look that it had begun
     assert client.get(f"/tunes/{tune_id}").json()["status"] == "expired"

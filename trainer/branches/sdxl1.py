@@ -138,8 +138,8 @@ class SDXL1:
                 captions, device=self.device, do_classifier_free_guidance=False
             )
         if self.pipeline.config.force_zeros_for_empty_prompt:
-            message = torch.tensor([bool(caption) for caption in captions], dtype=hidden.dtype, device=self.device)
-            hidden, pooled = hidden * message[:, None, None], pooled * message[:, None]
+            not_empty = torch.tensor([bool(caption) for caption in captions], dtype=hidden.dtype, device=self.device)
+            hidden, pooled = hidden * not_empty[:, None, None], pooled * not_empty[:, None]
         return {"encoder_hidden_states": hidden, "text_embeds": pooled}
 
     def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> Cond:
@@ -176,9 +176,11 @@ class SDXL1:
 
     def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Tensor]:
         """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1."""
-        messages, negative_embeds, pooled, negative_pooled = self.pipeline.encode_prompt(text, negative_prompt=negative)
+        prompt_embeds, negative_embeds, pooled, negative_pooled = self.pipeline.encode_prompt(
+            text, negative_prompt=negative
+        )
         return {
-            "prompt_embeds": messages,
+            "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_embeds,
             "pooled_prompt_embeds": pooled,
             "negative_pooled_prompt_embeds": negative_pooled,

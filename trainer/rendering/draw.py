@@ -107,11 +107,11 @@ def control_arguments(job: Job, asked: Control, model: ModelMixin, start: Pictur
     with torch.autocast(job.branch.device.type, enabled=False):
         seen = preprocessors.control_image(asked.kind, start, find, job.branch.device)
     scale = plan.request.controlnet_conditioning_scale
-    message = control.arguments(job.branch, model, asked.kind, seen, 1.0 if scale is None else scale, task)
+    arguments = control.arguments(job.branch, model, asked.kind, seen, 1.0 if scale is None else scale, task)
     for name in ("control_guidance_start", "control_guidance_end"):
         if (value := getattr(plan.flags, name)) is not None:
-            message[name] = value
-    return message
+            arguments[name] = value
+    return arguments
 
 
 def sample(

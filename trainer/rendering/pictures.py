@@ -59,16 +59,16 @@ def write(
     """
     names = []
     plain = [plainly(image) for image in images]
-    for number, (image, message) in enumerate(zip(plain, facts, strict=True)):
-        exif = exif_of(message)
+    for number, (image, one) in enumerate(zip(plain, facts, strict=True)):
+        exif = exif_of(one)
         if picture_format == "jpeg" and image.mode == "RGB" and len(exif.tobytes()) <= MOST_EXIF:
             names.append(f"{number}.jpg")
             image.save(folder / names[-1], quality=QUALITY, subsampling="4:4:4", exif=exif)
         else:
             names.append(f"{number}.png")
             info = PngInfo()
-            info.add_text("parameters", parameters(message))  # as iTXt where it is not Latin-1
-            info.add_text("tunebooth", as_json(message))
+            info.add_text("parameters", parameters(one))  # as iTXt where it is not Latin-1
+            info.add_text("tunebooth", as_json(one))
             image.save(folder / names[-1], pnginfo=info)
         (folder / f"{number}.thumb.jpg").write_bytes(small_jpeg(image, THUMB))
     if len(plain) > 1:

@@ -150,7 +150,18 @@ def encode_prompt(loaded: Loaded, plan: Plan, warnings: list[str]) -> dict[str, 
 def describe(plan: Plan, seed: int, drawn: Picture, sampler: str, models: Models) -> Facts:
     """What is written into a picture of how it was made."""
     request = plan.request.model_dump(exclude_none=True, exclude_defaults=True)
-    names = {"text", "negative_prompt", "num_images", "seed", "steps", "cfg_scale", "w", "h", "callback", "scheduler"}
+    elsewhere = {
+        "text",
+        "negative_prompt",
+        "num_images",
+        "seed",
+        "steps",
+        "cfg_scale",
+        "w",
+        "h",
+        "callback",
+        "scheduler",
+    }
     return Facts(
         prompt=plan.text,
         negative_prompt=plan.negative,
@@ -163,5 +174,5 @@ def describe(plan: Plan, seed: int, drawn: Picture, sampler: str, models: Models
         model=models.title,
         base=models.base.root or models.base.title,
         loras=[(one.title, one.weight) for one in models.loras],
-        more={name: value for name, value in request.items() if name not in names and not name.endswith("_url")},
+        more={name: value for name, value in request.items() if name not in elsewhere and not name.endswith("_url")},
     )

@@ -70,7 +70,7 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
         models += [snapshot_link(services, model) for model in kept if model]
     photos = photo_answers(services, row)
     prompts = [prompt_answer(services, p) for p in services.store.find("prompts", tune_id=tune_id, oldest_first=True)]
-    arguments = {
+    computed = {
         "ckpt_url": models[0] if models else None,
         "ckpt_urls": models,
         "url": f"{services.settings.base_url}/tunes/{tune_id}.json",
@@ -79,7 +79,7 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
         "progress": Progress.model_validate(row["progress"]),
         "prompts": prompts,
     }
-    return Tune.model_validate({**row, **arguments})
+    return Tune.model_validate({**row, **computed})
 
 
 def photo_answers(services: Services, row: TuneRow) -> list[Photo]:
@@ -113,7 +113,7 @@ def prompt_answer(services: Services, row: PromptRow) -> Prompt:
         name: make_link(services.settings, f"{tune_id}/inputs/{prompt_id}/{wanted[name]}") if name in wanted else None
         for name in PICTURES
     }
-    arguments = {
+    computed = {
         "url": f"{services.settings.base_url}/prompts/{prompt_id}.json",
         "images": [make_link(services.settings, f"{folder}/{file}") for file in row["files"]],
         "thumbnails": [
@@ -128,7 +128,7 @@ def prompt_answer(services: Services, row: PromptRow) -> Prompt:
         "tunes": list(dict.fromkeys([tune_id, *(one[1] for one in row["named"] or [])])),
     }
     echo = Echo.model_validate(row["kept"] | wanted).model_dump()
-    return Prompt.model_validate({**row, **echo, **beside, **inputs, **arguments})
+    return Prompt.model_validate({**row, **echo, **beside, **inputs, **computed})
 
 
 def snapshot_of(folder: Path) -> Path | None:

@@ -23,23 +23,14 @@ def expiry(settings: Settings, begin: datetime) -> str | None:
     return stamp(begin + timedelta(days=settings.lifetime_days)) if settings.lifetime_days else None
 
 
-class ExpiryThread:
+def expiry_loop(settings: Settings, store: Store) -> Loop:
     """A thread that lets tunes expire, and empties the trash."""
 
-    def __init__(self, settings: Settings, store: Store) -> None:
-        self._settings = settings
-        self._store = store
-        self._loop = Loop("keeper", LOOK_SECONDS, self._look)
+    def look() -> None:
+        expire_tunes(settings, store)
+        empty_trash(trash_of(settings))
 
-    def start(self) -> None:
-        self._loop.start()
-
-    def close(self) -> None:
-        self._loop.close()
-
-    def _look(self) -> None:
-        expire_tunes(self._settings, self._store)
-        empty_trash(trash_of(self._settings))
+    return Loop("expiry", LOOK_SECONDS, look)
 
 
 def trash_of(settings: Settings) -> Path:

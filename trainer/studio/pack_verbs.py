@@ -25,14 +25,14 @@ from trainer.studio.tunes import create_tune, get_tune
 
 def list_packs(services: Services) -> list[dict[str, object]]:
     """All packs, with their prompts for each class; `error` of one that cannot be read."""
-    messages = []
+    described = []
     for slug, table in all_pack_tables(services).items():
         try:
             pack = read_pack(slug, table)
-            messages.append(packs.describe(pack, branch_file.default_token(services.settings.presets, pack.branch)))
+            described.append(packs.describe(pack, branch_file.default_token(services.settings.presets, pack.branch)))
         except Conflict as problem:
-            messages.append({"slug": slug, "error": str(problem)})
-    return messages
+            described.append({"slug": slug, "error": str(problem)})
+    return described
 
 
 def get_pack(services: Services, slug: str) -> dict[str, object]:
@@ -47,7 +47,7 @@ def create_pack_tune(
     data: Mapping[str, object],
     uploads: Sequence[Upload],
     tell: ProgressCallback = no_progress,
-    mark: IdempotencyKey | None = None,
+    key: IdempotencyKey | None = None,
 ) -> tuple[Tune, bool]:
     """Queue a tune with the settings and prompts of a pack, or with `tune_ids` its prompts on a tune that is there.
 
@@ -65,13 +65,23 @@ def create_pack_tune(
             resolve(services.store, listed, request.parsed, tune["branch"], tune)
         for number, one in enumerate(requests):
             create_prompt(
-                services, tune_id, one, tell, mark and IdempotencyKey(f"{mark.key} {number}", mark.digest), listed
+                services,
+                tune_id,
+                one,
+                tell,
+                key and IdempotencyKey(f"{key.key} {number}", key.digest),
+                listed,
             )
         return get_tune(services, tune_id), True
     base_tune_id, branch = packs.asked_base(pack, data)
     base = bases.resolve(services.settings, base_tune_id, branch, tunes_by_id(services), listed)
     return create_tune(
-        services, packs.tune_request(pack, data, base.branch, token_for(services, base)), uploads, tell, mark, listed
+        services,
+        packs.tune_request(pack, data, base.branch, token_for(services, base)),
+        uploads,
+        tell,
+        key,
+        listed,
     )
 
 

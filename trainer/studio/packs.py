@@ -63,8 +63,8 @@ def class_of(pack: Pack, name: str) -> str | None:
 
 def fill(text: str, token: str | None, name: str) -> str:
     """A prompt's text for a subject. token None: it has none, as a faceid."""
-    words = {"subject": " ".join(filter(None, (token, name))), "name": name, "token": token or ""}
-    return PLACE.sub(lambda match: words.get(match[1], match[0]), text)
+    values = {"subject": " ".join(filter(None, (token, name))), "name": name, "token": token or ""}
+    return PLACE.sub(lambda match: values.get(match[1], match[0]), text)
 
 
 def prompts_for(
@@ -202,9 +202,9 @@ def tune_request(pack: Pack, data: Mapping[str, object], branch: str, token: str
     request = {key: value for key, value in request.items() if value is not None and value != ""}
     name, more = request.get("name"), request.get("prompts_attributes", [])
     if isinstance(name, str) and name.strip() and isinstance(more, list):  # else POST /tunes says what is wrong
-        words = str(request.get("token", token)) if has_token(request.get("model_type")) else None
+        own_token = str(request.get("token", token)) if has_token(request.get("model_type")) else None
         request["prompts_attributes"] = [
-            *prompts_for(pack, name, words, own.prompt_attributes, own.prompt_ids),
+            *prompts_for(pack, name, own_token, own.prompt_attributes, own.prompt_ids),
             *more,
         ]
     return request

@@ -37,7 +37,7 @@ def create_prompt(
     tune_id: int,
     data: Mapping[str, object],
     tell: ProgressCallback = no_progress,
-    mark: IdempotencyKey | None = None,
+    key: IdempotencyKey | None = None,
     listed: Bases | None = None,
 ) -> Prompt:
     """Queue a prompt on a tune that has, or is getting, a model. Raises NotFound, InvalidRequest.
@@ -58,13 +58,13 @@ def create_prompt(
     else:
         assert base is not None
         tune, named = tune_on_base(services, base, request.parsed, listed)
-    if known := find_by_idempotency_key(services, "prompts", mark):
+    if known := find_by_idempotency_key(services, "prompts", key):
         return prompt_answer(services, known)
     with (
         inputs.fetch_inputs(services.settings, services.decoder, [request], None, tell) as pictures,
         services.store.transaction(),
     ):
-        if known := find_by_idempotency_key(services, "prompts", mark):
+        if known := find_by_idempotency_key(services, "prompts", key):
             return prompt_answer(services, known)
         tune = row_of(services, "tunes", tune["id"])  # it may be gone by now
         if tune["status"] in GONE:
@@ -72,7 +72,7 @@ def create_prompt(
         trained = MODEL_TYPES[tune["method"]].trains
         asked = base.id if base and (not trained or root_id(services, tune) != base.id) else None
         values = prompt_values(services, tune["id"], request, named) | {"base_id": asked}
-        prompt_id = services.store.add_prompt(values | idempotency_columns(mark))
+        prompt_id = services.store.add_prompt(values | idempotency_columns(key))
         if 0 in pictures:
             keep_pictures(services, prompt_id, pictures[0], pictures_of(services, tune["id"], prompt_id))
     services.store.changed.set()
@@ -107,16 +107,16 @@ def duplicate_prompt(
     prompt_id: int,
     data: Mapping[str, object],
     tell: ProgressCallback = no_progress,
-    mark: IdempotencyKey | None = None,
+    key: IdempotencyKey | None = None,
 ) -> Prompt:
     """Queue a prompt again, with other values where `data` has some. Raises NotFound, InvalidRequest."""
     row = row_of(services, "prompts", prompt_id)
     same = prompt_of(row).model_dump(exclude_none=True) | own_pictures(services, row)
     for name in PICTURES:  # another picture comes in place of the one that was there
         if name in data or f"{name}_url" in data:
-            same = {key: value for key, value in same.items() if key not in (name, f"{name}_url")}
+            same = {field: value for field, value in same.items() if field not in (name, f"{name}_url")}
     same = {**still_good(row["kept"]), **same}
-    return create_prompt(services, row["base_id"] or row["tune_id"], pack_file.over(same, data), tell, mark)
+    return create_prompt(services, row["base_id"] or row["tune_id"], pack_file.over(same, data), tell, key)
 
 
 def own_pictures(services: Services, row: PromptRow) -> dict[str, object]:

@@ -90,8 +90,10 @@ def _lora(store: Store, listed: Bases, name: str, branch: str | None, own: Named
         tunes = [row for row in tunes if branch in (None, row["branch"])]
     files = [base for base in listed() if base.model and name in _names(base)]
     if len(tunes) + len(files) > 1:
-        messages = [f"{row['id']} ({row['title']})" for row in tunes] + [f"{base.id} ({base.title})" for base in files]
-        raise ValueError(f"several are called so: {', '.join(messages)}; write the number of the one that is meant")
+        candidates = [f"{row['id']} ({row['title']})" for row in tunes] + [
+            f"{base.id} ({base.title})" for base in files
+        ]
+        raise ValueError(f"several are called so: {', '.join(candidates)}; write the number of the one that is meant")
     if files:
         if files[0].error:
             raise ValueError(files[0].error)

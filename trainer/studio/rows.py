@@ -26,9 +26,9 @@ class IdempotencyKey:
     digest: str
 
 
-def idempotency_columns(mark: IdempotencyKey | None) -> dict[str, str]:
-    """The columns that hold a mark."""
-    return {"request_key": mark.key, "request_digest": mark.digest} if mark else {}
+def idempotency_columns(key: IdempotencyKey | None) -> dict[str, str]:
+    """The columns that hold an idempotency key."""
+    return {"request_key": key.key, "request_digest": key.digest} if key else {}
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,18 @@ def tune_row(services: Services, tune_id: int) -> TuneRow | None:
 
 @overload
 def find_by_idempotency_key(
-    services: Services, table: Literal["tunes"], mark: IdempotencyKey | None
+    services: Services, table: Literal["tunes"], key: IdempotencyKey | None
 ) -> TuneRow | None: ...
 @overload
 def find_by_idempotency_key(
-    services: Services, table: Literal["prompts"], mark: IdempotencyKey | None
+    services: Services, table: Literal["prompts"], key: IdempotencyKey | None
 ) -> PromptRow | None: ...
 def find_by_idempotency_key(
-    services: Services, table: Literal["tunes", "prompts"], mark: IdempotencyKey | None
+    services: Services, table: Literal["tunes", "prompts"], key: IdempotencyKey | None
 ) -> TuneRow | PromptRow | None:
-    """What an equal request of the same mark has made. Raises InvalidRequest where that was another request."""
-    found = services.store.find(table, request_key=mark.key, limit=1) if mark else []
-    if found and mark and found[0]["request_digest"] != mark.digest:
+    """What an equal request of the same key has made. Raises InvalidRequest where that was another request."""
+    found = services.store.find(table, request_key=key.key, limit=1) if key else []
+    if found and key and found[0]["request_digest"] != key.digest:
         message = f"was used for {table[:-1]} {found[0]['id']}, which was another request; take a new one"
         raise InvalidRequest({"Idempotency-Key": [message]})
     return found[0] if found else None

@@ -47,17 +47,17 @@ def create_tune(
     data: Mapping[str, object],
     uploads: Sequence[Upload],
     tell: ProgressCallback = no_progress,
-    mark: IdempotencyKey | None = None,
+    key: IdempotencyKey | None = None,
     listed: Bases | None = None,
 ) -> tuple[Tune, bool]:
-    """Queue a tune; False beside it: it was there already, by its mark or its title (setting `idempotency`).
+    """Queue a tune; False beside it: it was there already, by its idempotency key or its title (setting `idempotency`).
 
     data: the tune parameters but `images`, whose files are the uploads. listed: all bases, where the request has listed
     them already. Raises InvalidRequest with all problems; nothing is kept then.
     """
     request, count, problems = _parse(services, TuneRequest, data, uploads)
     listed = listed or bases.listed_once(services.settings)
-    if known := find_by_idempotency_key(services, "tunes", mark):
+    if known := find_by_idempotency_key(services, "tunes", key):
         return tune_answer(services, known), False
     if existing := same_title(services, request.title):
         return existing, False
@@ -91,11 +91,11 @@ def create_tune(
             if not MODEL_TYPES[values["method"]].trains:
                 photos, messages = services.analyzer.identify(work, photos, request.name, tell)
                 values["warnings"] = [*values["warnings"], *messages]
-                return _insert(services, request, values, work, photos, pictures, mark, listed)
+                return _insert(services, request, values, work, photos, pictures, key, listed)
             different = sum(not photo.dropped for photo in photos)
             if different != count:  # a photo that came twice is trained once
                 values = settle(services, request, different, listed)
-            return _insert(services, request, values, work, photos, pictures, mark, listed)
+            return _insert(services, request, values, work, photos, pictures, key, listed)
     except InvalidRequest as invalid:
         raise InvalidRequest(problems | invalid.problems) from None
 
@@ -278,20 +278,20 @@ def _insert(
     work: Path,
     photos: list[Photo],
     pictures: Mapping[int, Path],
-    mark: IdempotencyKey | None,
+    key: IdempotencyKey | None,
     listed: Bases,
 ) -> tuple[Tune, bool]:
     if request.base_tune_id is not None or any(prompt.parsed.models for prompt in request.prompts_attributes):
         listed()  # the models folder is scanned before the transaction, in which other writers wait
     with services.store.transaction():
-        if known := find_by_idempotency_key(services, "tunes", mark):  # made by another request meanwhile
+        if known := find_by_idempotency_key(services, "tunes", key):  # made by another request meanwhile
             return tune_answer(services, known), False
         if existing := same_title(services, request.title):
             return existing, False
         base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services), listed)
         if base.id != values["base_id"]:  # it was deleted while the photos came
             raise InvalidRequest({"base_tune_id": [f"{request.base_tune_id} is no base any more"]})
-        row = {**values, **idempotency_columns(mark), "photos": [photo.model_dump() for photo in photos]}
+        row = {**values, **idempotency_columns(key), "photos": [photo.model_dump() for photo in photos]}
         if not MODEL_TYPES[values["method"]].trains:
             moment = datetime.now(UTC)
             tune_id = services.store.add_ready_tune(

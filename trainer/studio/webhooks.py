@@ -40,7 +40,7 @@ class WebhookSender:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._under_way: set[int] = set()
-        self._loop = Loop("postman", POLL_SECONDS, self._post_due)
+        self._loop = Loop("webhooks", POLL_SECONDS, self._post_due)
 
     def start(self) -> None:
         self._loop.start()

@@ -134,8 +134,8 @@ class Dataset:
             rows = [distinct.index(caption) for caption in captions]
             cond = {key: value[rows] for key, value in branch.encode_prompts(distinct).items()}
         else:
-            messages = [self.cond[self.captions.index(caption)] for caption in captions]
-            cond = {key: join([one[key] for one in messages]) for key in messages[0]}
+            encoded = [self.cond[self.captions.index(caption)] for caption in captions]
+            cond = {key: join([one[key] for one in encoded]) for key in encoded[0]}
         return cond | {key: torch.cat([view.size[key] for view in views]) for key in views[0].size}
 
     @staticmethod
@@ -176,7 +176,7 @@ def build(
     captions = [*dict.fromkeys(picture.caption for picture in pictures if picture.caption), ""]
     with torch.no_grad(), placed(branch.device, *encoders):
         cond = [branch.encode_prompts([caption]) for caption in captions]
-        messages = [branch.encode_prompts([prompt]) for prompt in prompts]
+        encoded_prompts = [branch.encode_prompts([prompt]) for prompt in prompts]
     branch.keep_text_encoders(keep)
     with whole_folder(folder / "seen") as partial, placed(branch.device, branch.vae):
         samples: list[Sample] = []
@@ -186,20 +186,20 @@ def build(
             samples += of_picture
             shown += facts
         (partial / "seen.json").write_text(json.dumps(shown, indent=1))
-    return Dataset(samples, captions, None if config.text_steps else cond, config), messages
+    return Dataset(samples, captions, None if config.text_steps else cond, config), encoded_prompts
 
 
 def without_mask(pictures: Sequence[Picture], folder: Path, config: TrainConfig) -> list[str]:
     """What the configuration asks for and `dataset/` does not have, as warnings."""
     wanted = {config.mask} | ({"subject"} if config.mask_widen else set())
-    messages = []
+    warnings = []
     for kind in sorted(wanted - {"none"}):
         names = sorted({picture.name for picture in pictures if not mask_file(folder, picture, kind).exists()})
         if names:
-            messages.append(f"no mask of the {kind} for {', '.join(names)}: the whole picture is trained")
+            warnings.append(f"no mask of the {kind} for {', '.join(names)}: the whole picture is trained")
     if config.face_set and not any(picture.kind == "face" for picture in pictures):
-        messages.append("no face crops: only the photos themselves are trained")
-    return messages
+        warnings.append("no face crops: only the photos themselves are trained")
+    return warnings
 
 
 def find_pictures(

@@ -93,12 +93,12 @@ def encode(branch: Branch, opened: Opened, resolution: int, config: TrainConfig)
             scale = size[0] / (box[2] - box[0])
             left = image.width - box[2] if mirrored else box[0]
             corner = (round(box[1] * scale), round(left * scale))
-            message = branch.encode_size((image.height, image.width), corner, (size[1], size[0]))
+            size_condition = branch.encode_size((image.height, image.width), corner, (size[1], size[0]))
             weights = {
                 name: to_weights(cut(mask, box, size, mirrored), mean, config.mask_floor)
                 for name, mask in masks.items()
             }
-            views.append(View(mean, std, message, weights))
+            views.append(View(mean, std, size_condition, weights))
     return Sample(picture, views)
 
 

@@ -119,7 +119,7 @@ class PromptForm:
         except NotFound as gone:
             return note([str(gone)])
         except InvalidRequest as invalid:
-            return note([f"{field}: {'; '.join(message)}" for field, message in invalid.problems.items()])
+            return note([f"{field}: {'; '.join(messages)}" for field, messages in invalid.problems.items()])
         return ""
 
 
@@ -297,8 +297,8 @@ class Form:
     def _told(self, problems: dict[str, list[str]]) -> list[object]:
         """What is wrong beside each field, what is wrong elsewhere, and what to unfold."""
         if problems:
-            gr.Warning("Please check the form: the message stands next to each field.", duration=6)
-        other = [f"{field}: {'; '.join(message)}" for field, message in problems.items() if field not in self._notes]
+            gr.Warning("Please check the form: a message stands next to each field that is wrong.", duration=6)
+        other = [f"{field}: {'; '.join(messages)}" for field, messages in problems.items() if field not in self._notes]
         unfold = [gr.update(open=True) if set(names) & set(problems) else gr.skip() for _, names in self._folds]
         return [*(note(problems.get(name, [])) for name in self._notes), note(other), *unfold]
 

@@ -258,8 +258,8 @@ async def _json(send: Send, status: int, content: Mapping[str, object], *headers
 
 
 async def _too_many(send: Send, seconds: int) -> None:
-    arguments = {"error": f"{WRONG_KEYS} wrong keys within a minute; wait {seconds} s"}
-    await _json(send, 429, arguments, (b"retry-after", str(seconds).encode()))
+    content = {"error": f"{WRONG_KEYS} wrong keys within a minute; wait {seconds} s"}
+    await _json(send, 429, content, (b"retry-after", str(seconds).encode()))
 
 
 async def _html(send: Send, status: int, content: str) -> None:

@@ -52,8 +52,8 @@ def tune_routes(app: FastAPI, services: Services) -> None:
     async def create_tune(request: Request) -> JSONResponse:
         """Create a tune and queue it. 200 where the title has one already."""
         async with sent_tune(request, services) as (data, uploads):
-            mark = await run_in_threadpool(read_idempotency_key, request, data, uploads)
-            tune, created = await run_in_threadpool(tunes.create_tune, services, data, uploads, no_progress, mark)
+            key = await run_in_threadpool(read_idempotency_key, request, data, uploads)
+            tune, created = await run_in_threadpool(tunes.create_tune, services, data, uploads, no_progress, key)
         return JSONResponse(tune.model_dump(), 201 if created else 200)
 
     @app.post("/photos/check", openapi_extra={"requestBody": {"content": body_schema("tune", CheckRequest)}})
@@ -153,8 +153,8 @@ def prompt_routes(app: FastAPI, services: Services) -> None:
     async def create_prompt(tune_id: int, request: Request) -> Prompt:
         """Render a prompt with a tune; with its base's id where the text has `<lora:ID:WEIGHT>`."""
         async with sent(request, services, "prompt", len(PICTURES)) as data:
-            mark = await run_in_threadpool(read_idempotency_key, request, data, [])
-            return await run_in_threadpool(prompts.create_prompt, services, tune_id, data, no_progress, mark)
+            key = await run_in_threadpool(read_idempotency_key, request, data, [])
+            return await run_in_threadpool(prompts.create_prompt, services, tune_id, data, no_progress, key)
 
     @app.get("/tunes/{tune_id}/prompts")
     def list_tune_prompts(
@@ -201,8 +201,8 @@ def prompt_change_routes(app: FastAPI, services: Services) -> None:
                 prompts.duplicate_prompt, services, prompt_id, {}, no_progress, read_idempotency_key(request, {}, [])
             )
         async with sent(request, services, "prompt", len(PICTURES)) as data:
-            mark = await run_in_threadpool(read_idempotency_key, request, data, [])
-            return await run_in_threadpool(prompts.duplicate_prompt, services, prompt_id, data, no_progress, mark)
+            key = await run_in_threadpool(read_idempotency_key, request, data, [])
+            return await run_in_threadpool(prompts.duplicate_prompt, services, prompt_id, data, no_progress, key)
 
 
 def pack_routes(app: FastAPI, services: Services) -> None:
@@ -223,9 +223,9 @@ def pack_routes(app: FastAPI, services: Services) -> None:
     async def create_pack_tune(slug: Slug, request: Request, response: Response) -> Tune:
         """Create a tune with a pack's settings and prompts; with `tune_ids` render its prompts with a tune."""
         async with sent_tune(request, services) as (data, uploads):
-            mark = await run_in_threadpool(read_idempotency_key, request, data, uploads)
+            key = await run_in_threadpool(read_idempotency_key, request, data, uploads)
             tune, created = await run_in_threadpool(
-                pack_verbs.create_pack_tune, services, slug, data, uploads, no_progress, mark
+                pack_verbs.create_pack_tune, services, slug, data, uploads, no_progress, key
             )
         response.status_code = 201 if created else 200
         return tune

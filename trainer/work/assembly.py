@@ -47,7 +47,7 @@ class Studio:
         """Build the web app."""
         from trainer.files import sweep
         from trainer.photos.intake import Decoder
-        from trainer.studio.expiry import ExpiryThread
+        from trainer.studio.expiry import expiry_loop
         from trainer.studio.rows import Services
         from trainer.studio.webhooks import WebhookSender
         from trainer.web import page  # first: `import gradio` is the longest wait
@@ -58,7 +58,7 @@ class Studio:
         self._decoder = Decoder(self._settings)
         self._services = Services(self._settings, self._store, self._decoder, self._analyzer)
         self._webhook_sender = WebhookSender(self._services)
-        self._expiry_thread = ExpiryThread(self._settings, self._store)
+        self._expiry_loop = expiry_loop(self._settings, self._store)
         return page.mount(create_app(self._services), self._services)
 
     def begin(self) -> None:
@@ -66,7 +66,7 @@ class Studio:
         self._decoder.warm()
         self._worker.start()
         self._webhook_sender.start()
-        self._expiry_thread.start()
+        self._expiry_loop.start()
         if self._settings.open:
             webbrowser.open(self._settings.base_url)
         if self._settings.demo:
@@ -78,7 +78,7 @@ class Studio:
         """Put a running job aside, its state saved, and let go of the outputs folder."""
         self._worker.stop()
         self._webhook_sender.close()
-        self._expiry_thread.close()
+        self._expiry_loop.close()
         self._analyzer.close()
         self._decoder.close()
         self._store.close()

@@ -128,7 +128,7 @@ class JobRunner:
             bool(tune["training_face_correct"]),
             tell,
         )
-        before, left = (sum(not one["dropped"] for one in messages) for messages in (tune["photos"], verdicts(photos)))
+        before, left = (sum(not one["dropped"] for one in rows) for rows in (tune["photos"], verdicts(photos)))
         if left < before:
             warnings.append(f"{left} of {before} photos are left; steps and batch are those for {before}")
         for warning in warnings:
