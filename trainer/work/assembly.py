@@ -50,7 +50,7 @@ class Studio:
         from trainer.studio.expiry import expiry_loop
         from trainer.studio.rows import Services
         from trainer.studio.webhooks import WebhookSender
-        from trainer.web import page  # first: `import gradio` is the longest wait
+        from trainer.web import page  # `import gradio` is the longest wait
         from trainer.web.rest import create_app
 
         sweep(self._settings.outputs)
