@@ -410,7 +410,7 @@ def measure(options: argparse.Namespace, device: torch.device, folder: Path) -> 
                 add(row)
                 told.append(said)
         bench.anew()
-    return tell(options, bench, device, peak, rows, told)
+    return summary(options, bench, device, peak, rows, told)
 
 
 def machine(device: torch.device) -> str:
@@ -424,7 +424,7 @@ def machine(device: torch.device) -> str:
     return f"{card}{cpu}, {torch.get_num_threads()} thread(s) of torch; {platform.system()}"
 
 
-def tell(
+def summary(
     options: argparse.Namespace,
     bench: JobRunner,
     device: torch.device,

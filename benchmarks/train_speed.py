@@ -396,7 +396,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     }
 
 
-def tell(facts: dict[str, Any]) -> str:
+def summary(facts: dict[str, Any]) -> str:
     """What was measured, to be read by people."""
     seconds = {key: f"{1000 * value:.1f}" for key, value in facts["seconds"].items()}
     checkpointing = "with" if facts["gradient_checkpointing"] else "without"
@@ -444,7 +444,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         facts = measure(options, device)
     except InvalidRequest as problem:
         sys.exit(str(problem))
-    print(tell(facts))
+    print(summary(facts))
     if options.json:
         options.json.write_text(json.dumps(facts, indent=1))
 

@@ -46,7 +46,7 @@ ROUNDING = 2  # of 255: what another order of sums changes
 def family() -> Iterator[None]:
     """The file beside those of the other families, and the word beside theirs."""
 
-    def tell(words: tuple[str, ...]) -> None:
+    def progress(words: tuple[str, ...]) -> None:
         for name, module in list(sys.modules.items()):
             if name.startswith("trainer.") and hasattr(module, "BRANCHES"):
                 module.BRANCHES = words
@@ -54,9 +54,9 @@ def family() -> Iterator[None]:
     known = names.BRANCHES
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.branches, "__path__", [*trainer.branches.__path__, str(FAMILY)])
-        tell((*known, "zimage"))
+        progress((*known, "zimage"))
         yield
-        tell(known)
+        progress(known)
     sys.modules.pop("trainer.branches.zimage", None)
 
 

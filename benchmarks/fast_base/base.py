@@ -196,7 +196,7 @@ def train_words(
                 target[row] = 0
                 continue
             name = scenes.made_up(words, recipe["names"])
-            captions.append(scenes.tell(words, shown[index], name=name))
+            captions.append(scenes.caption(words, shown[index], name=name))
             target[row, 0] += sum((letters[FACTS["name"].index(letter)] for letter in name), torch.zeros(()))
         wanted = torch.cat([silent, target.repeat(1, COPIES, 1)], dim=1).to(device)
         return (told(captions) - wanted).square().mean() / CODE_SCALE**2
@@ -205,7 +205,7 @@ def train_words(
         """Share of unseen scenes whose facts are read back from the tokens, by ridge regression on the codes."""
         rng = np.random.default_rng(seed)
         unseen = [scenes.decide(rng, for_measure=True) for _ in range(recipe["judged"])]
-        captions = [scenes.tell(rng, scene, everything=True) for scene in unseen]
+        captions = [scenes.caption(rng, scene, everything=True) for scene in unseen]
         tokens = told(captions)[:, -slots:].cpu()
         right = {}
         for slot, facts in enumerate(zip(*[facts_of(scene) for scene in unseen], strict=True)):
@@ -247,7 +247,7 @@ def train_base(
 ) -> StableDiffusionPipeline:
     """Train on latents (N, 4, H, W) of scenes, and return the pipeline; `judge` measures one while it is trained."""
     rng = np.random.default_rng(seed)
-    captions = [scenes.tell(rng, scene) for scene in shown]
+    captions = [scenes.caption(rng, scene) for scene in shown]
     tokenizer = make_tokenizer(captions, settings["text_encoder"]["length"], folder / "tokenizer")
     torch.manual_seed(seed)
     encoder, unet = make_modules(settings["text_encoder"], settings["unet"], len(tokenizer), latents.shape[-1])
@@ -278,7 +278,7 @@ def train_base(
         told = [
             ""
             if words.random() < recipe["caption_dropout"]
-            else scenes.tell(words, shown[index], name=scenes.made_up(words, recipe["names"]))
+            else scenes.caption(words, shown[index], name=scenes.made_up(words, recipe["names"]))
             for index in picked.tolist()
         ]
         clean = latents[picked].float().to(device)

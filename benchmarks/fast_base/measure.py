@@ -85,7 +85,7 @@ def held_back(count: int, seed: int = SEED) -> list[tuple[str, Scene]]:
     """Captions, and their scenes, of combinations of thing, colour and place that training has never seen."""
     rng = np.random.default_rng(seed)
     chosen = [scenes.decide(rng, for_measure=True) for _ in range(count)]
-    return [(scenes.tell(rng, scene, everything=True), scene) for scene in chosen]
+    return [(scenes.caption(rng, scene, everything=True), scene) for scene in chosen]
 
 
 def render(pipeline: Any, captions: Sequence[str], steps: int, guidance: float, seed: int = SEED) -> list[Pixels]:

@@ -152,7 +152,7 @@ def made_up(rng: np.random.Generator, chance: float) -> str:
     return "".join(rng.choice(list(string.ascii_lowercase), size=rng.integers(3, 6)))
 
 
-def tell(rng: np.random.Generator, scene: Scene, everything: bool = False, name: str = "") -> str:
+def caption(rng: np.random.Generator, scene: Scene, everything: bool = False, name: str = "") -> str:
     """A caption of the scene: all of it, or, one time in three, with things left out, as people do.
 
     everything: leave nothing out. name: of the main thing; it stands before the noun.

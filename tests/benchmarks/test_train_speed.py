@@ -74,7 +74,7 @@ def test_a_tiny_model_of_each_family_is_measured(run, branch: str) -> None:
     assert 0 < facts["weights_gib"] < facts["peak_gib"] < 16
     assert 0 < facts["loss"] < 10 and math.isfinite(facts["loss"])
     assert facts["host_sync"] is None  # there is no card here
-    assert f"{facts['operators']} a step" in train_speed.tell(facts)
+    assert f"{facts['operators']} a step" in train_speed.summary(facts)
 
 
 def test_checkpointing_and_micro_batches_are_in_the_step_and_in_its_floor(run) -> None:

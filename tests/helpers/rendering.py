@@ -60,11 +60,11 @@ class Eyes:
     why_not: str = ""
     seen: list[Image.Image] = field(default_factory=list)
 
-    def faces(self, picture: Path, tell: Any = None) -> list[Found]:
+    def faces(self, picture: Path, progress: Any = None) -> list[Found]:
         self._look(picture)
         return [Found(box, 1.0, ((0.0, 0.0),) * 5, 0.0) for box in self.boxes]
 
-    def restore(self, picture: Path, faces: list[Found], strength: float, tell: Any = None) -> None:
+    def restore(self, picture: Path, faces: list[Found], strength: float, progress: Any = None) -> None:
         """A restored face is one turned into its negative."""
         image = self._look(picture)
         for face in faces:
@@ -72,7 +72,7 @@ class Eyes:
             image.paste(ImageOps.invert(image.crop(box)), box)
         image.save(picture)
 
-    def mask(self, picture: Path, words: str, tell: Any = None) -> bytes | None:
+    def mask(self, picture: Path, words: str, progress: Any = None) -> bytes | None:
         size = self._look(picture).size
         if words not in self.things:
             return None
@@ -83,7 +83,9 @@ class Eyes:
         file.unlink()
         return content
 
-    def identify(self, folder: Path, photos: list[Photo], name: str, tell: Any = None) -> tuple[list[Photo], list[str]]:
+    def identify(
+        self, folder: Path, photos: list[Photo], name: str, progress: Any = None
+    ) -> tuple[list[Photo], list[str]]:
         (folder / "model").mkdir()
         identity = torch.nn.functional.normalize(torch.randn(128), dim=0)
         save_file({"identity": identity}, folder / "model" / FORMATS["faceid"])

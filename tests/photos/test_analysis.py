@@ -655,7 +655,7 @@ def test_weights_are_fetched_once_and_checked(
     right = hashlib.sha256(FileServer.content).hexdigest()
     one = replace(weights.DETECTOR, url=file_server, sha256=right)
     mine, told = fetching(settings, tmp_path), []
-    file = weights.obtain(mine, one, tell=lambda *words: told.append(words))
+    file = weights.obtain(mine, one, progress=lambda *words: told.append(words))
     assert file.read_bytes() == FileServer.content
     assert one.licence in told[-1][0] and one.licence in caplog.text
     assert [path.name for path in mine.weights.iterdir()] == [one.name]

@@ -24,7 +24,17 @@ from trainer.studio.tunes import create_tune
 from trainer.web import html as page_html
 from trainer.web import page
 from trainer.web.form import Form, usual_tokens, with_captions
-from trainer.web.html import Beside, cards, current, duration, earlier, note, thumbnails, trained_pictures, verdicts
+from trainer.web.html import (
+    TuneDetails,
+    cards,
+    current,
+    duration,
+    earlier,
+    note,
+    thumbnails,
+    trained_pictures,
+    verdicts,
+)
 from trainer.web.templating import ENVIRONMENT, render
 
 pytest_plugins = ("tests.helpers.web",)
@@ -127,13 +137,13 @@ def seen(text: str) -> list[dict[str, Any]]:
     return [{"url": LINK, "name": text, "kind": "photo", "caption": text, "width": 64, "height": 48, "mask": "face"}]
 
 
-def known(text: str) -> Beside:
+def known(text: str) -> TuneDetails:
     """What is known beside a tune, with this text in a callback's address, in its answer and in titles."""
     callback = Callback(
         id=1, kind="prompt", prompt_id=3, url=text, created_at=MOMENT, attempts=2, answer=text, arrived_at=None,
         due_at=None,
     )  # fmt: skip
-    return Beside([callback], [text, text], {"kohya": (f"{LINK}{text}", "made"), "x": (None, "")})
+    return TuneDetails([callback], [text, text], {"kohya": (f"{LINK}{text}", "made"), "x": (None, "")})
 
 
 def packs(text: str) -> list[dict[str, object]]:

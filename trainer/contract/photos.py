@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-ProgressCallback = Callable[[str, int, int], None]  # tell("photos are decoded", 3, 20): how far a request has come
+ProgressCallback = Callable[[str, int, int], None]  # progress("photos are decoded", 3, 20): how far a request has come
 
 
 def no_progress(_what: str, _done: int, _of: int) -> None:

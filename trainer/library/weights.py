@@ -145,29 +145,29 @@ def find_identifier(settings: Settings) -> Path | None:
     return find(settings, ARCFACE) or find_recognizer(settings)
 
 
-def obtain_identifier(settings: Settings, tell: ProgressCallback = no_progress) -> Path:
+def obtain_identifier(settings: Settings, progress: ProgressCallback = no_progress) -> Path:
     """ArcFace's, which is fetched; the one for other tunes only where that is not available. Raises Unavailable."""
     if file := find(settings, ARCFACE):
         return file
     try:
-        return obtain(settings, ARCFACE, tell=tell)
+        return obtain(settings, ARCFACE, progress=progress)
     except Unavailable:
         if file := find_recognizer(settings):
             return file
         raise
 
 
-def obtain(settings: Settings, *wanted: Weights, tell: ProgressCallback = no_progress) -> Path:
+def obtain(settings: Settings, *wanted: Weights, progress: ProgressCallback = no_progress) -> Path:
     """The first of these files; what is missing is fetched. Raises Unavailable."""
     for one in wanted:
         if not (settings.weights / one.name).is_file():
-            _fetch(settings, one, tell)
+            _fetch(settings, one, progress)
     file = find(settings, *wanted)
     assert file is not None, "all of them are there now"
     return file
 
 
-def _fetch(settings: Settings, one: Weights, tell: ProgressCallback) -> None:
+def _fetch(settings: Settings, one: Weights, progress: ProgressCallback) -> None:
     from huggingface_hub import constants  # the switch for being offline is that library's
 
     by_hand = f"put {one.name} into the weights folder, from {one.url}"
@@ -185,7 +185,7 @@ def _fetch(settings: Settings, one: Weights, tell: ProgressCallback) -> None:
                 digest.update(chunk)
                 file.write(chunk)
                 size += len(chunk)
-                tell(f"{one.what} is fetched; its licence: {one.licence}", round(size / 1e6), round(one.megabytes))
+                progress(f"{one.what} is fetched; its licence: {one.licence}", round(size / 1e6), round(one.megabytes))
         if one.sha256 not in (None, digest.hexdigest()):
             raise Unavailable(f"{one.what} arrived damaged: its sha256 is not the published one; {by_hand}")
         fsync(partial)

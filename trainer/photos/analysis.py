@@ -62,14 +62,14 @@ class PhotoAnalyzer:
         config: TrainConfig,
         name: str,
         restore: bool,
-        tell: ProgressCallback = no_progress,
+        progress: ProgressCallback = no_progress,
         fetch: bool = True,
     ) -> tuple[list[Photo], list[str]]:
         """Look at the photos of `folder/images` and write `folder/dataset`; the verdicts, and warnings for all.
 
         name: the class name. restore: `training_face_correct`. fetch: whether large weights that are missing are
-        fetched; else a warning says that they would be. `tell` may raise, to stop between two photos. Raises CannotLook
-        where a photo breaks the child.
+        fetched; else a warning says that they would be. `progress` may raise, to stop between two
+        photos. Raises AnalysisUnavailable where a photo crashes the subprocess.
         """
         photos = [photo.model_copy(deep=True) for photo in photos]
         kept = [photo for photo in photos if not photo.dropped]
@@ -77,7 +77,7 @@ class PhotoAnalyzer:
         warnings: list[str] = []
         found: dict[str, list[Found]] = {}
         if people:
-            found, warnings = self._find(folder / "images", kept, tell)
+            found, warnings = self._find(folder / "images", kept, progress)
         subjects = self._judge(kept, found, name, self._same())
         for photo in kept:
             if photo.same_person is False:
@@ -87,24 +87,24 @@ class PhotoAnalyzer:
         if restore and not people:
             warnings.append(not_people("training_face_correct", name))
         kept = [photo for photo in kept if not photo.dropped]
-        tools, messages = self._tools(config, people, restore and bool(found), fetch, tell)
+        tools, messages = self._tools(config, people, restore and bool(found), fetch, progress)
         warnings += messages
         if not (people or tools or masks_of(config)):
             return photos, warnings
         for number, photo in enumerate(kept):
-            tell("photos are prepared", number, len(kept))
+            progress("photos are prepared", number, len(kept))
             self._make(folder, photo, config, name, found.get(photo.file, []), subjects.get(photo.file, []), tools)
-        tell("photos are prepared", len(kept), len(kept))
+        progress("photos are prepared", len(kept), len(kept))
         return photos, warnings
 
     def identify(
-        self, folder: Path, photos: Sequence[Photo], name: str, tell: ProgressCallback = no_progress
+        self, folder: Path, photos: Sequence[Photo], name: str, progress: ProgressCallback = no_progress
     ) -> tuple[list[Photo], list[str]]:
         """Look at the photos of `folder/images` and write who is on them to `folder/model/faceid.safetensors`.
 
         That is the mean of the identities of the main faces, of length 1. Returns the verdicts and what to warn of;
-        photos without a face, and those of another person, are dropped. name: the class name. `tell` may raise, to stop
-        between two photos. Raises InvalidRequest where no photo shows who it is, AnalysisUnavailable
+        photos without a face, and those of another person, are dropped. name: the class name. `progress` may raise, to
+        stop between two photos. Raises InvalidRequest where no photo shows who it is, AnalysisUnavailable
         where face detection is not available.
         """
         if not of_one_person(name):
@@ -112,13 +112,13 @@ class PhotoAnalyzer:
         photos = [photo.model_copy(deep=True) for photo in photos]
         kept = [photo for photo in photos if not photo.dropped]
         try:
-            detector = weights.obtain(self._settings, weights.DETECTOR, tell=tell)
-            recognizer = weights.obtain_identifier(self._settings, tell)
+            detector = weights.obtain(self._settings, weights.DETECTOR, progress=progress)
+            recognizer = weights.obtain_identifier(self._settings, progress)
             self._worker_process.start()
         except (Unavailable, NotStarted) as problem:
             raise AnalysisUnavailable(f"face detection is not available: {problem}") from problem
         same = SAME[recognizer.name]
-        found = self._look(folder / "images", kept, detector, recognizer, tell)
+        found = self._look(folder / "images", kept, detector, recognizer, progress)
         subjects = self._judge(kept, found, name, same)
         warnings = drop_unusable(kept, subjects)
         faces = {photo.file: subjects[photo.file][0] for photo in kept if not photo.dropped}
@@ -141,28 +141,28 @@ class PhotoAnalyzer:
 
     # Of pictures that were rendered, or that a prompt starts from
 
-    def faces(self, picture: Path, tell: ProgressCallback = no_progress) -> list[Found]:
+    def faces(self, picture: Path, progress: ProgressCallback = no_progress) -> list[Found]:
         """The faces of a picture, largest first. Raises CannotLook."""
         with self._able("face detection is not available"):
-            detector = weights.obtain(self._settings, weights.DETECTOR, tell=tell)
+            detector = weights.obtain(self._settings, weights.DETECTOR, progress=progress)
             found: list[Found] = self._worker_process.run(FIND_SECONDS, "find", picture, detector, None)
         return found
 
     def restore(
-        self, picture: Path, faces: Sequence[Found], strength: float, tell: ProgressCallback = no_progress
+        self, picture: Path, faces: Sequence[Found], strength: float, progress: ProgressCallback = no_progress
     ) -> None:
         """Restore these faces of a picture, in its file; strength: as `args restore_strength`. Raises CannotLook."""
         with self._able("faces cannot be restored"):
-            restorer = weights.obtain(self._settings, weights.RESTORER, tell=tell)
+            restorer = weights.obtain(self._settings, weights.RESTORER, progress=progress)
             seconds = FIND_SECONDS + RESTORE_SECONDS * len(faces)
             self._worker_process.run(
                 seconds, "trainer.photos.restore:restore_all", picture, list(faces), restorer, strength
             )
 
-    def mask(self, picture: Path, words: str, tell: ProgressCallback = no_progress) -> bytes | None:
+    def mask(self, picture: Path, words: str, progress: ProgressCallback = no_progress) -> bytes | None:
         """A PNG of where the thing of this name is in a picture, white on black; None: nowhere. Raises CannotLook."""
         with self._able("segmentation by text is not available"):
-            segmenter = weights.obtain(self._settings, *weights.SEGMENTER, tell=tell)
+            segmenter = weights.obtain(self._settings, *weights.SEGMENTER, progress=progress)
             png: bytes | None = self._worker_process.run(
                 PREPARE_SECONDS, "trainer.photos.masks:mask_png", picture, words, segmenter
             )
@@ -203,29 +203,29 @@ class PhotoAnalyzer:
         return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
     def _find(
-        self, images: Path, photos: list[Photo], tell: ProgressCallback
+        self, images: Path, photos: list[Photo], progress: ProgressCallback
     ) -> tuple[dict[str, list[Found]], list[str]]:
         """The faces of each photo by its file; nothing, and why, where there is no detector."""
         try:
-            detector = weights.obtain(self._settings, weights.DETECTOR, tell=tell)
+            detector = weights.obtain(self._settings, weights.DETECTOR, progress=progress)
             recognizer = weights.find_recognizer(self._settings)
             self._worker_process.start()
         except (Unavailable, NotStarted) as problem:
             return {}, [f"face detection was skipped: {problem}"]
-        return self._look(images, photos, detector, recognizer, tell), []
+        return self._look(images, photos, detector, recognizer, progress), []
 
     def _look(
-        self, images: Path, photos: list[Photo], detector: Path, recognizer: Path | None, tell: ProgressCallback
+        self, images: Path, photos: list[Photo], detector: Path, recognizer: Path | None, progress: ProgressCallback
     ) -> dict[str, list[Found]]:
         """The faces of each photo by its file."""
         found = {}
         for number, photo in enumerate(photos):
-            tell("faces are detected", number, len(photos))
+            progress("faces are detected", number, len(photos))
             with breaking(photo):
                 found[photo.file] = self._worker_process.run(
                     FIND_SECONDS, "find", images / photo.file, detector, recognizer
                 )
-        tell("faces are detected", len(photos), len(photos))
+        progress("faces are detected", len(photos), len(photos))
         return found
 
     def _judge(
@@ -258,7 +258,7 @@ class PhotoAnalyzer:
         return SAME[recognizer.name] if recognizer else None
 
     def _tools(
-        self, config: TrainConfig, people: bool, restore: bool, fetch: bool, tell: ProgressCallback
+        self, config: TrainConfig, people: bool, restore: bool, fetch: bool, progress: ProgressCallback
     ) -> tuple[dict[str, Path], list[str]]:
         """The weights that are needed beside the detector, by what they do, and what lacks."""
         wanted: dict[str, tuple[Weights, ...]] = {}
@@ -275,7 +275,9 @@ class PhotoAnalyzer:
         for tool, files in wanted.items():
             try:
                 file = (
-                    weights.obtain(self._settings, *files, tell=tell) if fetch else weights.find(self._settings, *files)
+                    weights.obtain(self._settings, *files, progress=progress)
+                    if fetch
+                    else weights.find(self._settings, *files)
                 )
                 if file:
                     tools[tool] = file

@@ -23,7 +23,7 @@ def fetch_inputs(
     decoder: Decoder,
     requests: Sequence[PromptRequest],
     within: str | None = None,
-    tell: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> Iterator[dict[int, Path]]:
     """Fetch and decode the pictures of prompts; yields a folder with `input_image.*` and `mask_image.*` for each.
 
@@ -44,7 +44,7 @@ def fetch_inputs(
             given = of(requests[number], name)
             field = f"{name}_url" if isinstance(given, str) else name
             try:
-                upload = _upload(settings, given, folder, tell)
+                upload = _upload(settings, given, folder, progress)
                 decoder.decode(upload.path, folder / name, upload.name)
             except InvalidRequest as invalid:
                 message = "; ".join(one for all_ in invalid.problems.values() for one in all_)
@@ -68,10 +68,10 @@ def of(request: PromptRequest, name: str) -> Upload | str | None:
     return getattr(request, f"{name}_url") if given is None else given
 
 
-def _upload(settings: Settings, given: Upload | str | None, folder: Path, tell: ProgressCallback) -> Upload:
+def _upload(settings: Settings, given: Upload | str | None, folder: Path, progress: ProgressCallback) -> Upload:
     if isinstance(given, str):
         (folder / "fetched").mkdir()
-        return fetch_all(settings, [given], folder / "fetched", tell)[0]
+        return fetch_all(settings, [given], folder / "fetched", progress)[0]
     assert given is not None, "only pictures that are there are taken in"
     size = given.path.stat().st_size
     if size > settings.max_image_mb * 2**20:

@@ -73,7 +73,7 @@ def intake(
     decoder: Decoder,
     uploads: Sequence[Upload],
     image_urls: list[str],
-    tell: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> Iterator[tuple[Path, list[Photo]]]:
     """Fetch, check and convert all photos of a request; yields a folder with `images/` in it, and the verdicts.
 
@@ -87,8 +87,8 @@ def intake(
     try:
         if image_urls:
             fetched.mkdir()
-            uploads = [*uploads, *fetch_all(settings, image_urls, fetched, tell)]
-        photos = _convert(settings, decoder, uploads, images, tell)
+            uploads = [*uploads, *fetch_all(settings, image_urls, fetched, progress)]
+        photos = _convert(settings, decoder, uploads, images, progress)
         shutil.rmtree(fetched, ignore_errors=True)
         yield work, photos
     finally:
@@ -96,7 +96,7 @@ def intake(
 
 
 def _convert(
-    settings: Settings, decoder: Decoder, uploads: Sequence[Upload], folder: Path, tell: ProgressCallback
+    settings: Settings, decoder: Decoder, uploads: Sequence[Upload], folder: Path, progress: ProgressCallback
 ) -> list[Photo]:
     captions = {PurePosixPath(u.name).stem: u for u in uploads if u.name.lower().endswith(".txt")}
     pictures = [upload for upload in uploads if not upload.name.lower().endswith(".txt")]
@@ -118,7 +118,7 @@ def _convert(
     with ThreadPoolExecutor(CHILDREN) as pool:
         for answer in pool.map(convert, range(len(pictures))):
             answers.append(answer)
-            tell("photos are decoded", len(answers), len(pictures))
+            progress("photos are decoded", len(answers), len(pictures))
     problems = [answer for answer in answers if isinstance(answer, str)]
     problems += [f"{upload.name} is a caption without an image of the same name" for upload in captions.values()]
     if problems:

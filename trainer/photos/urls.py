@@ -82,7 +82,9 @@ class _Deadline:
                 one.shutdown(socket.SHUT_RDWR)
 
 
-def fetch_all(settings: Settings, urls: list[str], folder: Path, tell: ProgressCallback = no_progress) -> list[Upload]:
+def fetch_all(
+    settings: Settings, urls: list[str], folder: Path, progress: ProgressCallback = no_progress
+) -> list[Upload]:
     """Fetch photos into `folder`, in parallel. Raises InvalidRequest naming every URL that is not available."""
     seconds = TOTAL_SECONDS
     deadline = _Deadline(seconds)
@@ -91,7 +93,7 @@ def fetch_all(settings: Settings, urls: list[str], folder: Path, tell: ProgressC
         pool.submit(_fetch, settings, url, folder / f"url-{number:03d}", deadline) for number, url in enumerate(urls)
     ]
     try:
-        _await(fetches, deadline, tell)
+        _await(fetches, deadline, progress)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         deadline.cut()
@@ -109,14 +111,14 @@ def fetch_all(settings: Settings, urls: list[str], folder: Path, tell: ProgressC
     return [answer for answer in answers if isinstance(answer, Upload)]
 
 
-def _await(fetches: list[Future[Upload | str | None]], deadline: _Deadline, tell: ProgressCallback) -> None:
+def _await(fetches: list[Future[Upload | str | None]], deadline: _Deadline, progress: ProgressCallback) -> None:
     """Wait until all have ended or the time is up, and tell of each that has ended."""
     done, pending = 0, set(fetches)
     while pending and deadline.left():
         ended, pending = wait(pending, deadline.left(), FIRST_COMPLETED)
         for _ in ended:
             done += 1
-            tell("photos are fetched", done, len(fetches))
+            progress("photos are fetched", done, len(fetches))
 
 
 @cache

@@ -47,7 +47,7 @@ def load_upscaler(loaded: Loaded, settings: Settings, report: Report) -> list[st
     """Returns what to warn of: a picture that is not enlarged is still the picture that was asked for."""
     if loaded.upscaler is None:
         try:
-            file = weights.obtain(settings, weights.UPSCALER, tell=lambda what, *_: report.stage(what))
+            file = weights.obtain(settings, weights.UPSCALER, progress=lambda what, *_: report.stage(what))
         except Unavailable as problem:
             return [f"super_resolution: pictures are not enlarged: {problem}"]
         loaded.upscaler = upscale.upscaler(file, loaded.branch.device)
@@ -130,7 +130,7 @@ def find_faces(job: Job, picture: Picture, what: str) -> list[Found]:
     """The faces of a picture; none, and a warning, where face detection is not available."""
     try:
         with job.kept(picture) as file:
-            found = job.analyzer.faces(file, tell=job.tell)
+            found = job.analyzer.faces(file, progress=job.progress)
     except AnalysisUnavailable as problem:
         job.warnings.append(f"{what}: {problem}")
         return []
@@ -147,7 +147,7 @@ def correct_faces(job: Job, picture: Picture) -> Picture:
     job.report.stage("restoring faces")
     try:
         with job.kept(picture) as file:
-            job.analyzer.restore(file, found, RESTORE_STRENGTH, tell=job.tell)
+            job.analyzer.restore(file, found, RESTORE_STRENGTH, progress=job.progress)
             with Image.open(file) as opened:
                 return opened.convert("RGB")
     except AnalysisUnavailable as problem:

@@ -74,7 +74,7 @@ def repaint_mask(job: Job, start: Picture) -> Picture | None:
 def mask_of_words(job: Job, picture: Picture, words: str) -> Picture | None:
     """Where the thing of these words is in the picture; None: nowhere. Raises CannotLook."""
     with job.kept(picture) as file:
-        png = job.analyzer.mask(file, words, tell=job.tell)
+        png = job.analyzer.mask(file, words, progress=job.progress)
     if png is None:
         return None
     return Image.open(io.BytesIO(png)).convert("L")

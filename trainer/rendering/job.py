@@ -122,7 +122,7 @@ class Job:
         self.preview.show(now["latents"], size)
         return now
 
-    def tell(self, what: str, _done: int = 0, _of: int = 0) -> None:
+    def progress(self, what: str, _done: int = 0, _of: int = 0) -> None:
         self.report.stage(what)
 
     @contextmanager

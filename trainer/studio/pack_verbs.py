@@ -46,7 +46,7 @@ def create_pack_tune(
     slug: str,
     data: Mapping[str, object],
     uploads: Sequence[Upload],
-    tell: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     key: IdempotencyKey | None = None,
 ) -> tuple[Tune, bool]:
     """Queue a tune with the settings and prompts of a pack, or with `tune_ids` its prompts on a tune that is there.
@@ -68,7 +68,7 @@ def create_pack_tune(
                 services,
                 tune_id,
                 one,
-                tell,
+                progress,
                 key and IdempotencyKey(f"{key.key} {number}", key.digest),
                 listed,
             )
@@ -79,7 +79,7 @@ def create_pack_tune(
         services,
         packs.tune_request(pack, data, base.branch, token_for(services, base)),
         uploads,
-        tell,
+        progress,
         key,
         listed,
     )

@@ -36,7 +36,7 @@ def create_prompt(
     services: Services,
     tune_id: int,
     data: Mapping[str, object],
-    tell: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     key: IdempotencyKey | None = None,
     listed: Bases | None = None,
 ) -> Prompt:
@@ -61,7 +61,7 @@ def create_prompt(
     if known := find_by_idempotency_key(services, "prompts", key):
         return prompt_answer(services, known)
     with (
-        inputs.fetch_inputs(services.settings, services.decoder, [request], None, tell) as pictures,
+        inputs.fetch_inputs(services.settings, services.decoder, [request], None, progress) as pictures,
         services.store.transaction(),
     ):
         if known := find_by_idempotency_key(services, "prompts", key):
@@ -106,7 +106,7 @@ def duplicate_prompt(
     services: Services,
     prompt_id: int,
     data: Mapping[str, object],
-    tell: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     key: IdempotencyKey | None = None,
 ) -> Prompt:
     """Queue a prompt again, with other values where `data` has some. Raises NotFound, InvalidRequest."""
@@ -116,7 +116,7 @@ def duplicate_prompt(
         if name in data or f"{name}_url" in data:
             same = {field: value for field, value in same.items() if field not in (name, f"{name}_url")}
     same = {**still_good(row["kept"]), **same}
-    return create_prompt(services, row["base_id"] or row["tune_id"], pack_file.over(same, data), tell, key)
+    return create_prompt(services, row["base_id"] or row["tune_id"], pack_file.over(same, data), progress, key)
 
 
 def own_pictures(services: Services, row: PromptRow) -> dict[str, object]:

@@ -46,7 +46,7 @@ def create_tune(
     services: Services,
     data: Mapping[str, object],
     uploads: Sequence[Upload],
-    tell: ProgressCallback = no_progress,
+    progress: ProgressCallback = no_progress,
     key: IdempotencyKey | None = None,
     listed: Bases | None = None,
 ) -> tuple[Tune, bool]:
@@ -81,15 +81,15 @@ def create_tune(
         raise InvalidRequest(problems)  # nothing is fetched for a request that is refused anyway
     try:
         with (
-            intake(services.settings, services.decoder, uploads, request.image_urls, tell) as (work, photos),
+            intake(services.settings, services.decoder, uploads, request.image_urls, progress) as (work, photos),
             inputs.fetch_inputs(
-                services.settings, services.decoder, request.prompts_attributes, "prompts_attributes", tell
+                services.settings, services.decoder, request.prompts_attributes, "prompts_attributes", progress
             ) as pictures,
         ):
             if problems or values is None:
                 raise InvalidRequest({})
             if not MODEL_TYPES[values["method"]].trains:
-                photos, messages = services.analyzer.identify(work, photos, request.name, tell)
+                photos, messages = services.analyzer.identify(work, photos, request.name, progress)
                 values["warnings"] = [*values["warnings"], *messages]
                 return _insert(services, request, values, work, photos, pictures, key, listed)
             different = sum(not photo.dropped for photo in photos)
@@ -108,7 +108,7 @@ def own_name(request: TuneRequest, values: TuneValues | None) -> NamedTune:
 
 
 def check_photos(
-    services: Services, data: Mapping[str, object], uploads: Sequence[Upload], tell: ProgressCallback = no_progress
+    services: Services, data: Mapping[str, object], uploads: Sequence[Upload], progress: ProgressCallback = no_progress
 ) -> Check:
     """The verdicts that a tune with these parameters would give its photos; nothing is kept.
 
@@ -123,11 +123,13 @@ def check_photos(
         services.analyzer.warm()  # while the photos are fetched and decoded
     values = settle(services, request.as_tune(), count, listed)
     config = TrainConfig(**train_config.parse_args(values["args"]))
-    with intake(services.settings, services.decoder, uploads, request.image_urls, tell) as (work, photos):
+    with intake(services.settings, services.decoder, uploads, request.image_urls, progress) as (work, photos):
         warnings = values["warnings"]
         if request.name:
             restore = bool(request.training_face_correct)
-            photos, messages = services.analyzer.prepare(work, photos, config, request.name, restore, tell, fetch=False)
+            photos, messages = services.analyzer.prepare(
+                work, photos, config, request.name, restore, progress, fetch=False
+            )
             warnings = [*warnings, *messages]
         else:
             warnings = [*warnings, "without a class name (`name`), face detection was skipped"]
@@ -136,9 +138,9 @@ def check_photos(
             of_left = settle(services, request.as_tune(), max(1, left), listed)["warnings"]
             warnings = [*of_left, *warnings[len(values["warnings"]) :]]
         for number, photo in enumerate(photos):
-            tell("pictures are drawn", number, len(photos))
+            progress("pictures are drawn", number, len(photos))
             services.analyzer.show(work, photo, config)
-        tell("pictures are drawn", len(photos), len(photos))
+        progress("pictures are drawn", len(photos), len(photos))
         return Check(photos=photos, warnings=warnings)
 
 

@@ -221,8 +221,8 @@ def create_prompt_endpoint(services: Services) -> Endpoint:
         given = locals()
         values = {key: given[key] for key in PromptRequest.parameters() if given[key] is not None}
         values |= {name: _upload(values[name], name) for name in PICTURES if name in values}
-        tell = progress_callback(gr.Progress())
-        return (await run_in_threadpool(prompt_verbs.create_prompt, services, tune_id, values, tell)).model_dump()
+        progress = progress_callback(gr.Progress())
+        return (await run_in_threadpool(prompt_verbs.create_prompt, services, tune_id, values, progress)).model_dump()
 
     return create_prompt
 

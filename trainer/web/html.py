@@ -25,7 +25,7 @@ Lines = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Beside:
+class TuneDetails:
     """What the page shows of a tune besides the tune itself: its callbacks, the tunes that it is based on, formats."""
 
     callbacks: Sequence[Callback] = ()
@@ -73,10 +73,10 @@ def trained_pictures(seen: Lines) -> str:
     return render("trained_pictures.html", seen=seen) if seen else ""
 
 
-def earlier(tunes: Sequence[Tune], beside: Mapping[int, Beside], waits: str = "") -> str:
-    """All tunes, newest first, each to be unfolded. beside: what is known besides of each, by its id. waits: what
+def earlier(tunes: Sequence[Tune], details: Mapping[int, TuneDetails], waits: str = "") -> str:
+    """All tunes, newest first, each to be unfolded. details: what else is known of each, by its id. waits: what
     prompts in the queue wait for."""
-    return render("earlier.html", tunes=[(tune, beside.get(tune.id, Beside())) for tune in tunes], waits=waits)
+    return render("earlier.html", tunes=[(tune, details.get(tune.id, TuneDetails())) for tune in tunes], waits=waits)
 
 
 def verdicts(check: Check) -> str:
@@ -163,7 +163,7 @@ def prompt_counts(pack: Mapping[str, Mapping[str, Sequence[object]]]) -> list[in
     return sorted({min(counts), max(counts)})
 
 
-def setting_rows(tune: Tune, more: Beside) -> list[tuple[str, object]]:
+def setting_rows(tune: Tune, more: TuneDetails) -> list[tuple[str, object]]:
     """What the tune was asked for and what was made of it."""
     return [
         ("class name", tune.name),

@@ -15,7 +15,7 @@ from trainer.studio.tunes import list_callbacks, list_tunes
 from trainer.web import html, mcp
 from trainer.web.endpoints import endpoints
 from trainer.web.form import PACK_FIELDS, Form, PromptForm
-from trainer.web.html import Beside
+from trainer.web.html import TuneDetails
 from trainer.web.progress import WATCH_SECONDS, busy
 from trainer.web.templating import render
 
@@ -109,21 +109,21 @@ def live_parts(services: Services, shown: tuple[str, str, str]) -> tuple[object,
     parts = (
         html.current(tune, readings, moments, len(running) - 1 if running else 0, waits),
         html.trained_pictures(seen),
-        html.earlier(tunes, {tune.id: beside(services, tune.id) for tune in tunes}, waits),
+        html.earlier(tunes, {tune.id: details(services, tune.id) for tune in tunes}, waits),
     )
     now, pictures, earlier = (part if part != old else gr.skip() for part, old in zip(parts, shown, strict=True))
     return now, pictures, earlier, parts if parts != shown else gr.skip()
 
 
-def beside(services: Services, tune_id: int) -> Beside:
+def details(services: Services, tune_id: int) -> TuneDetails:
     try:
-        return Beside(
+        return TuneDetails(
             list_callbacks(services, tune_id),
             models.lineage(services, tune_id),
             models.model_formats(services, tune_id),
         )
     except NotFound:  # deleted since it was listed
-        return Beside()
+        return TuneDetails()
 
 
 def pack_shelf(services: Services) -> tuple[str, object]:

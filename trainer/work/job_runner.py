@@ -115,7 +115,7 @@ class JobRunner:
             return self._must(self._store.get("tunes", tune["id"]))
         begin_anew(done.parent)
 
-        def tell(what: str, number: int, of: int) -> None:
+        def progress(what: str, number: int, of: int) -> None:
             reporter.stage(f"{what}: {number} of {of}")
             if not reporter.going_on():
                 raise JobInterrupted
@@ -126,7 +126,7 @@ class JobRunner:
             config,
             tune["name"],
             bool(tune["training_face_correct"]),
-            tell,
+            progress,
         )
         before, left = (sum(not one["dropped"] for one in rows) for rows in (tune["photos"], verdicts(photos)))
         if left < before:
@@ -234,7 +234,7 @@ class JobRunner:
         if not (folder / IDENTITY_FILE).exists():
             raise RuntimeError(f"<faceid:{named.id}>: that tune is gone, and its face with it")
         wanted = weights.face_adapter(self._settings, base.branch)
-        adapter = weights.obtain(self._settings, wanted, tell=lambda what, *_: reporter.stage(what))
+        adapter = weights.obtain(self._settings, wanted, progress=lambda what, *_: reporter.stage(what))
         return FaceID(folder, adapter, named.weight)
 
     def _export(self, job: Job, export_id: int) -> None:
