@@ -284,24 +284,10 @@ class Store:
         found = self._db.execute("SELECT * FROM callbacks WHERE tune_id = ? ORDER BY id DESC", (tune_id,))
         return [cast(CallbackRow, dict(row)) for row in found]
 
-    def due_callbacks(self, moment: str) -> list[CallbackRow]:
-        """Those that are to be posted by now, oldest first."""
-        found = self._db.execute("SELECT * FROM callbacks WHERE due_at <= ? ORDER BY due_at, id", (moment,))
+    def waiting_callbacks(self) -> list[CallbackRow]:
+        """Those that are to be posted, now or later; the one that is due first comes first."""
+        found = self._db.execute("SELECT * FROM callbacks WHERE due_at IS NOT NULL ORDER BY due_at, id")
         return [cast(CallbackRow, dict(row)) for row in found]
-
-    def note_attempt(self, callback_id: int, answer: str, *, arrived: bool, due_at: str | None) -> None:
-        """What came of posting a callback. due_at: when it is tried again; None: not any more."""
-        with self.transaction() as db:
-            db.execute(
-                "UPDATE callbacks SET attempts = attempts + 1, answer = ?, due_at = ?, arrived_at = ? WHERE id = ?",
-                (answer, due_at, now() if arrived else None, callback_id),
-            )
-
-    def send_callbacks_again(self, tune_id: int) -> int:
-        """Start again with the callbacks of a tune and its prompts; returns how many there are."""
-        with self.transaction() as db:
-            again = "UPDATE callbacks SET attempts = 0, arrived_at = NULL, due_at = ? WHERE tune_id = ?"
-            return db.execute(again, (now(), tune_id)).rowcount
 
     def dependents(self, tune_id: int) -> list[TuneRow]:
         """The tunes that were, or are to be, trained on this one, and have not expired; oldest first."""

@@ -23,6 +23,7 @@ from trainer.library.bases import Bases
 from trainer.names import FORMATS, MODEL_TYPES
 from trainer.photos import inputs
 from trainer.photos.intake import intake
+from trainer.studio import callbacks
 from trainer.studio.answers import tune_answer
 from trainer.studio.expiry import expiry
 from trainer.studio.prompt_rules import check_prompt, keep_pictures, numbered, prompt_values
@@ -267,10 +268,11 @@ def list_callbacks(services: Services, tune_id: int) -> list[Callback]:
 
 def send_callbacks_again(services: Services, tune_id: int) -> list[Callback]:
     """Post all callbacks of a tune and its prompts once more. Raises NotFound, Conflict."""
-    row_of(services, "tunes", tune_id)
-    if not services.store.send_callbacks_again(tune_id):
-        raise Conflict(f"tune {tune_id} has no callback to send: none was requested, or nothing has ended yet")
-    return list_callbacks(services, tune_id)
+    with services.store.transaction():
+        row_of(services, "tunes", tune_id)
+        if not callbacks.send_again(services.store, tune_id):
+            raise Conflict(f"tune {tune_id} has no callback to send: none was requested, or nothing has ended yet")
+        return list_callbacks(services, tune_id)
 
 
 def _insert(

@@ -1,7 +1,8 @@
 """Callbacks: what has ended is posted to the address that the request gave, at least once, also over restarts.
 
 The store notes a callback together with the end itself. It is tried until it arrives or a day has passed. Where the
-answer is lost on the way, it is posted again with the same `webhook-id`.
+answer is lost on the way, it is posted again with the same `webhook-id`. This process waits by a clock that only goes
+forward; the time in the database is for the next process, which never waits longer than was planned.
 """
 
 from __future__ import annotations
@@ -9,19 +10,23 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import threading
+import time
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from typing import NamedTuple
 
 from standardwebhooks import Webhook
 
 from trainer import __version__
-from trainer.clock import Loop, now, stamp
+from trainer.clock import Loop, stamp
 from trainer.contract.errors import NotFound
 from trainer.contract.rows import CallbackRow
 from trainer.photos.urls import Unreachable, post
 from trainer.settings import webhook_key
-from trainer.studio import prompts, tunes
+from trainer.studio import callbacks, prompts, tunes
 from trainer.studio.rows import Services
 
 log = logging.getLogger(__name__)
@@ -34,15 +39,59 @@ MOST_SECONDS = 86_400.0
 GONE = 410  # the receiver wants nothing more (Standard Webhooks)
 
 
+class Planned(NamedTuple):
+    """When a callback is tried again: after so many seconds, and as a time. due_at None: not any more."""
+
+    delay: float
+    due_at: str | None
+
+
+class Schedule:
+    """When each callback is due, by a clock that only goes forward: a system clock that is set moves nothing."""
+
+    def __init__(self) -> None:
+        self._due: dict[tuple[int, int, str | None], float] = {}  # (id, attempts, due_at) of a row -> monotonic seconds
+        self._lock = threading.Lock()
+
+    def due(self, waiting: Sequence[CallbackRow]) -> list[CallbackRow]:
+        """Those that are to be posted now. waiting: all that are to be posted now or later."""
+        moment = time.monotonic()
+        with self._lock:
+            known = self._due
+            self._due = {key_of(row): known.get(key_of(row), moment + seconds_left(row)) for row in waiting}
+            return [row for row in waiting if self._due[key_of(row)] <= moment]
+
+    def plan(self, callback: CallbackRow, planned: Planned) -> None:
+        """Note when a callback is due again, after an attempt. callback: its row before the attempt."""
+        with self._lock:
+            key = callback["id"], callback["attempts"] + 1, planned.due_at
+            self._due[key] = time.monotonic() + planned.delay
+
+
+def key_of(row: CallbackRow) -> tuple[int, int, str | None]:
+    return row["id"], row["attempts"], row["due_at"]
+
+
+def seconds_left(row: CallbackRow) -> float:
+    """How long a callback still waits, by the stored time: 0 to the planned delay, whatever the system clock says."""
+    try:
+        left = (datetime.fromisoformat(row["due_at"] or "") - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):  # no time, or one without a zone
+        left = row["delay"]
+    return min(max(left, 0.0), row["delay"])
+
+
 class WebhookSender:
     """A thread that looks for callbacks that are due, and a few that post them."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._schedule = Schedule()
         self._under_way: set[int] = set()
         self._loop = Loop("webhooks", POLL_SECONDS, self._post_due)
 
     def start(self) -> None:
+        callbacks.end_lost_attempts(self._services.store)
         self._loop.start()
 
     def close(self) -> None:
@@ -50,7 +99,7 @@ class WebhookSender:
         self._loop.close()
 
     def _post_due(self) -> None:
-        for callback in self._services.store.due_callbacks(now()):
+        for callback in self._schedule.due(self._services.store.waiting_callbacks()):
             if len(self._under_way) >= AT_ONCE:
                 return
             if callback["id"] not in self._under_way:
@@ -59,28 +108,44 @@ class WebhookSender:
 
     def _post(self, callback: CallbackRow) -> None:
         try:
-            attempt(self._services, callback)
+            if planned := attempt(self._services, callback):
+                self._schedule.plan(callback, planned)
         except Exception:  # the edge of a thread: the callback is due again later
             log.exception("callback %s was not posted", callback["id"])
+            callbacks.fail_attempt(self._services.store, callback, "could not be posted; the log says why")
         finally:
             self._under_way.discard(callback["id"])
 
 
-def attempt(services: Services, callback: CallbackRow) -> None:
-    """Post a callback once, and note what came of it."""
+def attempt(services: Services, callback: CallbackRow) -> Planned | None:
+    """Post a callback once, and note what came of it. Returns when it is tried again; None: it is gone or changed.
+
+    The attempt is noted before it is made, so that one that a kill cuts short counts too.
+    """
+    store, tries = services.store, callback["attempts"]
+    unanswered = plan(next_delay(tries, None))
+    if not callbacks.begin_attempt(store, callback, unanswered.due_at, unanswered.delay):
+        return None
     try:
         body = json.dumps(entity(services, callback)).encode()
     except NotFound:
-        return  # it was deleted meanwhile, and the callback with it
+        return None  # it was deleted meanwhile, and the callback with it
     retry_after: str | None = None
     try:
         status, retry_after = post(services.settings, callback["url"], body, headers(services, callback["id"], body))
         answer, arrived, over = f"answered {status}", 200 <= status < 300, status == GONE
     except Unreachable as problem:
         answer, arrived, over = str(problem), False, False
-    delay = None if arrived or over else next_delay(callback["attempts"], retry_after)
-    due_at = None if delay is None else stamp(datetime.now(UTC) + timedelta(seconds=delay))
-    services.store.note_attempt(callback["id"], answer, arrived=arrived, due_at=due_at)
+    planned = plan(None if arrived or over else next_delay(tries, retry_after))
+    callbacks.end_attempt(store, callback, answer, arrived=arrived, due_at=planned.due_at, delay=planned.delay)
+    return planned
+
+
+def plan(delay: float | None) -> Planned:
+    """delay: seconds from now; None: it is not tried again."""
+    if delay is None:
+        return Planned(0.0, None)
+    return Planned(delay, stamp(datetime.now(UTC) + timedelta(seconds=delay)))
 
 
 def entity(services: Services, callback: CallbackRow) -> dict[str, object]:
@@ -114,16 +179,20 @@ def next_delay(attempts: int, retry_after: str | None) -> float | None:
     if attempts >= len(DELAYS):
         return None
     delay = DELAYS[attempts] * (1 + JITTER * random.random())  # noqa: S311  # no secret
-    return max(delay, min(asked_seconds(retry_after), MOST_SECONDS))
+    return max(delay, asked_seconds(retry_after))
 
 
 def asked_seconds(retry_after: str | None) -> float:
-    """What `Retry-After` says, a number or a date, in seconds from now; 0 where it says nothing that can be read."""
-    if not retry_after:
-        return 0.0
-    if retry_after.strip().isdecimal():
-        return float(retry_after)
+    """What `Retry-After` says, a number or a date, in seconds from now: 0 to MOST_SECONDS.
+
+    0 where it says nothing that can be read.
+    """
+    text = (retry_after or "").strip()
+    if re.fullmatch("[0-9]+", text):  # `isdecimal` knows more digits
+        return min(float(text), MOST_SECONDS)  # more digits than a float has are infinite
     try:
-        return (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError):
+        moment = parsedate_to_datetime(text)
+        aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return min(max((aware - datetime.now(UTC)).total_seconds(), 0.0), MOST_SECONDS)
+    except (ValueError, TypeError, OverflowError):
         return 0.0
