@@ -75,7 +75,7 @@ BROAD_HANDLERS = {
     "trainer.clock.Loop._run": "one failure of what a looping thread does",
     "trainer.photos.subprocess_worker.SubprocessWorker._running": "the imports of a child process",
     "trainer.photos.decode.decode": "decoders of files from strangers, in the decoding child",
-    "trainer.photos.analysis.breaking": "what the looking child raised",
+    "trainer.photos.analysis.naming": "what the child process raised",
     "trainer.studio.webhooks.WebhookSender._post": "one callback, in a thread of its own",
     "trainer.web.guard.Guard._run_inner": "an app that cannot be loaded or begun, in threads: /health says so",
     "trainer.web.mcp.tool.called": "a tool that fails: its client is not told what is in the log",

@@ -34,7 +34,7 @@ from trainer.files import sweep
 from trainer.library import weights
 from trainer.library.weights import Unavailable
 from trainer.photos import masks, restore
-from trainer.photos.analysis import PhotoAnalyzer, begin_anew, breaking
+from trainer.photos.analysis import PhotoAnalyzer, naming, remove_unfinished
 from trainer.photos.faces import closeup_box, find, prepare
 from trainer.photos.found import Found, Task
 from trainer.photos.intake import Decoder
@@ -717,19 +717,19 @@ def test_a_preparation_that_begins_anew_removes_what_the_one_before_made(tmp_pat
     own, made = tmp_path / "masks" / "face" / "000.png", tmp_path / "faces" / "001-face.jpg"
     own.parent.mkdir(parents=True)
     own.touch()
-    begin_anew(tmp_path)
+    remove_unfinished(tmp_path)
     made.parent.mkdir()
     made.touch()
-    begin_anew(tmp_path)
+    remove_unfinished(tmp_path)
     assert own.exists() and not made.exists()
 
 
 def test_what_goes_wrong_with_a_photo_names_it() -> None:
     photo = Photo(name="rex.jpg", file="000.jpg", width=64, height=64, format="JPEG")
     for problem, told in [(ValueError("odd pixels"), "odd pixels"), (MemoryError(), "MemoryError")]:
-        with pytest.raises(AnalysisUnavailable, match=f"rex.jpg could not be analyzed: {told}"), breaking(photo):
+        with pytest.raises(AnalysisUnavailable, match=f"rex.jpg could not be analyzed: {told}"), naming(photo):
             raise problem
-    with pytest.raises(Closed), breaking(photo):  # the app ends; that is nobody's fault
+    with pytest.raises(Closed), naming(photo):  # the app ends; that is nobody's fault
         raise Closed
 
 
