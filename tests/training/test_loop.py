@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.helpers.tiny import make_tiny_sdxl1
 from tests.helpers.training import STEPS, RecordedReport, Run, TrainingSetup, config_of, same
 from trainer.training import loop
-from trainer.training.states import SINCE, Diverged, save
+from trainer.training.states import ADDED_LATER, Diverged, save
 from trainer.training.views import Picture
 
 STATE_TENSORS = ("weight", "exp_avg", "exp_avg_sq", "step")
@@ -199,7 +199,7 @@ def test_a_state_from_before_words_came_to_the_configuration_is_gone_on_from(
     bench.start().train(states, RecordedReport(stop_at=3))
     for state in states.iterdir():
         facts = json.loads((state / "manifest.json").read_text())
-        facts["config"] = {word: value for word, value in facts["config"].items() if word not in SINCE}
+        facts["config"] = {word: value for word, value in facts["config"].items() if word not in ADDED_LATER}
         (state / "manifest.json").write_text(json.dumps(facts))
     told = RecordedReport()
     assert bench.start().train(states, told)
@@ -432,7 +432,7 @@ def test_who_looks_in_between_sees_finite_weights_only(bench: TrainingSetup, sta
         seen.append((step, all(torch.isfinite(weight).all() for weight in run.weights().values())))
 
     spoil(run, lambda call: call == 3)
-    loop.train(run.branch, run.groups, run.data, run.config, RecordedReport(), states, look, look_at=(2, 3, 5))
+    loop.train(run.branch, run.groups, run.data, run.config, RecordedReport(), states, look, preview_steps=(2, 3, 5))
     assert seen == [(2, True), (2, True), (3, True), (5, True)]  # after the step that went wrong nobody looked
 
 

@@ -222,7 +222,7 @@ def upright(image: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def small_grey(image: Image.Image) -> Image.Image:
-    """The picture in grey, reduced by the largest whole factor that leaves its long side SHARPNESS_PX or more."""
+    """The picture in grey, reduced by the largest whole factor that leaves its long side 1024 px or more."""
     return image.reduce(max(1, max(image.size) // (2 * SHARPNESS_PX))).convert("L")
 
 

@@ -32,9 +32,8 @@ class Decoder:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._worker_processes = [SubprocessWorker("trainer.photos.decode", "decodes photos") for _ in range(CHILDREN)]
-        self._free: queue.LifoQueue[SubprocessWorker] = (
-            queue.LifoQueue()
-        )  # last in, first out: the one that worked last is in memory
+        # Last in, first out: the one that worked last is in memory.
+        self._free: queue.LifoQueue[SubprocessWorker] = queue.LifoQueue()
         for child in self._worker_processes:
             self._free.put(child)
 
