@@ -98,9 +98,9 @@ class Clock:
     def change(self, phase: str) -> str:
         """Start this phase; returns the one before."""
         synchronize(self._device)
-        moment = time.perf_counter()
-        self.seconds[self._phase] += moment - self._since
-        before, self._phase, self._since = self._phase, phase, moment
+        now = time.perf_counter()
+        self.seconds[self._phase] += now - self._since
+        before, self._phase, self._since = self._phase, phase, now
         return before
 
     @contextmanager

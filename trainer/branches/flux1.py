@@ -91,8 +91,8 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
         "text_encoder": any(key.startswith("text_encoders.clip_l.") for key in keys),
         "text_encoder_2": any(key.startswith("text_encoders.t5xxl.") for key in keys),
     }
-    beside = {name: next((sidecar(file) / name).glob("*.safetensors"), None) is not None for name in inside}
-    wanted = [name for name in inside if not inside[name] and not beside[name]]
+    in_sidecar = {name: next((sidecar(file) / name).glob("*.safetensors"), None) is not None for name in inside}
+    wanted = [name for name in inside if not inside[name] and not in_sidecar[name]]
     wanted += [name for name in ("tokenizer", "tokenizer_2") if not (sidecar(file) / name).exists()]
     home = from_home(wanted) if wanted else None
 

@@ -166,7 +166,7 @@ def single_file_config(file: Path, cache: Path, family: Mapping[str, Mapping[str
     Without it diffusers would ask the hub, and assume full-size shapes. `family`: JSON file -> its content.
     """
     folder = cache / "configs" / f"{file.stem}-{file.stat().st_mtime_ns:x}"
-    beside = sidecar(file)
+    source = sidecar(file)
     if folder.exists():
         shutil.rmtree(folder)  # the sidecar may have been edited; copying a few JSON files is cheap
     with whole_folder(folder) as partial:
@@ -174,6 +174,6 @@ def single_file_config(file: Path, cache: Path, family: Mapping[str, Mapping[str
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(config))
-        if beside.is_dir():
-            shutil.copytree(beside, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*SINGLE_FILE_JUNK))
+        if source.is_dir():
+            shutil.copytree(source, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*SINGLE_FILE_JUNK))
     return folder

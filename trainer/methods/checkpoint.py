@@ -77,15 +77,15 @@ def write(branch: Branch, file: Path, dtype: torch.dtype, metadata: dict[str, st
     """Write all weights as one file with the original keys, and a sidecar with configuration and tokenizers."""
     tensors = {key: value.to("cpu", dtype).contiguous() for key, value in branch.original_weights().items()}
     save_file(tensors, file, metadata)
-    beside = sidecar(file)
+    sidecar_folder = sidecar(file)
     for name, part in branch.pipeline.components.items():
         if isinstance(part, nn.Module):
             module: Any = part
             settings = module.save_config if hasattr(module, "save_config") else module.config.save_pretrained
-            settings(beside / name)
+            settings(sidecar_folder / name)
         elif part is not None:
-            part.save_pretrained(beside / name)
-    branch.pipeline.save_config(beside)
+            part.save_pretrained(sidecar_folder / name)
+    branch.pipeline.save_config(sidecar_folder)
 
 
 def checkable_files(branch: Branch) -> list[str]:

@@ -215,18 +215,16 @@ def load(pipeline: DiffusionPipeline, model: Path, adapter: str, token: str | No
         pipeline.load_lora_weights(weights, adapter_name=adapter)
     except (RuntimeError, ValueError, KeyError) as problem:
         raise ValueError(f"{file.name} does not fit its base: {problem}") from problem
-    beside = [file.with_name(f"{file.stem}_emb.safetensors")]
-    beside += [file.with_name(WORDS_FILE)] if file.name in (KOHYA_FILE, DIFFUSERS_FILE) else []
-    of_words = next((one for one in beside if one.exists()), None) if len(weights) == len(state) else file
-    if of_words is not None:
+    token_files = [file.with_name(f"{file.stem}_emb.safetensors")]
+    token_files += [file.with_name(WORDS_FILE)] if file.name in (KOHYA_FILE, DIFFUSERS_FILE) else []
+    token_file = next((one for one in token_files if one.exists()), None) if len(weights) == len(state) else file
+    if token_file is not None:
         token = token or facts.get("tunebooth.token", "ohwx")
         taken = {known.token.lower() for part in new_tokens.TOKENIZERS for known in new_tokens.all_of(pipeline, part)}
         if token.lower() in taken:
             return file, [f"two of these models have learned tokens for {token!r}: here it means the one named first"]
-        new_tokens.add(pipeline, token, new_tokens.load(of_words))
+        new_tokens.add(pipeline, token, new_tokens.load(token_file))
     elif "tunebooth.tokens" in facts:
-        message = (
-            f"{file.name} was trained with learned tokens, which are missing: {file.stem}_emb.safetensors is missing"
-        )
-        return file, [f"{message} beside it. The token {facts['tunebooth.token']!r} does not mean the subject"]
+        missing = f"{file.name} was trained with learned tokens, but {file.stem}_emb.safetensors is missing"
+        return file, [f"{missing}: the token {facts['tunebooth.token']!r} does not mean the subject"]
     return file, []

@@ -60,7 +60,7 @@ def drop_unusable(photos: list[Photo], subjects: dict[str, list[Found]]) -> list
         elif photo.same_person is False:
             photo.dropped = STRANGER
         elif not subjects[photo.file][0].identity:  # only the IDENTIFIED largest faces have one
-            photo.dropped = f"{len(photo.faces)} faces were found, and none that stands out"
+            photo.dropped = f"{len(photo.faces)} faces were found, and none is prominent"
         else:
             continue
         warnings.append(f"{photo.name} is left out: {photo.dropped}")

@@ -100,7 +100,7 @@ def make_plan(
     picture = read(inputs.find(folder, "input_image"), "RGB")
     width, height = size(request, picture.size if picture else None, defaults)
     if defaults.fixed_size and (request.w or request.h) and (width, height) != (request.w, request.h):
-        warnings.append(f"{branch} renders {width} x {height} pixels, whatever w and h are")
+        warnings.append(f"{branch} renders {width} x {height} pixels; w and h have no effect")
     elif (request.w or width, request.h or height) != (width, height):
         warnings.append(f"{branch} renders {width} x {height} pixels: its sides are multiples of {defaults.multiple}")
     cfg_scale = defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale
