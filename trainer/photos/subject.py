@@ -19,14 +19,7 @@ SAME = {  # least cosine of two identities of one person
 CANDIDATE = 0.25  # of the area of the photo's largest face: a smaller face is in the background
 STRANGER = "not the person of the other photos"
 PAIRS = {"couple"}  # class names of two people: two faces of a photo are the subject
-CROWDS = {
-    "men",
-    "women",
-    "boys",
-    "girls",
-    "children",
-    "people",
-}  # of several people: all faces are
+CROWDS = {"men", "women", "boys", "girls", "children", "people"}  # of more people: all faces are
 
 
 def not_people(parameter: str, name: str) -> str:
