@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-PARTIAL = ".partial-"  # in the name of every folder that is not finished; swept at start
+PARTIAL = ".partial-"  # in the name of every file and folder that is not finished; swept at start
+UNCOMMITTED = f"{PARTIAL}new"  # a file in a folder that is at its place before its row is in the database
+LEFTOVER = re.compile(rf"{re.escape(PARTIAL)}([0-9a-f]{{8}}|new)?$")  # only such names are ours: a user has others
 
 
 def fsync(path: Path) -> None:
@@ -64,13 +67,26 @@ def discard(folder: Path) -> None:
         shutil.rmtree(waste, ignore_errors=True)
 
 
-def sweep(root: Path) -> None:
-    """Remove what a killed process left half-written below `root`."""
-    for waste in list(root.rglob(f"*{PARTIAL}*")):
-        if waste.is_dir():
-            shutil.rmtree(waste, ignore_errors=True)
-        else:
-            waste.unlink(missing_ok=True)
+def sweep(root: Path, *, below: bool = True) -> None:
+    """Remove what a killed process left half-written in `root`. No link is followed.
+
+    below: also in the folders of it.
+    """
+    for folder, folders, files in os.walk(root):
+        for name in [*folders, *files]:
+            if LEFTOVER.search(name):
+                remove(Path(folder, name))
+        folders[:] = [name for name in folders if below and not LEFTOVER.search(name)]
+
+
+def remove(path: Path) -> bool:
+    """Remove a file, a folder or a link. False: it could not be removed, or not all of it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+    return not os.path.lexists(path)
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from trainer.contract.photos import Check, Photo, ProgressCallback, Upload, no_p
 from trainer.contract.rows import TuneValues
 from trainer.contract.states import ENDED, Callback
 from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
-from trainer.files import discard, fsync
+from trainer.files import UNCOMMITTED, discard, fsync
 from trainer.library import bases
 from trainer.library.bases import Bases
 from trainer.names import FORMATS, MODEL_TYPES
@@ -25,7 +25,8 @@ from trainer.photos import inputs
 from trainer.photos.intake import intake
 from trainer.studio import callbacks
 from trainer.studio.answers import tune_answer
-from trainer.studio.expiry import expiry
+from trainer.studio.deletions import finish_deletions, note_deletions
+from trainer.studio.expiry import expiry, trashed
 from trainer.studio.idempotency import (
     IdempotencyKey,
     body_digest,
@@ -226,21 +227,23 @@ def delete_tune(services: Services, tune_id: int) -> None:
 
     One that is the base of others stays.
     """
-    row_of(services, "tunes", tune_id)
+    outputs = services.settings.outputs
     deadline = time.monotonic() + STOP_SECONDS
     while True:
         with services.store.transaction():
+            row = row_of(services, "tunes", tune_id)
             if others := services.store.dependents(tune_id):
                 named = ", ".join(f"{other['id']} ({other['title']})" for other in others)
                 raise Conflict(f"tune {tune_id} is the base of tunes {named}; delete those first")
             services.store.take_off_queue(tune_id)
             if not _busy(services, tune_id):
                 services.store.delete("tunes", tune_id)
+                note_deletions(outputs, services.store, tune_folder(services, tune_id), *trashed(outputs, row))
                 break
         if time.monotonic() > deadline:
             raise Conflict(f"tune {tune_id} does not stop; try again later")
         time.sleep(0.1)
-    discard(tune_folder(services, tune_id))
+    finish_deletions(outputs, services.store)
 
 
 def _busy(services: Services, tune_id: int) -> bool:
@@ -318,9 +321,11 @@ def _insert(
         target = tune_folder(services, tune_id)
         target.parent.mkdir(exist_ok=True)
         discard(target)  # left by a crash between the rename and the commit, so that its number came again
+        (work / UNCOMMITTED).touch()
         for path in work.rglob("*"):
             fsync(path)
         work.rename(target)
         fsync(target.parent)
+    (target / UNCOMMITTED).unlink(missing_ok=True)
     services.store.changed.set()
     return get_tune(services, tune_id), True

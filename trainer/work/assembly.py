@@ -47,13 +47,14 @@ class Studio:
         """Build the web app."""
         from trainer.files import sweep
         from trainer.photos.intake import Decoder
+        from trainer.studio.deletions import remove_leftovers
         from trainer.studio.expiry import expiry_loop
         from trainer.studio.rows import Services
         from trainer.studio.webhooks import WebhookSender
         from trainer.web import page  # `import gradio` is the longest wait
         from trainer.web.rest import create_app
 
-        sweep(self._settings.outputs)
+        remove_leftovers(self._settings.outputs, self._store)
         sweep(self._settings.weights)
         self._decoder = Decoder(self._settings)
         self._services = Services(self._settings, self._store, self._decoder, self._analyzer)
