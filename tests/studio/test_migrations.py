@@ -42,7 +42,9 @@ def old_database(file: Path, version: int) -> None:
         db.execute("DELETE FROM prompts WHERE id = 4")  # the newest number, which does not come again
         if version >= 2:
             for kind, prompt in (("tune", None), ("prompt", 1)):
-                insert(db, "callbacks", tune_id=1, prompt_id=prompt, kind=kind, url="https://example.com", created_at="")
+                insert(
+                    db, "callbacks", tune_id=1, prompt_id=prompt, kind=kind, url="https://example.com", created_at=""
+                )
         if version >= 3:
             insert(db, "exports", tune_id=1, format="kohya", status="queued", created_at="", updated_at="")
             insert(db, "jobs", tune_id=1, export_id=1)
