@@ -29,7 +29,7 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-def killed(*_: object) -> None:
+def killed(*_: object, **__: object) -> None:
     raise Killed
 
 

@@ -7,6 +7,7 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.files import remove, sweep
 from trainer.settings import Settings
 from trainer.studio.store import InUse, Store
 
@@ -45,13 +46,12 @@ class Studio:
 
     def load(self) -> FastAPI:
         """Build the web app."""
-        from trainer.files import sweep
         from trainer.photos.intake import Decoder
         from trainer.studio.deletions import remove_leftovers
         from trainer.studio.expiry import expiry_loop
         from trainer.studio.rows import Services
         from trainer.studio.webhooks import WebhookSender
-        from trainer.web import page  # `import gradio` is the longest wait
+        from trainer.web import page, spool  # `import gradio` is the longest wait
         from trainer.web.rest import create_app
 
         remove_leftovers(self._settings.outputs, self._store)
@@ -60,7 +60,9 @@ class Studio:
         self._services = Services(self._settings, self._store, self._decoder, self._analyzer)
         self._webhook_sender = WebhookSender(self._services)
         self._expiry_loop = expiry_loop(self._settings, self._store)
-        return page.mount(create_app(self._services), self._services)
+        app = page.mount(create_app(self._services), self._services)
+        self._forgetting_loop = spool.forgetting_loop()
+        return app
 
     def begin(self) -> None:
         """Start working, now that the page is up: importing torch would have made it wait."""
@@ -68,6 +70,7 @@ class Studio:
         self._worker.start()
         self._webhook_sender.start()
         self._expiry_loop.start()
+        self._forgetting_loop.start()
         if self._settings.open:
             webbrowser.open(self._settings.base_url)
         if self._settings.demo:
@@ -80,6 +83,8 @@ class Studio:
         self._worker.stop()
         self._webhook_sender.close()
         self._expiry_loop.close()
+        self._forgetting_loop.close()
+        remove(self._settings.outputs / "incoming")
         self._analyzer.close()
         self._decoder.close()
         self._store.close()
