@@ -6,10 +6,12 @@ import base64
 import hmac
 import json
 import random
+import sqlite3
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import ThreadingHTTPServer
@@ -512,3 +514,29 @@ def test_a_kill_between_the_sending_and_its_record_means_that_it_comes_again(
         assert json.loads(second[2])["tune"]["status"] == "trained"
         app.ready()
         wait_for(lambda: app.http.get("/tunes/1/callbacks").json()[0]["arrived_at"])
+
+
+@pytest.mark.long
+def test_a_clock_that_was_a_year_ahead_holds_up_no_callback_of_the_app(
+    tmp_path: Path,
+    receiver: ReceiverServer,
+    dog_photos: Callable[[int], list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    far = "Fri, 31 Dec 99999999999999999999 23:59:59 GMT"
+    monkeypatch.setitem(FAULTS, "far", lambda one: one.fail(503, Retry_After=far))
+    receiver.failures = 1
+    (outputs := tmp_path / "outputs").mkdir()
+    with running(outputs, "--models", str(tmp_path / "models")) as app:
+        app.ready()
+        form = {"tune[title]": "Rex", "tune[name]": "dog", "tune[branch]": "fast", "tune[steps]": "2"}
+        files = [("tune[images][]", (one.name, one.read_bytes())) for one in dog_photos(1)]
+        app.http.post("/tunes", data=form | {"tune[callback]": receiver.url("far")}, files=files).raise_for_status()
+        wait_for(lambda: [one["answer"] for one in app.http.get("/tunes/1/callbacks").json()] == ["answered 503"])
+    with closing(sqlite3.connect(outputs / "tunebooth.db")) as database, database:
+        next_year = stamp(datetime.now(UTC) + timedelta(days=365))
+        database.execute("UPDATE callbacks SET due_at = ?, attempts = 1, arrived_at = NULL", (next_year,))
+    with running(outputs, "--models", str(tmp_path / "models")) as app:
+        app.ready()
+        wait_for(lambda: app.http.get("/tunes/1/callbacks").json()[0]["arrived_at"])
+    assert receiver.tries["/far"] == 2 and len(receiver.taken) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from gradio.components import Component
@@ -64,10 +63,11 @@ class PromptForm:
         """The tunes there are now that have a model."""
         return gr.update(choices=models.rendering_tunes(self._services))
 
-    def submit(self, tune_id: int | None, *values: Any) -> list[object]:
+    def submit(self, tune_id: int | None, *values: object) -> list[object]:
         """Queue the prompt; returns what is wrong, and what is left in the fields of pictures."""
         data = {name: value for name, value in zip(self._fields, values, strict=True) if value not in (None, False)}
-        sent = {name: Upload(Path(data[name]).name, Path(data[name])) for name in PICTURES if name in data}
+        paths = {name: Path(str(data[name])) for name in PICTURES if name in data}
+        sent = {name: Upload(path.name, path) for name, path in paths.items()}
         try:
             if not tune_id:
                 raise InvalidRequest({"tune": ["choose the tune that is to be drawn"]})
@@ -76,7 +76,7 @@ class PromptForm:
             prompt = prompts.create_prompt(
                 self._services, int(tune_id), data | sent, progress_callback(gr.Progress()), always_new=True
             )
-            spool.forget(picture.path for picture in sent.values())
+            spool.forget(paths.values())
             gr.Info(f"prompt {prompt.id} is queued", duration=4)
             return ["", *(None for _ in self.pictures)]
         except NotFound as gone:
