@@ -8,6 +8,27 @@ from pathlib import Path
 
 from trainer.files import PARTIAL, fsync
 
+# In triggers, so that whatever ends a tune or a prompt notes the callback in the same transaction.
+TRIGGERS = """
+    CREATE TRIGGER tune_ended AFTER UPDATE OF status ON tunes
+    WHEN NEW.callback IS NOT NULL AND NEW.status IS NOT OLD.status AND NEW.status IN ('trained', 'failed', 'canceled')
+    BEGIN
+        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
+        VALUES (NEW.id, 'tune', NEW.callback, NEW.updated_at, NEW.updated_at);
+    END;
+    CREATE TRIGGER prompt_ended AFTER UPDATE OF status ON prompts
+    WHEN NEW.status IS NOT OLD.status AND NEW.status IN ('rendered', 'failed', 'canceled')
+    BEGIN
+        INSERT INTO callbacks (tune_id, prompt_id, kind, url, created_at, due_at)
+        SELECT NEW.tune_id, NEW.id, 'prompt', NEW.callback, NEW.updated_at, NEW.updated_at
+        WHERE NEW.callback IS NOT NULL;
+        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
+        SELECT id, 'prompts', prompts_callback, NEW.updated_at, NEW.updated_at FROM tunes
+        WHERE id = NEW.tune_id AND prompts_callback IS NOT NULL
+        AND NOT EXISTS (SELECT 1 FROM prompts WHERE tune_id = NEW.tune_id AND status IN ('queued', 'rendering'))
+        AND NOT EXISTS (SELECT 1 FROM callbacks WHERE tune_id = NEW.tune_id AND kind = 'prompts');
+    END;
+"""
 # Applied in order, each in one transaction; `user_version` counts them. Never edit one that has landed: add another.
 MIGRATIONS = [
     """
@@ -53,25 +74,9 @@ MIGRATIONS = [
     ) STRICT;
     CREATE INDEX callbacks_due ON callbacks (due_at) WHERE due_at IS NOT NULL;
     CREATE INDEX callbacks_tune ON callbacks (tune_id);
-    -- In triggers, so that whatever ends a tune or a prompt notes the callback in the same transaction.
-    CREATE TRIGGER tune_ended AFTER UPDATE OF status ON tunes
-    WHEN NEW.callback IS NOT NULL AND NEW.status IS NOT OLD.status AND NEW.status IN ('trained', 'failed', 'canceled')
-    BEGIN
-        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
-        VALUES (NEW.id, 'tune', NEW.callback, NEW.updated_at, NEW.updated_at);
-    END;
-    CREATE TRIGGER prompt_ended AFTER UPDATE OF status ON prompts
-    WHEN NEW.status IS NOT OLD.status AND NEW.status IN ('rendered', 'failed', 'canceled')
-    BEGIN
-        INSERT INTO callbacks (tune_id, prompt_id, kind, url, created_at, due_at)
-        SELECT NEW.tune_id, NEW.id, 'prompt', NEW.callback, NEW.updated_at, NEW.updated_at
-        WHERE NEW.callback IS NOT NULL;
-        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
-        SELECT id, 'prompts', prompts_callback, NEW.updated_at, NEW.updated_at FROM tunes
-        WHERE id = NEW.tune_id AND prompts_callback IS NOT NULL
-        AND NOT EXISTS (SELECT 1 FROM prompts WHERE tune_id = NEW.tune_id AND status IN ('queued', 'rendering'))
-        AND NOT EXISTS (SELECT 1 FROM callbacks WHERE tune_id = NEW.tune_id AND kind = 'prompts');
-    END;
+    """
+    + TRIGGERS
+    + """
     -- The header Idempotency-Key, and what the request was that had it.
     ALTER TABLE tunes ADD COLUMN request_key TEXT;
     ALTER TABLE tunes ADD COLUMN request_digest TEXT;
@@ -193,25 +198,8 @@ MIGRATIONS = [
     CREATE UNIQUE INDEX jobs_export ON jobs (export_id) WHERE export_id IS NOT NULL;
     CREATE INDEX callbacks_due ON callbacks (due_at) WHERE due_at IS NOT NULL;
     CREATE INDEX callbacks_tune ON callbacks (tune_id);
-    CREATE TRIGGER tune_ended AFTER UPDATE OF status ON tunes
-    WHEN NEW.callback IS NOT NULL AND NEW.status IS NOT OLD.status AND NEW.status IN ('trained', 'failed', 'canceled')
-    BEGIN
-        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
-        VALUES (NEW.id, 'tune', NEW.callback, NEW.updated_at, NEW.updated_at);
-    END;
-    CREATE TRIGGER prompt_ended AFTER UPDATE OF status ON prompts
-    WHEN NEW.status IS NOT OLD.status AND NEW.status IN ('rendered', 'failed', 'canceled')
-    BEGIN
-        INSERT INTO callbacks (tune_id, prompt_id, kind, url, created_at, due_at)
-        SELECT NEW.tune_id, NEW.id, 'prompt', NEW.callback, NEW.updated_at, NEW.updated_at
-        WHERE NEW.callback IS NOT NULL;
-        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
-        SELECT id, 'prompts', prompts_callback, NEW.updated_at, NEW.updated_at FROM tunes
-        WHERE id = NEW.tune_id AND prompts_callback IS NOT NULL
-        AND NOT EXISTS (SELECT 1 FROM prompts WHERE tune_id = NEW.tune_id AND status IN ('queued', 'rendering'))
-        AND NOT EXISTS (SELECT 1 FROM callbacks WHERE tune_id = NEW.tune_id AND kind = 'prompts');
-    END;
-    """,
+    """
+    + TRIGGERS,
 ]
 
 

@@ -92,11 +92,7 @@ def first_tune(services: Services, named: Sequence[Named]) -> int | None:
 
 
 def duplicate_prompt(
-    services: Services,
-    prompt_id: int,
-    data: Mapping[str, object],
-    progress: ProgressCallback = no_progress,
-    key: IdempotencyKey | None = None,
+    services: Services, prompt_id: int, data: Mapping[str, object], key: IdempotencyKey | None = None
 ) -> Prompt:
     """Queue a prompt again, with other values where `data` has some. Raises NotFound, InvalidRequest."""
     row = row_of(services, "prompts", prompt_id)
@@ -105,7 +101,7 @@ def duplicate_prompt(
         if name in data or f"{name}_url" in data:
             same = {field: value for field, value in same.items() if field not in (name, f"{name}_url")}
     same = {**still_good(row["kept"]), **same}
-    return create_prompt(services, place_of(row), pack_file.over(same, data), progress, key, always_new=True)
+    return create_prompt(services, place_of(row), pack_file.over(same, data), key=key, always_new=True)
 
 
 def own_pictures(services: Services, row: PromptRow) -> dict[str, object]:

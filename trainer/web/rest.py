@@ -197,11 +197,11 @@ def prompt_change_routes(app: FastAPI, services: Services) -> None:
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         if not has_body:
             return await run_in_threadpool(
-                prompts.duplicate_prompt, services, prompt_id, {}, no_progress, read_idempotency_key(request, {}, [])
+                prompts.duplicate_prompt, services, prompt_id, {}, read_idempotency_key(request, {}, [])
             )
         async with sent(request, services, "prompt", len(PICTURES)) as data:
             key = await run_in_threadpool(read_idempotency_key, request, data, [])
-            return await run_in_threadpool(prompts.duplicate_prompt, services, prompt_id, data, no_progress, key)
+            return await run_in_threadpool(prompts.duplicate_prompt, services, prompt_id, data, key)
 
 
 def pack_routes(app: FastAPI, services: Services) -> None:
