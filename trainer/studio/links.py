@@ -1,4 +1,4 @@
-"""Signed links to files below the outputs folder: plain GETs that need no key and reach nothing else."""
+"""Signed links to files in the outputs folder, for GET without a key."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MODEL_LINK_SECONDS = 24 * 3600
 
 
 def make_link(settings: Settings, path: str, lifetime_s: int | None = None) -> str:
-    """A link to `outputs/tunes/<path>`; with a lifetime it ends some time after it, else never.
+    """A link to `outputs/tunes/<path>`; with a lifetime it expires, at least so many seconds from now.
 
-    The end is rounded up to the hour, so that a page asked for twice names the same picture twice.
+    The end is rounded up to the hour, so that repeated answers have the same links.
     """
     expires = 0 if lifetime_s is None else (int(time.time()) + lifetime_s) // 3600 * 3600 + 3600
     query = urlencode({"expires": expires, "signature": _sign(settings, path, expires)})
@@ -24,7 +24,7 @@ def make_link(settings: Settings, path: str, lifetime_s: int | None = None) -> s
 
 
 def open_link(settings: Settings, path: str, expires: int, signature: str) -> Path | None:
-    """The file that a link names; None where the signature is wrong, the time is over or the file is gone."""
+    """The file of a link; None if the signature is wrong, the link has expired or the file is missing."""
     if not hmac.compare_digest(_sign(settings, path, expires).encode(), signature.encode()):
         return None
     if expires and expires < time.time():

@@ -1,8 +1,8 @@
-"""The steps of the database's schema, oldest first; a step that was released never changes."""
+"""The migrations of the database's schema, oldest first."""
 
 from __future__ import annotations
 
-# Applied in order, each in one transaction; `user_version` counts them. Never edit one that has landed: add another.
+# Applied in order, each in one transaction; `user_version` counts them. Never edit a released migration: add another.
 MIGRATIONS = [
     """
     CREATE TABLE tunes (

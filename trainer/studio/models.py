@@ -1,4 +1,4 @@
-"""Models to download and to build on: formats, links, base models, earlier tunes."""
+"""Models to download and bases to train on: formats, links, base models, earlier tunes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.studio.rows import EARLIER_LISTED, Services, row_of, tune_row
 
 
 def list_base_tunes(services: Services, branch: str | None = None) -> list[dict[str, object]]:
-    """All base models, those of the models folder among them; `error` says why one cannot be used."""
+    """All base models, including those of the models folder; `error` says why one cannot be used."""
     return [
         {
             "id": base.id,
@@ -27,8 +27,7 @@ def list_base_tunes(services: Services, branch: str | None = None) -> list[dict[
 
 
 def model_link(services: Services, tune_id: int, format_: str | None = None) -> str | None:
-    """The link to a tune's model in a format; None while that is being made. Raises NotFound, InvalidRequest,
-    Conflict."""
+    """The link to a tune's model in a format; None while it is made. Raises NotFound, InvalidRequest, Conflict."""
     row = row_of(services, "tunes", tune_id)
     if row["status"] != "trained":
         raise NotFound(f"tune {tune_id} has no model: it is {row['status']}")
@@ -44,7 +43,7 @@ def model_link(services: Services, tune_id: int, format_: str | None = None) -> 
         made = next(iter(services.store.find("exports", tune_id=tune_id, format=format_)), None)
         if made is None:
             services.store.add_export(tune_id, format_)
-        elif made["status"] == "failed":  # the error is given once; the next request tries again
+        elif made["status"] == "failed":  # the error is reported once; the next request tries again
             services.store.delete("exports", made["id"])
     services.store.changed.set()
     if made and made["status"] == "failed":
@@ -57,9 +56,9 @@ def model_file_link(services: Services, tune_id: int, path: str) -> str:
 
 
 def model_formats(services: Services, tune_id: int) -> dict[str, tuple[str | None, str]]:
-    """What a trained tune is available as: (link or None, state) of each format.
+    """The formats of a trained tune's model: (link or None, state) of each.
 
-    state: made, failed, exporting, queued or, where it was not asked for yet, nothing.
+    state: made, failed, exporting, queued or, if it was not requested yet, empty.
     """
     row = row_of(services, "tunes", tune_id)
     if row["status"] != "trained":
@@ -89,13 +88,13 @@ def lineage(services: Services, tune_id: int) -> list[str]:
 
 
 def earlier_tunes(services: Services) -> list[tuple[str, int]]:
-    """The trained tunes that can be a base: what to call them, and their ids; newest first."""
+    """The trained tunes that can be a base: (label, id), newest first."""
     rows = services.store.find("tunes", status="trained", limit=EARLIER_LISTED)
     usable = [row for row in rows if MODEL_TYPES[row["method"]].trains]
     return [(f"{row['title']} (tune {row['id']}, {row['branch']})", row["id"]) for row in usable]
 
 
 def rendering_tunes(services: Services) -> list[tuple[str, int]]:
-    """The tunes that prompts can be posted to: what to call them, and their ids; newest first."""
+    """The tunes that prompts can be posted to: (label, id), newest first."""
     rows = services.store.find("tunes", status="trained", limit=EARLIER_LISTED)
     return [(f"{row['title']} ({row['token'] or 'face'} {row['name']}, tune {row['id']})", row["id"]) for row in rows]

@@ -1,4 +1,4 @@
-"""The verbs of prompts: create, duplicate, get, list, delete."""
+"""The operations on prompts: create, duplicate, get, list, delete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.photos import inputs
 from trainer.studio import pack_file
 from trainer.studio.answers import prompt_answer
 from trainer.studio.prompt_rules import check_prompt, keep_pictures, pictures_of, prompt_values
-from trainer.studio.references import GONE, Named, resolve
+from trainer.studio.references import UNUSABLE, Named, resolve
 from trainer.studio.rows import (
     STOP_SECONDS,
     IdempotencyKey,
@@ -40,10 +40,10 @@ def create_prompt(
     key: IdempotencyKey | None = None,
     listed: Bases | None = None,
 ) -> Prompt:
-    """Queue a prompt on a tune that has, or is getting, a model. Raises NotFound, InvalidRequest.
+    """Queue a prompt on a tune that has a model or is being trained. Raises NotFound, InvalidRequest.
 
-    tune_id: the tune's, or that of a base with `<lora:NAME:WEIGHT>` or `<faceid:NAME:WEIGHT>` in the text. listed: all
-    bases, where the request has listed them already.
+    tune_id: of a tune, or of a base if the text has `<lora:NAME:WEIGHT>` or `<faceid:NAME:WEIGHT>`. listed: all bases,
+    if the request has listed them already.
     """
     listed = listed or bases.listed_once(services.settings)
     base, tune = None, tune_row(services, tune_id)
@@ -66,8 +66,8 @@ def create_prompt(
     ):
         if known := find_by_idempotency_key(services, "prompts", key):
             return prompt_answer(services, known)
-        tune = row_of(services, "tunes", tune["id"])  # it may be gone by now
-        if tune["status"] in GONE:
+        tune = row_of(services, "tunes", tune["id"])  # raises if it was deleted meanwhile
+        if tune["status"] in UNUSABLE:
             raise InvalidRequest({"tune_id": [f"tune {tune['id']} is {tune['status']}; it has no model"]})
         trained = MODEL_TYPES[tune["method"]].trains
         asked = base.id if base and (not trained or root_id(services, tune) != base.id) else None
@@ -80,7 +80,7 @@ def create_prompt(
 
 
 def tune_on_base(services: Services, base: Base, parsed: ParsedText, listed: Bases) -> tuple[TuneRow, list[Named]]:
-    """The tune that a prompt on a base belongs to, the first LoRA that it names, else its face; and all of them.
+    """The tune that a prompt on a base belongs to (that of its first LoRA, else of its face), and all its models.
 
     Raises InvalidRequest.
     """
@@ -96,7 +96,7 @@ def tune_on_base(services: Services, base: Base, parsed: ParsedText, listed: Bas
 
 
 def root_id(services: Services, tune: TuneRow) -> int:
-    """The base that the first tune of a lineage was trained on."""
+    """The id of the base that the first tune of a lineage was trained on."""
     while earlier := tune_row(services, tune["base_id"]):
         tune = earlier
     return int(tune["base_id"])
@@ -109,10 +109,10 @@ def duplicate_prompt(
     progress: ProgressCallback = no_progress,
     key: IdempotencyKey | None = None,
 ) -> Prompt:
-    """Queue a prompt again, with other values where `data` has some. Raises NotFound, InvalidRequest."""
+    """Queue a prompt again, with the values in `data` changed. Raises NotFound, InvalidRequest."""
     row = row_of(services, "prompts", prompt_id)
     same = prompt_of(row).model_dump(exclude_none=True) | own_pictures(services, row)
-    for name in PICTURES:  # another picture comes in place of the one that was there
+    for name in PICTURES:  # a new picture replaces the old one
         if name in data or f"{name}_url" in data:
             same = {field: value for field, value in same.items() if field not in (name, f"{name}_url")}
     same = {**still_good(row["kept"]), **same}
@@ -120,7 +120,7 @@ def duplicate_prompt(
 
 
 def own_pictures(services: Services, row: PromptRow) -> dict[str, object]:
-    """The pictures that a prompt starts from, as uploads in place of their addresses."""
+    """The input pictures of a prompt, as uploads that replace their addresses."""
     folder = pictures_of(services, row["tune_id"], row["id"])
     found = {name: inputs.find(folder, name) for name in PICTURES}
     kept: dict[str, object] = {name: Upload(path.name, path) for name, path in found.items() if path}
@@ -128,9 +128,9 @@ def own_pictures(services: Services, row: PromptRow) -> dict[str, object]:
 
 
 def delete_prompt(services: Services, prompt_id: int, tune_id: int | None = None) -> None:
-    """Remove a prompt and its pictures; one that renders is stopped first. Raises NotFound, Conflict.
+    """Remove a prompt and its pictures; its rendering is stopped first. Raises NotFound, Conflict.
 
-    tune_id: the tune that it must be of.
+    tune_id: the tune that it must belong to.
     """
     deadline = time.monotonic() + STOP_SECONDS
     while True:
@@ -165,10 +165,10 @@ def list_prompts(services: Services, tune_id: int | None = None, limit: int = 20
 
 
 def still_good(kept: Mapping[str, object]) -> dict[str, object]:
-    """What was kept of an older prompt, when it was not rendered, as far as it is a request now."""
+    """The parameters that older versions kept without an effect, as far as they are valid now."""
     good = {}
     for name, value in kept.items():
-        if name in (*PICTURES, "controlnet"):  # which would need the picture
+        if name in (*PICTURES, "controlnet"):  # these need a picture, which was not kept
             continue
         try:
             parse_request(PromptRequest, {"text": "a", name: value})

@@ -1,4 +1,4 @@
-"""What the verbs share: the services that they need, rows by id, and idempotency keys."""
+"""What the operations share: their services, rows by id, and idempotency keys."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from trainer.photos.intake import Decoder
 from trainer.settings import Settings
 from trainer.studio.store import Store
 
-EARLIER_LISTED = 100  # tunes, in the page's list of bases
-STOP_SECONDS = 120.0  # a step of the largest model on the slowest card, and saving it
+EARLIER_LISTED = 100  # most tunes in the page's list of bases
+STOP_SECONDS = 120.0  # enough for a step of the largest model on the slowest card, and for saving it
 
 
 @dataclass(frozen=True)
 class IdempotencyKey:
-    """The header `Idempotency-Key` of a request, and a digest of what it asked for."""
+    """The header `Idempotency-Key` of a request, and a digest of the request."""
 
     key: str
     digest: str
@@ -33,7 +33,7 @@ def idempotency_columns(key: IdempotencyKey | None) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Services:
-    """What the verbs of the studio need."""
+    """What the operations of the studio need."""
 
     settings: Settings
     store: Store
@@ -42,7 +42,7 @@ class Services:
 
 
 def tunes_by_id(services: Services) -> Callable[[int], TuneRow | None]:
-    """To look up a tune's row by its id."""
+    """A function that returns a tune's row by its id."""
     return lambda tune_id: tune_row(services, tune_id)
 
 
@@ -65,7 +65,7 @@ def find_by_idempotency_key(
 def find_by_idempotency_key(
     services: Services, table: Literal["tunes", "prompts"], key: IdempotencyKey | None
 ) -> TuneRow | PromptRow | None:
-    """What an equal request of the same key has made. Raises InvalidRequest where that was another request."""
+    """The row that an equal request with the same key created. Raises InvalidRequest if that request was different."""
     found = services.store.find(table, request_key=key.key, limit=1) if key else []
     if found and key and found[0]["request_digest"] != key.digest:
         message = f"was used for {table[:-1]} {found[0]['id']}, which was another request; take a new one"
@@ -78,7 +78,7 @@ def row_of(services: Services, table: Literal["tunes"], row_id: int) -> TuneRow:
 @overload
 def row_of(services: Services, table: Literal["prompts"], row_id: int) -> PromptRow: ...
 def row_of(services: Services, table: Literal["tunes", "prompts"], row_id: int) -> TuneRow | PromptRow:
-    """The row of this number. Raises NotFound."""
+    """The row with this id. Raises NotFound."""
     row = services.store.get(table, row_id)
     if row is None:
         raise NotFound(f"there is no {table[:-1]} {row_id}")

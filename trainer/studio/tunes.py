@@ -1,4 +1,4 @@
-"""The verbs of tunes: create, get, list, cancel, resume, change, delete; and the check of photos."""
+"""The operations on tunes: create, get, list, cancel, resume, change, delete; and the check of photos."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def create_tune(
     key: IdempotencyKey | None = None,
     listed: Bases | None = None,
 ) -> tuple[Tune, bool]:
-    """Queue a tune; False beside it: it was there already, by its idempotency key or its title (setting `idempotency`).
+    """Queue a tune. Returns (tune, False) if one exists with its idempotency key or title (setting `idempotency`).
 
-    data: the tune parameters but `images`, whose files are the uploads. listed: all bases, where the request has listed
-    them already. Raises InvalidRequest with all problems; nothing is kept then.
+    data: the tune parameters without `images`. uploads: the files of `images`. listed: all bases, if the request has
+    listed them already. Raises InvalidRequest with all errors; nothing is kept then.
     """
     request, count, problems = _parse(services, TuneRequest, data, uploads)
     listed = listed or bases.listed_once(services.settings)
@@ -63,7 +63,7 @@ def create_tune(
         return existing, False
     if len(request.prompts_attributes) > services.settings.max_prompts:
         problems["prompts_attributes"] = [f"must contain at most {services.settings.max_prompts} prompts"]
-    values: TuneValues | None = None  # where they cannot be settled
+    values: TuneValues | None = None  # if the request is invalid
     try:
         values = settle(services, request, max(1, count), listed)
     except InvalidRequest as invalid:
@@ -78,7 +78,7 @@ def create_tune(
             problems.setdefault("prompts_attributes", []).extend(numbered(invalid, number))
     fetches = request.image_urls or any(prompt.has_input for prompt in request.prompts_attributes)
     if problems and (fetches or "images" in problems):
-        raise InvalidRequest(problems)  # nothing is fetched for a request that is refused anyway
+        raise InvalidRequest(problems)  # nothing is downloaded for an invalid request
     try:
         with (
             intake(services.settings, services.decoder, uploads, request.image_urls, progress) as (work, photos),
@@ -93,7 +93,7 @@ def create_tune(
                 values["warnings"] = [*values["warnings"], *messages]
                 return _insert(services, request, values, work, photos, pictures, key, listed)
             different = sum(not photo.dropped for photo in photos)
-            if different != count:  # a photo that came twice is trained once
+            if different != count:  # a duplicate photo is trained once
                 values = settle(services, request, different, listed)
             return _insert(services, request, values, work, photos, pictures, key, listed)
     except InvalidRequest as invalid:
@@ -101,7 +101,7 @@ def create_tune(
 
 
 def own_name(request: TuneRequest, values: TuneValues | None) -> NamedTune:
-    """What the prompts of a request may call its tune by, which has no id yet."""
+    """The names by which the prompts of a request may refer to its tune, which has no id yet."""
     if values is None:
         return {"id": 0, "title": request.title, "token": request.token or "ohwx", "method": ""}
     return {"id": 0, "title": values["title"], "token": values["token"], "method": values["method"]}
@@ -110,10 +110,10 @@ def own_name(request: TuneRequest, values: TuneValues | None) -> NamedTune:
 def check_photos(
     services: Services, data: Mapping[str, object], uploads: Sequence[Upload], progress: ProgressCallback = no_progress
 ) -> Check:
-    """The verdicts that a tune with these parameters would give its photos; nothing is kept.
+    """The verdicts on photos, as for a tune with these parameters; nothing is kept.
 
-    data: tune parameters but `images`; none of them is needed, but without `name` face detection is skipped. Raises
-    InvalidRequest with all problems, CannotLook.
+    data: tune parameters without `images`. All are optional, but without `name` face detection is skipped. Raises
+    InvalidRequest with all errors, AnalysisUnavailable.
     """
     request, count, problems = _parse(services, CheckRequest, data, uploads)
     listed = bases.listed_once(services.settings)
@@ -134,7 +134,7 @@ def check_photos(
         else:
             warnings = [*warnings, "without a class name (`name`), face detection was skipped"]
         left = sum(not photo.dropped for photo in photos)
-        if left != count:  # the warnings of their number
+        if left != count:  # the warnings depend on the number of photos
             of_left = settle(services, request.as_tune(), max(1, left), listed)["warnings"]
             warnings = [*of_left, *warnings[len(values["warnings"]) :]]
         for number, photo in enumerate(photos):
@@ -147,7 +147,7 @@ def check_photos(
 def _parse(
     services: Services, model: type[R], data: Mapping[str, object], uploads: Sequence[Upload]
 ) -> tuple[R, int, dict[str, list[str]]]:
-    """The request, how many photos come with it, and what is wrong with their number. Raises InvalidRequest."""
+    """The request, its number of photos, and the errors about that number. Raises InvalidRequest."""
     problems: dict[str, list[str]] = {}
     urls = data.get("image_urls")
     count = sum(not u.name.lower().endswith(".txt") for u in uploads) + (len(urls) if isinstance(urls, list) else 0)
@@ -183,7 +183,7 @@ def list_tunes(
 
 
 def cancel_tune(services: Services, tune_id: int) -> Tune:
-    """Stop a tune: at once while it waits, within one step while it trains. Raises NotFound, Conflict."""
+    """Stop a tune: at once if it is queued, within one step if it trains. Raises NotFound, Conflict."""
     row = row_of(services, "tunes", tune_id)
     if row["status"] in ENDED:
         raise Conflict(f"tune {tune_id} is {row['status']} already")
@@ -193,7 +193,7 @@ def cancel_tune(services: Services, tune_id: int) -> Tune:
 
 
 def resume_tune(services: Services, tune_id: int) -> Tune:
-    """Queue a tune again that was canceled or has failed; it goes on from its state. Raises NotFound, Conflict."""
+    """Queue a canceled or failed tune again; it resumes from its last state. Raises NotFound, Conflict."""
     row = row_of(services, "tunes", tune_id)
     if row["status"] not in ("canceled", "failed"):
         raise Conflict(f"tune {tune_id} is {row['status']}; only a canceled or failed one can be resumed")
@@ -227,9 +227,9 @@ def change_tune(services: Services, tune_id: int, data: Mapping[str, object]) ->
 
 
 def delete_tune(services: Services, tune_id: int) -> None:
-    """Remove a tune with its prompts and files; a running one is stopped first. Raises NotFound, Conflict.
+    """Delete a tune with its prompts and files; a running one is stopped first.
 
-    One that is the base of others stays.
+    Raises NotFound; Conflict if it is the base of other tunes or does not stop.
     """
     row_of(services, "tunes", tune_id)
     deadline = time.monotonic() + STOP_SECONDS
@@ -249,7 +249,7 @@ def delete_tune(services: Services, tune_id: int) -> None:
 
 
 def _busy(services: Services, tune_id: int) -> bool:
-    """Whether the worker is at the tune or at one of its prompts, which are then asked to stop."""
+    """Whether the worker runs the tune or one of its prompts; this asks them to stop."""
     busy = False
     if row_of(services, "tunes", tune_id)["status"] == "training":
         services.store.update("tunes", tune_id, cancel=1)
@@ -261,12 +261,12 @@ def _busy(services: Services, tune_id: int) -> bool:
 
 
 def list_callbacks(services: Services, tune_id: int) -> list[Callback]:
-    """Those of a tune and its prompts, newest first; none of a tune that is not there."""
+    """The callbacks of a tune and its prompts, newest first; none if there is no such tune."""
     return [Callback.model_validate(row) for row in services.store.callbacks(tune_id)]
 
 
 def send_callbacks_again(services: Services, tune_id: int) -> list[Callback]:
-    """Post all callbacks of a tune and its prompts once more. Raises NotFound, Conflict."""
+    """Send all callbacks of a tune and its prompts again. Raises NotFound, Conflict."""
     row_of(services, "tunes", tune_id)
     if not services.store.send_callbacks_again(tune_id):
         raise Conflict(f"tune {tune_id} has no callback to send: none was requested, or nothing has ended yet")
@@ -284,24 +284,24 @@ def _insert(
     listed: Bases,
 ) -> tuple[Tune, bool]:
     if request.base_tune_id is not None or any(prompt.parsed.models for prompt in request.prompts_attributes):
-        listed()  # the models folder is scanned before the transaction, in which other writers wait
+        listed()  # scan the models folder before the transaction, in which other writers wait
     with services.store.transaction():
-        if known := find_by_idempotency_key(services, "tunes", key):  # made by another request meanwhile
+        if known := find_by_idempotency_key(services, "tunes", key):  # another request was faster
             return tune_answer(services, known), False
         if existing := same_title(services, request.title):
             return existing, False
         base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services), listed)
-        if base.id != values["base_id"]:  # it was deleted while the photos came
+        if base.id != values["base_id"]:  # it was deleted during the upload
             raise InvalidRequest({"base_tune_id": [f"{request.base_tune_id} is no base any more"]})
         row = {**values, **idempotency_columns(key), "photos": [photo.model_dump() for photo in photos]}
         if not MODEL_TYPES[values["method"]].trains:
-            moment = datetime.now(UTC)
+            ready = datetime.now(UTC)
             tune_id = services.store.add_ready_tune(
                 row,
                 files=[FORMATS[name] for name in MODEL_TYPES[values["method"]].formats],
-                started_training_at=stamp(moment),
-                trained_at=stamp(moment),
-                expires_at=expiry(services.settings, moment),
+                started_training_at=stamp(ready),
+                trained_at=stamp(ready),
+                expires_at=expiry(services.settings, ready),
                 progress={"stage": "trained"},
             )
         else:
@@ -315,7 +315,7 @@ def _insert(
         (work / "request.json").write_text(request.model_dump_json(exclude={"images"}, indent=1))
         target = tune_folder(services, tune_id)
         target.parent.mkdir(exist_ok=True)
-        discard(target)  # left by a crash between the rename and the commit, so that its number came again
+        discard(target)  # left by a crash between the rename and the commit; its id was then used again
         for path in work.rglob("*"):
             fsync(path)
         work.rename(target)
