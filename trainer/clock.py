@@ -57,7 +57,7 @@ class Loop:
             pause = self._wake, self._seconds
             try:
                 self._act()
-            except Exception:  # the top level of a thread: one failure must not end it
+            except Exception:  # the edge of a thread: one failure must not end it
                 log.exception("the thread %s failed; it tries again", self._name)
                 if self._retry_seconds is not None:
                     pause = self.stopping, self._retry_seconds

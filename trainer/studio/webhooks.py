@@ -60,7 +60,7 @@ class WebhookSender:
     def _post(self, callback: CallbackRow) -> None:
         try:
             attempt(self._services, callback)
-        except Exception:  # the top level of a thread: the callback is due again later
+        except Exception:  # the edge of a thread: the callback is due again later
             log.exception("callback %s was not posted", callback["id"])
         finally:
             self._under_way.discard(callback["id"])

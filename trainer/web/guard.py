@@ -124,7 +124,7 @@ class Guard:
         """Load the app in a thread, and keep its lifespan open until the end."""
         try:
             app = await asyncio.to_thread(self._load)
-        except BaseException as error:  # the top level of a thread: waiting requests get the error
+        except BaseException as error:  # the edge of a thread: waiting requests get the error
             log.exception("Tunebooth cannot start")
             self.failed = error
             self._ready.set()
@@ -134,7 +134,7 @@ class Guard:
             self._ready.set()
             try:
                 await asyncio.to_thread(self._begin)
-            except Exception as error:  # the top level of a thread: the app still answers
+            except Exception as error:  # the edge of a thread: the app still answers
                 log.exception("Tunebooth cannot work; it only answers")
                 self.failed = error
             await self._end.wait()

@@ -53,7 +53,7 @@ def tool(endpoint: Endpoint, text: type[Exception]) -> Endpoint:
             return await endpoint(**named)
         except text:
             raise
-        except Exception:  # clients do not see the message of an unexpected error; it is in the log
+        except Exception:  # the edge to a client: it does not see unexpected errors, the log does
             log.exception("the tool %s failed", endpoint.__name__)
             raise RuntimeError("internal error") from None
 

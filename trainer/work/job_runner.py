@@ -77,7 +77,7 @@ class JobRunner:
             self._store.finish(job, "failed", error=str(problem))
         except (JobInterrupted, Closed):
             self._requeue(job, reporter)
-        except Exception as error:  # the top level of a job: it must end, also after an error of a library
+        except Exception as error:  # the edge of a job: it must end, also after an error of a library
             log.exception("job %s failed", job)
             self._store.finish(job, "failed", error=explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING))
 

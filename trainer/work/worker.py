@@ -64,6 +64,6 @@ class Worker:
             leave_a_core_free()
             device = pick_device(self._settings.device)
             self._runner = JobRunner(self._settings, self._store, self._analyzer, device, self._loop.stopping)
-        except Exception as error:  # the top level of a thread: a broken driver or library raises any error
+        except Exception as error:  # the edge of a thread: a broken driver or library raises any error
             log.exception("no usable device")
             self._unable = f"no usable device: {explain(error)}"
