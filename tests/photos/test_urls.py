@@ -610,10 +610,11 @@ def test_a_caller_who_stops_listening_waits_for_nothing(net: Net, settings: Sett
 
 
 def test_one_bad_address_leaves_nothing_and_is_named(net: Net, services: Services) -> None:
-    bad = "http://private.test/b.png"
-    asked = [public("a.png"), bad, public("c.png")]
+    bad = "http://private.test/good-2.png"
+    asked = [public("good-1.png"), bad, public("good-3.png")]
     with pytest.raises(InvalidRequest) as refused:
         tunes.create_tune(services, {"title": "Rex", "name": "dog", "branch": "fast", "image_urls": asked}, [])
     assert refused.value.problems == {"image_urls": [f"{bad} cannot be fetched"]}
-    assert sorted(path for path, _ in net.server.asked) == ["/a.png", "/c.png"]
+    # The request of an earlier test that was given up may reach the server as late as now.
+    assert sorted(path for path, _ in net.server.asked if "good" in path) == ["/good-1.png", "/good-3.png"]
     assert left_behind(services) == []

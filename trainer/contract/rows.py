@@ -68,6 +68,7 @@ class TuneRow(TuneValues):
     expires_at: str | None
     request_key: str | None
     request_digest: str | None
+    body_digest: str | None
 
 
 class PromptToRender(TypedDict):
@@ -90,11 +91,16 @@ class PromptToRender(TypedDict):
 
 
 class PromptRow(PromptToRender):
-    """A row of `prompts`. named: (kind, id, weight) of each model in its text; None: not resolved yet."""
+    """A row of `prompts`. named: (kind, id, weight) of each model in its text; None: not resolved yet.
+
+    tune_id: of the tune whose folder has its files; None: the base's folder. base_id: the base that it was posted to;
+    None: it was posted to its tune. lora_id: the first tune that the text of a prompt on a base names.
+    """
 
     id: int
-    tune_id: int
+    tune_id: int | None
     base_id: int | None
+    lora_id: int | None
     files: list[str]
     status: PromptStatus
     cancel: int
@@ -109,6 +115,7 @@ class PromptRow(PromptToRender):
     trained_at: str | None
     request_key: str | None
     request_digest: str | None
+    body_digest: str | None
 
 
 class ExportRow(TypedDict):
@@ -130,7 +137,7 @@ class CallbackRow(TypedDict):
     """A row of `callbacks`. due_at: the time of the next attempt; None: no more attempts."""
 
     id: int
-    tune_id: int
+    tune_id: int | None
     prompt_id: int | None
     kind: str
     url: str

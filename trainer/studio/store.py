@@ -18,7 +18,7 @@ from typing import Literal, TypedDict, Unpack, cast, overload
 
 from trainer.clock import now
 from trainer.contract.rows import CallbackRow, ExportRow, PromptRow, TuneRow
-from trainer.studio.migrations import MIGRATIONS
+from trainer.studio.migrations import migrate
 
 Table = Literal["tunes", "prompts", "exports"]
 Row = TuneRow | PromptRow | ExportRow
@@ -84,12 +84,7 @@ class Store:
         self._local = threading.local()
         self._writing = threading.Lock()  # one writer at a time; a lock is fair, SQLite's busy wait is not
         self.changed = threading.Event()  # set when there may be a new job
-        try:
-            self._migrate()
-        except sqlite3.OperationalError:
-            raise  # for example a full disk
-        except sqlite3.DatabaseError as problem:
-            raise self._damaged(str(problem)) from problem
+        migrate(self._db, self._path)
 
     def close(self) -> None:
         self._lock_file.close()
@@ -120,21 +115,6 @@ class Store:
             with self._db:  # commits, or rolls back after an error
                 yield self._db
 
-    def _migrate(self) -> None:
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(MIGRATIONS):
-            raise RuntimeError(f"{self._path} was made by a newer version of Tunebooth; upgrade to open it")
-        for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            self._db.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
-        check = self._db.execute("PRAGMA integrity_check").fetchone()[0]
-        if check != "ok":
-            raise self._damaged(check)
-
-    def _damaged(self, how: str) -> RuntimeError:
-        return RuntimeError(
-            f"{self._path} is damaged ({how}); restore a copy, or move it away to start with an empty database"
-        )
-
     def add_tune(self, values: Mapping[str, object]) -> int:
         """Insert a tune and its job, in one transaction; the caller's `transaction()` may add its prompts."""
         with self.transaction() as db:
@@ -153,7 +133,7 @@ class Store:
         """Insert a prompt and its job, in one transaction."""
         with self.transaction() as db:
             prompt_id = self._insert("prompts", values)
-            db.execute("INSERT INTO jobs (tune_id, prompt_id) VALUES (?, ?)", (values["tune_id"], prompt_id))
+            db.execute("INSERT INTO jobs (tune_id, prompt_id) VALUES (?, ?)", (values.get("tune_id"), prompt_id))
         return prompt_id
 
     def add_export(self, tune_id: int, format_: str) -> None:
