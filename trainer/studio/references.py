@@ -59,8 +59,8 @@ def resolve(store: Store, listed: Bases, parsed: ParsedText, branch: str | None,
     return found
 
 
-def of_row(store: Store, listed: Bases, prompt: PromptRow, tune: TuneRow, branch: str) -> list[Named]:
-    """The models of a prompt in the store, resolved now if they were not before. Raises InvalidRequest."""
+def of_row(store: Store, listed: Bases, prompt: PromptRow, tune: TuneRow | None, branch: str) -> list[Named]:
+    """The models of a prompt in the store. Raises InvalidRequest where it was never looked up, and cannot be now."""
     if prompt["named"] is None:
         return resolve(store, listed, prompt_of(prompt).parsed, branch, tune)
     return [Named(*one) for one in prompt["named"]]
