@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     key: SecretStr | None = Field(None, description="API key. Made at first start where one is needed.")
     public_url: str | None = Field(None, description="Address that links in answers begin with.")
     idempotency: Literal["off", "tunes", "all"] = Field(
-        "tunes", description="Whether a request that was sent before, title and all, answers what it made then."
+        "tunes", description="Which repeated requests (title included) answer with what the first one created."
     )
     webhook_secret: SecretStr | None = Field(
         None, description="Signs callbacks (Standard Webhooks): base64, with or without whsec_ before it."
@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     @field_validator("idempotency", mode="before")
     @classmethod
     def _was_a_switch(cls, value: object) -> object:
-        """Until version 0.1 it was true or false."""
+        """Accept true and false, the values until version 0.1."""
         return {"true": "tunes", "1": "tunes", "false": "off", "0": "off"}.get(str(value).lower(), value)
 
     @field_validator("webhook_secret")

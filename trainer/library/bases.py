@@ -71,7 +71,7 @@ def listed_once(settings: Settings) -> Bases:
 
 
 def by_id(listed: Bases, base_id: int) -> Base | None:
-    """The base of this number."""
+    """The base with this id; None: there is none."""
     return next((base for base in listed() if base.id == base_id), None)
 
 

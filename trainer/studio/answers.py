@@ -101,16 +101,16 @@ def prompt_answer(services: Services, row: PromptRow) -> Prompt:
     prompt_id, place, home = row["id"], place_of(row), services.settings.outputs / prompt_home(row)
     wanted = row["attributes"]
     folder = home / "prompts" / str(prompt_id)
-    beside = {name: wanted.get(name) or (False if name in FLAGS else None) for name in BESIDE}
+    attributes = {name: wanted.get(name) or (False if name in FLAGS else None) for name in ATTRIBUTES}
     thumbs = [f"{Path(file).stem}.thumb.jpg" for file in row["files"]]
-    small = bool(thumbs) and (folder / thumbs[0]).exists()  # older ones have none
+    small = bool(thumbs) and (folder / thumbs[0]).exists()  # not in older ones
 
     def link(file: Path) -> str:
         return make_link(services.settings, link_path(services.settings, file))
 
     preview = home / "previews" / f"{prompt_id}.jpg"
     preview_link = None
-    if row["status"] == "rendering" and preview.exists():  # with the step: a browser would keep the first one
+    if row["status"] == "rendering" and preview.exists():  # the step: against the browser's cache
         preview_link = f"{link(preview)}&step={row['progress'].get('step')}"
     inputs = {
         name: link(home / "inputs" / str(prompt_id) / str(wanted[name])) if name in wanted else None

@@ -11,11 +11,11 @@ from urllib.parse import quote, urlencode
 from trainer.settings import Settings
 
 MODEL_LINK_SECONDS = 24 * 3600
-BASES = "bases/"  # begins the path of a file of a prompt on a base
+BASES = "bases/"  # the beginning of the link paths of prompts on a base
 
 
 def make_link(settings: Settings, path: str, lifetime_s: int | None = None) -> str:
-    """A link to a file by its `link_path`; with a lifetime it ends some time after it, else never.
+    """A link to a file by its `link_path`; with a lifetime it expires, at least so many seconds from now.
 
     The end is rounded up to the hour, so that repeated answers have the same links.
     """
@@ -36,7 +36,7 @@ def open_link(settings: Settings, path: str, expires: int, signature: str) -> Pa
 
 
 def link_path(settings: Settings, file: Path) -> str:
-    """How a link names a file: below `outputs/tunes`, or as `bases/...`."""
+    """The path of a file in a link: relative to `outputs/tunes`, or `bases/...`."""
     return file.relative_to(settings.outputs).as_posix().removeprefix("tunes/")
 
 

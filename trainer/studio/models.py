@@ -23,7 +23,7 @@ def list_base_tunes(
     title: str | None = None,
     model_type: str | None = None,
 ) -> list[dict[str, object]]:
-    """All base models, those of the models folder among them; `error` says why one cannot be used."""
+    """All base models, including those of the models folder; `error` says why one cannot be used."""
     found = [
         base_row(services, base) | {"repository": base.repository, "error": base.error, "stands_on": list(base.chain)}
         for base in bases.list_bases(services.settings)
@@ -33,7 +33,7 @@ def list_base_tunes(
 
 
 def base_row(services: Services, base: Base) -> dict[str, object]:
-    """What a base has of the keys of a tune. name: it has no class name."""
+    """The keys of a tune that a base has. name: empty, since a base has no class name."""
     return {
         "id": base.id,
         "title": base.title,
@@ -47,7 +47,7 @@ def base_row(services: Services, base: Base) -> dict[str, object]:
 
 
 def base_answer(services: Services, base: Base) -> Tune:
-    """A base in the shape of a tune, with the prompts that were posted on it."""
+    """A base as a tune, with the prompts that were posted to it."""
     file = base.model or base.path or services.settings.presets / f"{base.branch}.toml"
     since = stamp(datetime.fromtimestamp(file.stat().st_mtime, UTC)) if file.exists() else stamp(datetime.now(UTC))
     prompts = [prompt_answer(services, row) for row in reversed(services.store.prompts_under(base.id))]

@@ -44,9 +44,9 @@ def check_prompt(services: Services, request: PromptRequest) -> None:
 
 
 def keep_pictures(services: Services, prompt_id: int, folder: Path, target: Path | None = None) -> None:
-    """Move the pictures that a prompt starts from to where they stay, and note their names.
+    """Move the input pictures of a prompt into its folder, and store their names.
 
-    target: where that is for a tune that is just being made; None: in the folder of its tune or base.
+    target: that folder, if the tune is being created; None: in the folder of its tune or base.
     """
     row = row_of(services, "prompts", prompt_id)
     names = {path.stem: path.name for path in folder.iterdir()}
@@ -55,12 +55,12 @@ def keep_pictures(services: Services, prompt_id: int, folder: Path, target: Path
 
 
 def pictures_of(services: Services, row: PromptRow) -> Path:
-    """Where the pictures are that a prompt starts from."""
+    """The folder of a prompt's input pictures."""
     return services.settings.outputs / prompt_home(row) / "inputs" / str(row["id"])
 
 
 def prompt_values(request: PromptRequest, named: Sequence[Named]) -> dict[str, object]:
-    """The columns of a prompt that its request decides."""
+    """The columns of a prompt that come from its request."""
     return {
         **{name: getattr(request, name) for name in COLUMNS},
         "num_images": request.num_images or API_NUM_IMAGES,

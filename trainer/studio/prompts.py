@@ -25,7 +25,7 @@ from trainer.studio.idempotency import (
     idempotency_columns,
 )
 from trainer.studio.prompt_rules import check_prompt, keep_pictures, pictures_of, prompt_values
-from trainer.studio.references import GONE, Named, resolve
+from trainer.studio.references import UNUSABLE, Named, resolve
 from trainer.studio.rows import STOP_SECONDS, Services, place_of, prompt_home, row_of, tune_row
 
 
@@ -37,9 +37,9 @@ def create_prompt(
     key: IdempotencyKey | None = None,
     listed: Bases | None = None,
 ) -> Prompt:
-    """Queue a prompt on a tune that has, or is getting, a model, or on a base. Raises NotFound, InvalidRequest.
+    """Queue a prompt on a tune that has a model or is being trained, or on a base. Raises NotFound, InvalidRequest.
 
-    place_id: of the tune or base. listed: all bases, where the request has listed them already.
+    place_id: of the tune or base. listed: all bases, if the request has listed them already.
     """
     listed = listed or bases.listed_once(services.settings)
     place = tune_or_base(services, place_id, listed)
@@ -55,10 +55,10 @@ def create_prompt(
         services.store.transaction(),
     ):
         if known := find_by_idempotency_key(services, "prompts", key) or equal_prompt(services, place_id, digest):
-            return prompt_answer(services, known)  # made by another request meanwhile
+            return prompt_answer(services, known)  # another request was faster
         where: dict[str, object] = {"tune_id": place_id}
         if tune is not None:
-            if (status := row_of(services, "tunes", place_id)["status"]) in GONE:
+            if (status := row_of(services, "tunes", place_id)["status"]) in UNUSABLE:
                 raise InvalidRequest({"tune_id": [f"tune {place_id} is {status}; it has no model"]})
         else:
             where = {"base_id": place_id, "lora_id": first_tune(services, named)}
@@ -71,7 +71,7 @@ def create_prompt(
 
 
 def tune_or_base(services: Services, place_id: int, listed: Bases) -> TuneRow | Base:
-    """The tune or the base of this number. Raises NotFound; InvalidRequest for a base that cannot be used."""
+    """The tune or base with this id. Raises NotFound; InvalidRequest for a base that cannot be used."""
     if tune := tune_row(services, place_id):
         return tune
     base = bases.by_id(listed, place_id)
@@ -106,7 +106,7 @@ def duplicate_prompt(
 
 
 def own_pictures(services: Services, row: PromptRow) -> dict[str, object]:
-    """The pictures that a prompt starts from, as uploads in place of their addresses."""
+    """The input pictures of a prompt, as uploads that replace their addresses."""
     folder = pictures_of(services, row)
     found = {name: inputs.find(folder, name) for name in PICTURES}
     kept: dict[str, object] = {name: Upload(path.name, path) for name, path in found.items() if path}
@@ -114,7 +114,7 @@ def own_pictures(services: Services, row: PromptRow) -> dict[str, object]:
 
 
 def delete_prompt(services: Services, prompt_id: int, place_id: int | None = None) -> None:
-    """Remove a prompt and its pictures; one that renders is stopped first. Raises NotFound, Conflict.
+    """Remove a prompt and its pictures; its rendering is stopped first. Raises NotFound, Conflict.
 
     place_id: a tune or base that it must be listed under.
     """
@@ -134,7 +134,7 @@ def delete_prompt(services: Services, prompt_id: int, place_id: int | None = Non
 
 
 def _listed_under(row: PromptRow, place_id: int | None) -> PromptRow:
-    """The row. Raises NotFound where it is not listed under a tune or base; None: under any."""
+    """The row. Raises NotFound unless it is listed under this tune or base; place_id None: under any."""
     if place_id not in (None, row["tune_id"], row["base_id"], row["lora_id"]):
         raise NotFound(f"tune {place_id} has no prompt {row['id']}")
     return row

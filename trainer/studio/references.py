@@ -60,7 +60,7 @@ def resolve(store: Store, listed: Bases, parsed: ParsedText, branch: str | None,
 
 
 def of_row(store: Store, listed: Bases, prompt: PromptRow, tune: TuneRow | None, branch: str) -> list[Named]:
-    """The models of a prompt in the store. Raises InvalidRequest where it was never looked up, and cannot be now."""
+    """The models of a prompt in the store, resolved now if they were not before. Raises InvalidRequest."""
     if prompt["named"] is None:
         return resolve(store, listed, prompt_of(prompt).parsed, branch, tune)
     return [Named(*one) for one in prompt["named"]]

@@ -1,4 +1,4 @@
-"""What the verbs share: the services that they need, rows by id, and the folders of rows."""
+"""What the operations share: their services, rows by id, and the folders of rows."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def tune_folder(services: Services, tune_id: int) -> Path:
 
 
 def prompt_home(row: PromptRow) -> str:
-    """The folder below outputs that has the files of a prompt: its tune's, else its base's."""
+    """The folder with the files of a prompt, relative to outputs: its tune's, else its base's."""
     return f"bases/{row['base_id']}" if row["tune_id"] is None else f"tunes/{row['tune_id']}"
 
 
 def place_of(row: PromptRow) -> int:
-    """Where a prompt was posted: the number of a base or of a tune."""
+    """The id of the base or tune that a prompt was posted to."""
     place = row["base_id"] if row["tune_id"] is None else row["base_id"] or row["tune_id"]
     assert place is not None, "the table has a check for it"
     return place

@@ -51,7 +51,7 @@ class InUse(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work: a tune to train, a prompt to render, or an export to make.
+    """A job: train a tune, render a prompt, or make an export.
 
     tune_id: None for a prompt on a base.
     """
@@ -89,12 +89,12 @@ class Store:
         self._lock_file.flush()
         self._path = outputs / "tunebooth.db"
         self._local = threading.local()
-        self._writing = threading.Lock()  # one writer at a time; waiting here is fair, SQLite's own busy wait is not
-        self.changed = threading.Event()  # set when there may be something to do
+        self._writing = threading.Lock()  # one writer at a time; a lock is fair, SQLite's busy wait is not
+        self.changed = threading.Event()  # set when there may be a new job
         try:
             migrate(self._db, self._path)
         except sqlite3.OperationalError:
-            raise  # a full disk, for example
+            raise  # for example a full disk
         except sqlite3.DatabaseError as problem:
             raise damaged(self._path, str(problem)) from problem
 
@@ -292,7 +292,7 @@ class Store:
     # Callbacks
 
     def callbacks(self, place_id: int) -> list[CallbackRow]:
-        """All of a tune or base and its prompts, newest first."""
+        """The callbacks of a tune or base and its prompts, newest first."""
         found = self._db.execute(
             "SELECT * FROM callbacks WHERE tune_id = ?1"
             " OR prompt_id IN (SELECT id FROM prompts WHERE tune_id IS NULL AND base_id = ?1) ORDER BY id DESC",
@@ -320,7 +320,7 @@ class Store:
             return db.execute(again, (now(), tune_id)).rowcount
 
     def prompts_under(self, place_id: int, limit: int = -1, offset: int = 0) -> list[PromptRow]:
-        """The prompts of a tune, those on bases whose first model it is, or those of a base; newest first."""
+        """The prompts of a tune (and those on bases that name it first), or of a base; newest first."""
         found = self._db.execute(
             "SELECT * FROM prompts WHERE ?1 IN (tune_id, base_id, lora_id) ORDER BY id DESC LIMIT ?2 OFFSET ?3",
             (place_id, limit, offset),

@@ -51,7 +51,7 @@ def create_tune(
     key: IdempotencyKey | None = None,
     listed: Bases | None = None,
 ) -> tuple[Tune, bool]:
-    """Queue a tune; False with it: an equal request has made it, by its idempotency key or its title.
+    """Queue a tune. Returns (tune, False) if an equal request, by its idempotency key or its title, created it before.
 
     data: the tune parameters without `images`. uploads: the files of `images`. listed: all bases, if the request has
     listed them already. Raises InvalidRequest with all errors; nothing is kept then.
@@ -164,7 +164,7 @@ def _parse(
 
 
 def get_tune(services: Services, tune_id: int) -> Tune:
-    """A tune, or a base in its shape. Raises NotFound."""
+    """A tune, or a base as a tune. Raises NotFound."""
     row = tune_row(services, tune_id)
     if row is None and (base := bases.by_id(bases.listed_once(services.settings), tune_id)):
         return base_answer(services, base)
@@ -172,13 +172,13 @@ def get_tune(services: Services, tune_id: int) -> Tune:
 
 
 def list_tunes(services: Services, **query: Unpack[Query]) -> list[Tune]:
-    """Newest first; 20 where the query has no `limit`."""
+    """Newest first; 20 if the query has no `limit`."""
     query.setdefault("limit", 20)
     return [tune_answer(services, row) for row in services.store.find("tunes", **query)]
 
 
 def cancel_tune(services: Services, tune_id: int) -> Tune:
-    """Stop a tune: at once while it waits, within one step while it trains. Raises NotFound, Conflict."""
+    """Stop a tune: at once if it is queued, within one step if it trains. Raises NotFound, Conflict."""
     with services.store.transaction():
         row = row_of(services, "tunes", tune_id)
         if row["status"] in ENDED:
@@ -189,7 +189,7 @@ def cancel_tune(services: Services, tune_id: int) -> Tune:
 
 
 def resume_tune(services: Services, tune_id: int) -> Tune:
-    """Queue a tune again that was canceled or has failed; it goes on from its state. Raises NotFound, Conflict."""
+    """Queue a canceled or failed tune again; it resumes from its last state. Raises NotFound, Conflict."""
     with services.store.transaction():
         row = row_of(services, "tunes", tune_id)
         if row["status"] not in ("canceled", "failed"):
@@ -243,7 +243,7 @@ def delete_tune(services: Services, tune_id: int) -> None:
 
 
 def _busy(services: Services, tune_id: int) -> bool:
-    """Whether the worker is at the tune or at a prompt that uses it; its own prompts are asked to stop."""
+    """Whether the worker runs the tune or a prompt that uses it; this asks the tune and its own prompts to stop."""
     busy = False
     if row_of(services, "tunes", tune_id)["status"] == "training":
         services.store.update("tunes", tune_id, cancel=1)
@@ -252,7 +252,7 @@ def _busy(services: Services, tune_id: int) -> bool:
         if prompt["tune_id"] == tune_id:
             services.store.update("prompts", prompt["id"], cancel=1)
             busy = True
-        busy = busy or tune_id in tunes_of(prompt)  # a prompt of another tune or of a base comes to its end
+        busy = busy or tune_id in tunes_of(prompt)  # prompts of another tune or of a base are not stopped
     return busy or bool(services.store.find("exports", tune_id=tune_id, status="exporting"))
 
 
@@ -262,7 +262,7 @@ def list_callbacks(services: Services, tune_id: int) -> list[Callback]:
 
 
 def send_callbacks_again(services: Services, tune_id: int) -> list[Callback]:
-    """Post all callbacks of a tune and its prompts once more. Raises NotFound, Conflict."""
+    """Send all callbacks of a tune and its prompts again. Raises NotFound, Conflict."""
     with services.store.transaction():
         row_of(services, "tunes", tune_id)
         if not services.store.send_callbacks_again(tune_id):

@@ -84,7 +84,7 @@ def attempt(services: Services, callback: CallbackRow) -> None:
 
 
 def entity(services: Services, callback: CallbackRow) -> dict[str, object]:
-    """What is posted: as `GET` would answer it now, so that its links are fresh. Raises NotFound."""
+    """The body: the current answer of `GET`, so that its links are new. Raises NotFound."""
     if (prompt_id := callback["prompt_id"]) is not None:
         return {"prompt": prompts.get_prompt(services, prompt_id).model_dump()}
     assert callback["tune_id"] is not None, "only a prompt can be without a tune"

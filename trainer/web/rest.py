@@ -153,7 +153,7 @@ def prompt_routes(app: FastAPI, services: Services) -> None:
 
     @app.post("/tunes/{tune_id}/prompts", status_code=201, openapi_extra=PROMPT_BODY)
     async def create_prompt(tune_id: int, request: Request) -> Prompt:
-        """Render a prompt with a tune, or on a base (see `/gallery/tunes`)."""
+        """Render a prompt with a tune or with a base (see `/gallery/tunes`)."""
         async with sent(request, services, "prompt", len(PICTURES)) as data:
             key = await run_in_threadpool(read_idempotency_key, request, data, [])
             return await run_in_threadpool(prompts.create_prompt, services, tune_id, data, no_progress, key)
@@ -245,7 +245,7 @@ def list_routes(app: FastAPI, services: Services) -> None:
         title: str | None = None,
         model_type: str | None = None,
     ) -> list[dict[str, object]]:
-        """Base models that a tune can start from, and that prompts can be posted on."""
+        """Base models, to train tunes on and to post prompts to."""
         return models.list_base_tunes(services, branch, limit, title, model_type)
 
     @app.get("/presets")

@@ -100,7 +100,7 @@ class JobRunner:
             self._requeue(job, reporter)
 
     def _requeue(self, job: Job, reporter: Reporter) -> None:
-        """End a job that was stopped: for good where that was asked for, else until the next start."""
+        """Requeue a stopped job if the app ends; otherwise it was canceled."""
         if self._stopping.is_set() and not self._store.cancel_wanted(*job.target):
             self._store.put_back(job)
             log.info("%s %s is paused; it resumes at the next start", job.target[0][:-1], job.target[1])
@@ -166,7 +166,7 @@ class JobRunner:
     def _render(self, job: Job, prompt_id: int, reporter: Reporter) -> None:
         prompt = self._must(self._store.get("prompts", prompt_id))
         tune_id = prompt["tune_id"] or prompt["lora_id"]
-        tune = self._tune_row(tune_id) if tune_id else None  # None: on a base, with no tune's LoRA first
+        tune = self._tune_row(tune_id) if tune_id else None  # None: a prompt on a base that names no tune
         try:
             models = self._to_render(prompt, tune, reporter)
             folder = self._settings.outputs / prompt_home(prompt)
@@ -188,7 +188,7 @@ class JobRunner:
         self._store.finish(job, "rendered", files=files, warnings=warnings, **ended)
 
     def _to_render(self, prompt: PromptRow, tune: TuneRow | None, reporter: Reporter) -> Models:
-        """What a prompt is rendered with. tune: its own, or on a base the first that it names; None: neither."""
+        """The models of a prompt. tune: its own, or on a base the first that it names; None: neither."""
         listed = bases.listed_once(self._settings)
         base = self._base_of_prompt(prompt, tune, listed)
         named = references.of_row(self._store, listed, prompt, tune, base.branch)
@@ -217,9 +217,9 @@ class JobRunner:
         return Models(title, base, loras, self._face(face, base, reporter) if face else None, is_person)
 
     def _base_of_prompt(self, prompt: PromptRow, tune: TuneRow | None, listed: Bases) -> Base:
-        """What a prompt is rendered on: its tune's base, or the base that it was posted on.
+        """The base of a prompt: its tune's base, or the base that it was posted to.
 
-        A LoRA whose first base that is comes with what it was trained on, which may be a checkpoint derived from it.
+        If its lineage begins with that base, the tune's own base is used, such as a checkpoint derived from it.
         """
         if tune is not None and MODEL_TYPES[tune["method"]].trains and prompt["base_id"] in (None, self._root(tune)):
             return bases.of_tune(self._settings, tune, self._tune_row, listed)
@@ -227,7 +227,7 @@ class JobRunner:
         return bases.resolve(self._settings, base_id, branch, self._tune_row, listed)
 
     def _root(self, tune: TuneRow) -> int:
-        """The base that the first tune of a lineage was trained on."""
+        """The id of the base that the first tune of a lineage was trained on."""
         while earlier := self._tune_row(tune["base_id"]):
             tune = earlier
         return tune["base_id"]

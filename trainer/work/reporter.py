@@ -34,7 +34,7 @@ class Reporter:
         self._stopping = stopping
         self._device = device
         self._table, self._row = job.target
-        folder = settings.outputs / self._table / str(self._row)  # only tunes have one, and a log
+        folder = settings.outputs / self._table / str(self._row)  # only tunes have a folder and a log
         self._log = folder / "log.jsonl"
         self._board = tensorboard(folder / "tensorboard") if settings.tensorboard and self._table == "tunes" else None
         self._began = time.monotonic()
