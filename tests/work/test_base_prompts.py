@@ -1,4 +1,4 @@
-"""A prompt lives where it was posted: on a base it is rendered, listed and deleted there, and stays without its LoRA."""
+"""A prompt lives where it was posted: on a base it is rendered, listed and deleted there; it stays without its LoRA."""
 
 from __future__ import annotations
 
