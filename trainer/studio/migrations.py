@@ -1,4 +1,4 @@
-"""The steps of the database's schema, oldest first, and their application; a released step never changes."""
+"""The migrations of the database's schema, oldest first, and the code that applies them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRIGGERS = """
         AND NOT EXISTS (SELECT 1 FROM callbacks WHERE tune_id = NEW.tune_id AND kind = 'prompts');
     END;
 """
-# Applied in order, each in one transaction; `user_version` counts them. Never edit one that has landed: add another.
+# Applied in order, each in one transaction; `user_version` counts them. Never edit a released migration: add another.
 MIGRATIONS = [
     """
     CREATE TABLE tunes (
@@ -204,16 +204,16 @@ MIGRATIONS = [
 
 
 def migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Bring a database to the newest schema, after a backup; check that it is whole.
+    """Migrate a database to the newest schema, after a backup; check its integrity.
 
-    path: of its file. Raises RuntimeError for a damaged database and for one of a newer version, and sqlite3.Error.
+    path: its file. Raises RuntimeError for a damaged database and for one of a newer version, and sqlite3.Error.
     """
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
         raise RuntimeError(f"{path} was made by a newer version of Tunebooth; upgrade to open it")
     if 0 < version < len(MIGRATIONS):
         back_up(db, path.with_name(f"{path.name}.version-{version}"))
-    db.execute("PRAGMA foreign_keys=OFF")  # a table that is rebuilt is dropped first (sqlite.org/lang_altertable.html)
+    db.execute("PRAGMA foreign_keys=OFF")  # a rebuilt table is dropped first (sqlite.org/lang_altertable.html)
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         try:
             db.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
@@ -230,7 +230,7 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
 
 
 def back_up(db: sqlite3.Connection, target: Path) -> None:
-    """Copy a database to a file that is complete or not there."""
+    """Copy a database to a file that is complete or absent."""
     partial = target.with_name(f"{target.name}{PARTIAL}")
     partial.unlink(missing_ok=True)
     with closing(sqlite3.connect(partial)) as copy:
