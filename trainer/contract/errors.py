@@ -22,6 +22,10 @@ class Conflict(Exception):
     """Not in this state. REST answers it with 409."""
 
 
+class ModelChanged(Conflict):
+    """A file of a model is not the one that was trained: which one, and what to do. REST answers it with 409."""
+
+
 class AnalysisUnavailable(Exception):
     """A photo that cannot be looked at, and why. REST answers it with 503; a tune fails."""
 

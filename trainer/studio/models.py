@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound, words
 from trainer.library import bases
 from trainer.names import MODEL_TYPES
+from trainer.studio import checksums
 from trainer.studio.answers import here
-from trainer.studio.links import MODEL_LINK_SECONDS, make_link
+from trainer.studio.links import MODEL_LINK_SECONDS, make_link, open_link
 from trainer.studio.rows import EARLIER_LISTED, Services, row_of, tune_row
 
 
@@ -54,6 +57,15 @@ def model_link(services: Services, tune_id: int, format_: str | None = None) -> 
 
 def model_file_link(services: Services, tune_id: int, path: str) -> str:
     return make_link(services.settings, f"{tune_id}/{path}", MODEL_LINK_SECONDS)
+
+
+def open_file(services: Services, path: str, expires: int, signature: str) -> Path:
+    """The file that a link names; one of a model is verified first. Raises NotFound, ModelChanged."""
+    file = open_link(services.settings, path, expires, signature)
+    if file is None:
+        raise NotFound("invalid or expired link")
+    checksums.verify(services.store, services.settings.outputs, file)
+    return file
 
 
 def model_formats(services: Services, tune_id: int) -> dict[str, tuple[str | None, str]]:

@@ -84,6 +84,7 @@ class Store:
         self._local = threading.local()
         self._writing = threading.Lock()  # one writer at a time; waiting here is fair, SQLite's own busy wait is not
         self.changed = threading.Event()  # set when there may be something to do
+        self.verified: dict[Path, tuple[int, int]] = {}  # model files with the checksum they should have: size, mtime
         migrate(self._db, self._path)
 
     def close(self) -> None:
