@@ -82,6 +82,12 @@ def entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
+def numbered(folder: Path) -> list[Path]:
+    """The folders in it whose names are numbers, in their order."""
+    found = [path for path in entries(folder) if NUMBER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
 # Folders without a row
 
 
@@ -96,16 +102,18 @@ def find_orphans(store: Store, outputs: Path) -> Orphans:
         for number, tune_id, base_id in places
     }
 
-    def without(found: list[Path], known: set[str]) -> list[Path]:
-        named = {path.relative_to(outputs).as_posix(): path for path in found if NUMBER.fullmatch(path.name)}
-        lost = [path for name, path in named.items() if name not in known | deleted and path.is_dir()]
-        return sorted(lost, key=lambda path: (path.parent, int(path.name)))
+    def lost(found: list[Path], known: set[str]) -> list[Path]:
+        return [path for path in found if path.relative_to(outputs).as_posix() not in known | deleted]
 
-    lost_tunes = without(entries(outputs / TUNES), tunes)
-    in_tunes = [path for path in outputs.glob(f"{TUNES}/*/prompts/*") if path.parents[1] not in lost_tunes]
-    in_tunes = [path for path in in_tunes if path.parents[1].relative_to(outputs).as_posix() in tunes - deleted]
-    in_bases = [path for path in outputs.glob(f"{BASES}/*/prompts/*") if path.parents[1].name.isdecimal()]
-    return Orphans(lost_tunes, without([*in_tunes, *in_bases], prompts))
+    of_tunes = numbered(outputs / TUNES)
+    lost_tunes = lost(of_tunes, tunes)
+    homes = [*lost(of_tunes, {path.relative_to(outputs).as_posix() for path in lost_tunes}), *numbered_bases(outputs)]
+    return Orphans(lost_tunes, [path for home in homes for path in lost(numbered(home / "prompts"), prompts)])
+
+
+def numbered_bases(outputs: Path) -> list[Path]:
+    """The folders of bases that have prompts of their own."""
+    return sorted(path for path in entries(outputs / BASES) if path.name.isdecimal())
 
 
 def noted_deletions(store: Store) -> set[str]:

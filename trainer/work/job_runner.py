@@ -174,8 +174,8 @@ class JobRunner:
         )
         try:
             models = self._to_render(prompt, tune, reporter)
-            face = models.face and models.face.folder
-            self._verify(*files_of(models.base), *(one.model for one in models.loras), face)
+            faces = [models.face.folder] if models.face else []
+            self._verify(*files_of(models.base), *(one.model for one in models.loras), *faces)
             folder = self._settings.outputs / "tunes" / str(tune["id"])
             inputs = folder / "inputs" / str(prompt_id)
             plan = make_plan(prompt, tune["characteristics"], models.base.branch, inputs, self._settings.presets)

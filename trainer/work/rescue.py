@@ -1,0 +1,153 @@
+"""`app.py rescue`: takes tunes and prompts in again whose files are there and whose rows are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainer.contract.prompts import PromptRequest
+from trainer.files import PARTIAL
+from trainer.library import bases
+from trainer.library.bases import Bases
+from trainer.photos.analysis import PhotoAnalyzer
+from trainer.photos.intake import Decoder
+from trainer.rendering.pictures import read_facts
+from trainer.settings import Settings
+from trainer.studio.folders import BASES, TRASH, TUNES, entries, find_orphans, has_model, keep_prompt_numbers, numbered
+from trainer.studio.restore import restore
+from trainer.studio.rows import Services
+from trainer.studio.store import Store
+from trainer.work.assembly import open_store
+from trainer.work.tune_folder import UNREADABLE, read_prompt, read_tune, waiting_prompt
+
+
+@dataclass
+class Report:
+    """What became of each folder, a line each, and how many there were."""
+
+    taken: dict[str, int] = field(default_factory=lambda: {"tune": 0, "prompt": 0})
+    left: int = 0
+    lines: list[str] = field(default_factory=list)
+
+    def take(self, kind: str, name: str, what: str) -> None:
+        self.taken[kind] += 1
+        self.lines.append(f"{kind} {name}: {what}")
+
+    def leave(self, name: str, why: object) -> None:
+        self.left += 1
+        self.lines.append(f"{name}: left as it is: {why}")
+
+    def tell(self) -> None:
+        """Print what has come since the last call: it is in the database by now."""
+        for line in self.lines:
+            print(line, flush=True)
+        self.lines.clear()
+
+    def end(self) -> None:
+        parts = [plural(count, kind) for kind, count in self.taken.items()]
+        self.lines.append(f"Taken in again: {' and '.join(parts)}. Left as they are: {plural(self.left, 'folder')}.")
+        self.tell()
+
+
+def rescue(settings: Settings) -> int:
+    """Give every folder without a row its row again. Returns the exit code: 1 where a folder was left as it is."""
+    store = open_store(settings.outputs)
+    services = Services(settings, store, Decoder(settings), PhotoAnalyzer(settings))
+    listed, report = bases.listed_once(settings), Report()
+    keep_prompt_numbers(store, settings.outputs)
+    orphans = find_orphans(store, settings.outputs)
+    for folder in orphans.tunes:
+        rescue_tune(services, folder, listed, report)
+        report.tell()
+    for folder in orphans.prompts:
+        rescue_prompt(store, folder, [], report)
+        report.tell()
+    for folder, why in set_aside(store, settings.outputs):
+        report.leave(folder.relative_to(settings.outputs).as_posix(), why)
+    report.end()
+    store.close()
+    return 1 if report.left else 0
+
+
+def rescue_tune(services: Services, folder: Path, listed: Bases, report: Report) -> None:
+    """A tune with its prompts: all of their rows, or none."""
+    tune_id, store = int(folder.name), services.store
+    try:
+        found = read_tune(services, folder, listed)
+    except UNREADABLE as problem:
+        report.leave(f"{TUNES}/{tune_id}", why(problem))
+        return
+    title, photos = found.values["title"], len(entries(folder / "images"))
+    state = "trained" if found.trained else "not trained yet; resume it to go on"
+    with store.transaction():
+        restore(store, "tunes", tune_id, found.values)
+        report.take("tune", f"{tune_id} ({title})", f"{state}; {plural(photos, 'file')} in images/")
+        asked = list(found.prompts)
+        for prompt in numbered(folder / "prompts"):
+            rescue_prompt(store, prompt, asked, report)
+        if found.trained or not asked:
+            return
+        if entries(folder / "inputs"):
+            report.leave(f"{TUNES}/{tune_id}/inputs", "its prompts are not known by number; post them again")
+            return
+        for request in asked:
+            prompt_id = restore(store, "prompts", None, {"tune_id": tune_id, **waiting_prompt(request)})
+            report.take("prompt", f"{prompt_id} of tune {tune_id}", "not rendered yet; it waits for its tune")
+
+
+def rescue_prompt(store: Store, folder: Path, asked: list[PromptRequest], report: Report) -> None:
+    """A prompt with its pictures, in the folder of its tune or base; under a new number where it is another one's."""
+    home = folder.parents[1]
+    name = f"{home.parent.name}/{home.name}/prompts/{folder.name}"
+    try:
+        values = read_prompt(folder, home / "inputs" / folder.name, asked)
+        place = of_base(store, folder, values) if home.parent.name == BASES else {"tune_id": int(home.name)}
+        prompt_id: int | None = int(folder.name)
+    except UNREADABLE as problem:
+        report.leave(name, why(problem))
+        return
+    with store.transaction():
+        if store.get("prompts", int(folder.name)):
+            prompt_id = None
+        new_id = restore(store, "prompts", prompt_id, place | values)
+        if prompt_id is None:
+            for files in (folder, home / "inputs" / folder.name):
+                if files.exists():
+                    files.rename(files.with_name(str(new_id)))
+    files = values["files"]
+    assert isinstance(files, list), "names of pictures"
+    note = "" if prompt_id else f"; its number {folder.name} belongs to another prompt now"
+    report.take("prompt", f"{new_id} of {home.parent.name[:-1]} {home.name}", f"{plural(len(files), 'picture')}{note}")
+
+
+def of_base(store: Store, folder: Path, values: dict[str, object]) -> dict[str, object]:
+    """Where a prompt on a base belongs: to the base, and under the first tune whose LoRA its pictures name."""
+    files = values["files"]
+    assert isinstance(files, list) and files, "a prompt without pictures is refused before"
+    loras = read_facts(folder / files[0]).get("loras")
+    titles = [str(one[0]) for one in loras] if isinstance(loras, list) else []
+    tunes = [row for title in titles for row in store.find("tunes", title=title, status="trained")]
+    return {"tune_id": None, "base_id": int(folder.parents[1].name), "lora_id": tunes[0]["id"] if tunes else None}
+
+
+def set_aside(store: Store, outputs: Path) -> list[tuple[Path, str]]:
+    """Folders with a model that are not where a tune's folder is, and what to do with each."""
+    found = []
+    for folder in entries(outputs / TUNES):
+        number, waste, _ = folder.name.partition(PARTIAL)
+        if waste and has_model(folder):
+            found.append((folder, f"it was being removed; delete it, or rename it to {TUNES}/{number} and start again"))
+    for folder in entries(outputs / TRASH):
+        number = folder.name.partition("-")[0]
+        if number.isdecimal() and has_model(folder) and store.get("tunes", int(number)) is None:
+            found.append((folder, f"an expired tune; delete it, or move it to {TUNES}/{number} and start again"))
+    return sorted(found)
+
+
+def why(problem: Exception) -> str:
+    """An error in one line."""
+    return " ".join(str(problem).split()) or type(problem).__name__
+
+
+def plural(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"
