@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from trainer.contract import parsed_text
+from trainer.contract.errors import InvalidRequest
 from trainer.contract.prompts import PromptRequest
 from trainer.files import PARTIAL
 from trainer.library import bases
@@ -14,8 +17,9 @@ from trainer.photos.intake import Decoder
 from trainer.rendering.pictures import read_facts
 from trainer.settings import Settings
 from trainer.studio.folders import BASES, TRASH, TUNES, entries, find_orphans, has_model, keep_prompt_numbers, numbered
+from trainer.studio.references import as_row, resolve
 from trainer.studio.restore import restore
-from trainer.studio.rows import Services
+from trainer.studio.rows import Services, tune_row
 from trainer.studio.store import Store
 from trainer.work.assembly import open_store
 from trainer.work.tune_folder import UNREADABLE, read_prompt, read_tune, waiting_prompt
@@ -60,7 +64,7 @@ def rescue(settings: Settings) -> int:
         rescue_tune(services, folder, listed, report)
         report.tell()
     for folder in orphans.prompts:
-        rescue_prompt(store, folder, [], report)
+        rescue_prompt(services, folder, [], listed, report)
         report.tell()
     for folder, why in set_aside(store, settings.outputs):
         report.leave(folder.relative_to(settings.outputs).as_posix(), why)
@@ -84,24 +88,25 @@ def rescue_tune(services: Services, folder: Path, listed: Bases, report: Report)
         report.take("tune", f"{tune_id} ({title})", f"{state}; {plural(photos, 'file')} in images/")
         asked = list(found.prompts)
         for prompt in numbered(folder / "prompts"):
-            rescue_prompt(store, prompt, asked, report)
+            rescue_prompt(services, prompt, asked, listed, report)
         if found.trained or not asked:
             return
         if entries(folder / "inputs"):
             report.leave(f"{TUNES}/{tune_id}/inputs", "its prompts are not known by number; post them again")
             return
         for request in asked:
-            prompt_id = restore(store, "prompts", None, {"tune_id": tune_id, **waiting_prompt(request)})
+            values = {"tune_id": tune_id, **waiting_prompt(request)}
+            prompt_id = restore(store, "prompts", None, values | named(services, values, listed))
             report.take("prompt", f"{prompt_id} of tune {tune_id}", "not rendered yet; it waits for its tune")
 
 
-def rescue_prompt(store: Store, folder: Path, asked: list[PromptRequest], report: Report) -> None:
+def rescue_prompt(services: Services, folder: Path, asked: list[PromptRequest], listed: Bases, report: Report) -> None:
     """A prompt with its pictures, in the folder of its tune or base; under a new number where it is another one's."""
-    home = folder.parents[1]
+    home, store = folder.parents[1], services.store
     name = f"{home.parent.name}/{home.name}/prompts/{folder.name}"
     try:
         values = read_prompt(folder, home / "inputs" / folder.name, asked)
-        place = of_base(store, folder, values) if home.parent.name == BASES else {"tune_id": int(home.name)}
+        values |= of_base(store, folder, values) if home.parent.name == BASES else {"tune_id": int(home.name)}
         prompt_id: int | None = int(folder.name)
     except UNREADABLE as problem:
         report.leave(name, why(problem))
@@ -109,7 +114,7 @@ def rescue_prompt(store: Store, folder: Path, asked: list[PromptRequest], report
     with store.transaction():
         if store.get("prompts", int(folder.name)):
             prompt_id = None
-        new_id = restore(store, "prompts", prompt_id, place | values)
+        new_id = restore(store, "prompts", prompt_id, values | named(services, values, listed))
         if prompt_id is None:
             for files in (folder, home / "inputs" / folder.name):
                 if files.exists():
@@ -118,6 +123,18 @@ def rescue_prompt(store: Store, folder: Path, asked: list[PromptRequest], report
     assert isinstance(files, list), "names of pictures"
     note = "" if prompt_id else f"; its number {folder.name} belongs to another prompt now"
     report.take("prompt", f"{new_id} of {home.parent.name[:-1]} {home.name}", f"{plural(len(files), 'picture')}{note}")
+
+
+def named(services: Services, values: dict[str, Any], listed: Bases) -> dict[str, object]:
+    """The models in a prompt's text; where one is not there, all are looked up when the prompt is rendered."""
+    tune = tune_row(services, values["tune_id"] or 0)
+    if tune is None:
+        return {}
+    try:
+        found = resolve(services.store, listed, parsed_text.of_row(values["parsed"]), tune["branch"], tune)
+    except InvalidRequest:
+        return {}
+    return {"named": as_row(found)}
 
 
 def of_base(store: Store, folder: Path, values: dict[str, object]) -> dict[str, object]:

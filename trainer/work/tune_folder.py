@@ -73,7 +73,9 @@ def read_tune(services: Services, folder: Path, listed: Bases) -> TuneFiles:
     log = [line for line in read_lines(folder / "log.jsonl") if isinstance(line.get("step"), int)]
     steps = parse_args(str(values["args"])).get("steps", "0") if values["args"] else "0"
     step = int(steps) if files else max((line["step"] for line in log), default=0)
-    progress = {"stage": "trained" if files else "stopped", "step": step, "steps": int(steps)}
+    losses = [float(line["loss"]) for line in log if "loss" in line]
+    progress = {"stage": "trained" if files else "stopped", "step": step, "steps": int(steps), "loss": None}
+    progress |= {"loss": losses[-1]} if losses else {}
     begun = next((str(line["at"]) for line in log if "at" in line), None)
     trained = written(folder / "model" / files[0]) if files else None
     made = folder / "request.json"
@@ -86,6 +88,7 @@ def read_tune(services: Services, folder: Path, listed: Bases) -> TuneFiles:
         "updated_at": now(),
         "started_training_at": begun or trained,
         "trained_at": trained,
+        "eta": trained,
         "expires_at": expiry(services.settings, datetime.now(UTC)) if files else None,
     }
     return TuneFiles(values, request.prompts_attributes)
