@@ -88,7 +88,7 @@ def read_tune(services: Services, folder: Path, listed: Bases) -> TuneFiles:
         "updated_at": now(),
         "started_training_at": begun or trained,
         "trained_at": trained,
-        "eta": trained,
+        "eta": trained if words else None,
         "expires_at": expiry(services.settings, datetime.now(UTC)) if files else None,
     }
     return TuneFiles(values, request.prompts_attributes)
