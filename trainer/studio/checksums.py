@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from trainer.contract.errors import ModelChanged
 from trainer.studio.folders import TUNES
+from trainer.studio.idempotency import file_digest
 from trainer.studio.store import Store
 
 VERIFIED_IN = ("model", "exports")  # folders of a tune
@@ -15,17 +15,12 @@ SUFFIXES = (".safetensors", ".zip")
 
 def of_folder(folder: Path, of: str) -> dict[str, str]:
     """The checksums of a tune's model files, by their paths in its folder. of: `model`, or `exports/FORMAT`."""
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in model_files(folder / of)}
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in model_files(folder / of)}
 
 
 def model_files(at: Path) -> list[Path]:
     """The model files of a folder, or the file itself."""
     return [file for file in (sorted(at.iterdir()) if at.is_dir() else [at]) if file.suffix in SUFFIXES]
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def note(store: Store, tune_id: int, checksums: dict[str, str]) -> None:
@@ -63,7 +58,7 @@ def verify_file(store: Store, folder: Path, tune_id: int, file: Path) -> None:
     version = facts.st_size, facts.st_mtime_ns
     if store.verified.get(file) == version:
         return
-    path, checksum = file.relative_to(folder).as_posix(), sha256(file)
+    path, checksum = file.relative_to(folder).as_posix(), file_digest(file)
     with store.transaction() as db:
         tune = store.get("tunes", tune_id)
         if tune is None:  # a folder without a row: nothing is known of its files
