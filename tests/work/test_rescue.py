@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -28,6 +27,7 @@ pytest_plugins = ("tests.helpers.web",)
 
 OLD = Path(__file__).parents[1] / "fixtures" / "studio_0_1"
 TRAINED, FACE, FAILED, EXPIRED, CANCELED, WAITING = range(1, 7)
+KNOWN = "1, 2, 3, 5, 6"  # the tunes that have a folder
 
 
 @pytest.fixture
@@ -272,10 +272,23 @@ def rendered(app: App, tune_id: int) -> list[dict[str, Any]]:
     return list(tune["prompts"])
 
 
+def test_an_empty_database_beside_folders_does_not_start_without_a_word(outputs: Path, tmp_path: Path) -> None:
+    (outputs / "tunebooth.db").touch()
+    before = content(outputs / "tunes")
+    with running(outputs, "--models", str(tmp_path / "models")) as app:
+        app.ready()
+        warning = app.errors.read_text()
+        assert f"the files of 5 tunes that the database does not know (tune folders: {KNOWN})" in warning
+        assert f"app.py rescue --outputs {outputs}" in warning
+        assert "5 tunes that the database does not know" in app.http.get("/").text
+        refused = command(outputs)
+        assert refused.returncode == 75 and f"in use by process {app.process.pid}" in refused.stderr
+    assert content(outputs / "tunes") == before
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("emptied", [False, True])
 def test_the_advice_to_move_the_database_away_costs_nobody_a_model(
-    tmp_path: Path, dog_photos: Callable[[int], list[Path]], emptied: bool
+    tmp_path: Path, dog_photos: Callable[[int], list[Path]]
 ) -> None:
     """Two tunes are trained, the database goes, the app starts, and another tune is made."""
     outputs, photos = tmp_path / "outputs", dog_photos(3)
@@ -289,8 +302,7 @@ def test_the_advice_to_move_the_database_away_costs_nobody_a_model(
         before = [rendered(app, tune_id) for tune_id in (1, 2)]
         app.stop()
     models = {tune_id: content(outputs / "tunes" / str(tune_id) / "model") for tune_id in (1, 2)}
-    database = outputs / "tunebooth.db"
-    database.write_bytes(b"") if emptied else database.rename(tmp_path / "damaged.db")
+    (outputs / "tunebooth.db").rename(tmp_path / "damaged.db")
 
     with running(outputs, *options) as app:
         app.ready()
@@ -300,10 +312,7 @@ def test_the_advice_to_move_the_database_away_costs_nobody_a_model(
         assert post(app, "Bello", photos, steps=4, **prompt).json()["id"] == 3
         (new,) = rendered(app, 3)
         assert new["id"] == 3
-        refused = command(outputs)
-        assert refused.returncode == 75 and f"in use by process {app.process.pid}" in refused.stderr
-        app.process.send_signal(signal.SIGTERM)
-        app.process.wait()
+        app.stop()
     for tune_id, files in models.items():
         assert content(outputs / "tunes" / str(tune_id) / "model") == files
 

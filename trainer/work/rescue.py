@@ -116,9 +116,9 @@ def rescue_prompt(services: Services, folder: Path, asked: list[PromptRequest], 
             prompt_id = None
         new_id = restore(store, "prompts", prompt_id, values | named(services, values, listed))
         if prompt_id is None:
-            for files in (folder, home / "inputs" / folder.name):
-                if files.exists():
-                    files.rename(files.with_name(str(new_id)))
+            for at in (folder, home / "inputs" / folder.name):
+                if at.exists():
+                    at.rename(at.with_name(str(new_id)))
     files = values["files"]
     assert isinstance(files, list), "names of pictures"
     note = "" if prompt_id else f"; its number {folder.name} belongs to another prompt now"

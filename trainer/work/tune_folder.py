@@ -160,7 +160,7 @@ def settled(
     count: int,
     files: list[str],
     facts: Mapping[str, str],
-    words: Mapping[str, Any],
+    words: dict[str, Any],
     listed: Bases,
 ) -> TuneValues:
     """The columns that the request decides; what a run has already begun with wins over today's presets."""
@@ -174,7 +174,7 @@ def settled(
     if files and values["method"] not in fitting(files):
         values["method"] = fitting(files)[0]
     if MODEL_TYPES[values["method"]].trains:
-        values["args"] = as_args(TrainConfig(**(parse_args(values["args"]) | words)))
+        values["args"] = as_args(TrainConfig(**{**parse_args(values["args"]), **words}))
         values["token"] = facts.get("tunebooth.token") or values["token"]
     return values
 
