@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from trainer.contract import parsed_text
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.prompts import PromptRequest
 from trainer.files import PARTIAL
@@ -14,7 +12,6 @@ from trainer.library import bases
 from trainer.library.bases import Bases
 from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.intake import Decoder
-from trainer.rendering.pictures import read_facts
 from trainer.settings import Settings
 from trainer.studio.folders import BASES, TRASH, TUNES, entries, find_orphans, has_model, keep_prompt_numbers, numbered
 from trainer.studio.references import as_row, resolve
@@ -95,8 +92,8 @@ def rescue_tune(services: Services, folder: Path, listed: Bases, report: Report)
             report.leave(f"{TUNES}/{tune_id}/inputs", "its prompts are not known by number; post them again")
             return
         for request in asked:
-            values = {"tune_id": tune_id, **waiting_prompt(request)}
-            prompt_id = restore(store, "prompts", None, values | named(services, values, listed))
+            values = {"tune_id": tune_id, **waiting_prompt(request), "named": named(services, tune_id, request, listed)}
+            prompt_id = restore(store, "prompts", None, values)
             report.take("prompt", f"{prompt_id} of tune {tune_id}", "not rendered yet; it waits for its tune")
 
 
@@ -105,46 +102,42 @@ def rescue_prompt(services: Services, folder: Path, asked: list[PromptRequest], 
     home, store = folder.parents[1], services.store
     name = f"{home.parent.name}/{home.name}/prompts/{folder.name}"
     try:
-        values = read_prompt(folder, home / "inputs" / folder.name, asked)
-        values |= of_base(store, folder, values) if home.parent.name == BASES else {"tune_id": int(home.name)}
-        prompt_id: int | None = int(folder.name)
+        found = read_prompt(folder, home / "inputs" / folder.name, asked)
     except UNREADABLE as problem:
         report.leave(name, why(problem))
         return
+    if home.parent.name == BASES:
+        place = of_base(store, int(home.name), found.loras)
+    else:
+        place = {"tune_id": int(home.name), "named": named(services, int(home.name), found.request, listed)}
     with store.transaction():
-        if store.get("prompts", int(folder.name)):
-            prompt_id = None
-        new_id = restore(store, "prompts", prompt_id, values | named(services, values, listed))
+        prompt_id = None if store.get("prompts", int(folder.name)) else int(folder.name)
+        new_id = restore(store, "prompts", prompt_id, found.values | place)
         if prompt_id is None:
             for at in (folder, home / "inputs" / folder.name):
                 if at.exists():
                     at.rename(at.with_name(str(new_id)))
-    files = values["files"]
-    assert isinstance(files, list), "names of pictures"
     note = "" if prompt_id else f"; its number {folder.name} belongs to another prompt now"
-    report.take("prompt", f"{new_id} of {home.parent.name[:-1]} {home.name}", f"{plural(len(files), 'picture')}{note}")
+    what = f"{plural(len(found.files), 'picture')}{note}"
+    report.take("prompt", f"{new_id} of {home.parent.name[:-1]} {home.name}", what)
 
 
-def named(services: Services, values: dict[str, Any], listed: Bases) -> dict[str, object]:
-    """The models in a prompt's text; where one is not there, all are looked up when the prompt is rendered."""
-    tune = tune_row(services, values["tune_id"] or 0)
-    if tune is None:
-        return {}
+def named(
+    services: Services, tune_id: int, request: PromptRequest, listed: Bases
+) -> list[tuple[str, int, float]] | None:
+    """The models in a prompt's text; None where one is missing: they are looked up when the prompt is rendered."""
+    tune = tune_row(services, tune_id)
+    assert tune is not None, "it was taken in before its prompts"
     try:
-        found = resolve(services.store, listed, parsed_text.of_row(values["parsed"]), tune["branch"], tune)
+        return as_row(resolve(services.store, listed, request.parsed, tune["branch"], tune))
     except InvalidRequest:
-        return {}
-    return {"named": as_row(found)}
+        return None
 
 
-def of_base(store: Store, folder: Path, values: dict[str, object]) -> dict[str, object]:
+def of_base(store: Store, base_id: int, loras: list[str]) -> dict[str, object]:
     """Where a prompt on a base belongs: to the base, and under the first tune whose LoRA its pictures name."""
-    files = values["files"]
-    assert isinstance(files, list) and files, "a prompt without pictures is refused before"
-    loras = read_facts(folder / files[0]).get("loras")
-    titles = [str(one[0]) for one in loras] if isinstance(loras, list) else []
-    tunes = [row for title in titles for row in store.find("tunes", title=title, status="trained")]
-    return {"tune_id": None, "base_id": int(folder.parents[1].name), "lora_id": tunes[0]["id"] if tunes else None}
+    tunes = [row for title in loras for row in store.find("tunes", title=title, status="trained")]
+    return {"tune_id": None, "base_id": base_id, "lora_id": tunes[0]["id"] if tunes else None}
 
 
 def set_aside(store: Store, outputs: Path) -> list[tuple[Path, str]]:

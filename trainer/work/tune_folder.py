@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from trainer.clock import now, stamp
 from trainer.config.train_config import TrainConfig, as_args, parse_args
@@ -57,6 +56,16 @@ class TuneFiles:
         return self.values["status"] == "trained"
 
 
+@dataclass(frozen=True)
+class PromptFiles:
+    """A prompt's row but for where it belongs, its request, and the titles of the LoRAs in its pictures."""
+
+    values: dict[str, object]
+    files: list[str]
+    request: PromptRequest
+    loras: list[str]
+
+
 # Tunes
 
 
@@ -70,11 +79,17 @@ def read_tune(services: Services, folder: Path, listed: Bases) -> TuneFiles:
     words = training_words(folder / "config.json", facts)
     count = sum(not photo.dropped for photo in photos)
     values: dict[str, object] = {**settled(services, request, count, files, facts, words, listed)}
-    log = [line for line in read_lines(folder / "log.jsonl") if isinstance(line.get("step"), int)]
+    log = read_lines(folder / "log.jsonl")
     steps = parse_args(str(values["args"])).get("steps", "0") if values["args"] else "0"
-    step = int(steps) if files else max((line["step"] for line in log), default=0)
-    losses = [float(line["loss"]) for line in log if "loss" in line]
-    progress = {"stage": "trained" if files else "stopped", "step": step, "steps": int(steps), "loss": None}
+    done = [step for line in log if isinstance(step := line.get("step"), int)]
+    step = int(steps) if files else max(done, default=0)
+    losses = [loss for line in log if isinstance(loss := line.get("loss"), int | float)]
+    progress: dict[str, object] = {
+        "stage": "trained" if files else "stopped",
+        "step": step,
+        "steps": int(steps),
+        "loss": None,
+    }
     progress |= {"loss": losses[-1]} if losses else {}
     begun = next((str(line["at"]) for line in log if "at" in line), None)
     trained = written(folder / "model" / files[0]) if files else None
@@ -140,9 +155,9 @@ def read_request(
     return parse_request(TuneRequest, {**data, "model_type": model_type})
 
 
-def training_words(config: Path, facts: Mapping[str, str]) -> dict[str, Any]:
+def training_words(config: Path, facts: Mapping[str, str]) -> dict[str, object]:
     """The hyper-parameters of a run that was begun; empty: it was not."""
-    words: dict[str, Any] = parse_known(facts.get("tunebooth.args", ""))
+    words: dict[str, object] = {**parse_known(facts.get("tunebooth.args", ""))}
     if config.exists():
         words |= {key: value for key, value in read_object(config).items() if key in TrainConfig.model_fields}
     return words
@@ -160,7 +175,7 @@ def settled(
     count: int,
     files: list[str],
     facts: Mapping[str, str],
-    words: dict[str, Any],
+    words: dict[str, object],
     listed: Bases,
 ) -> TuneValues:
     """The columns that the request decides; what a run has already begun with wins over today's presets."""
@@ -174,7 +189,7 @@ def settled(
     if files and values["method"] not in fitting(files):
         values["method"] = fitting(files)[0]
     if MODEL_TYPES[values["method"]].trains:
-        values["args"] = as_args(TrainConfig(**{**parse_args(values["args"]), **words}))
+        values["args"] = as_args(TrainConfig.model_validate({**parse_args(values["args"]), **words}))
         values["token"] = facts.get("tunebooth.token") or values["token"]
     return values
 
@@ -191,8 +206,8 @@ def fitting(files: list[str]) -> list[str]:
 # Prompts
 
 
-def read_prompt(folder: Path, of_inputs: Path, asked: list[PromptRequest]) -> dict[str, object]:
-    """The row of a prompt whose pictures are in a folder. Raises one of UNREADABLE.
+def read_prompt(folder: Path, of_inputs: Path, asked: list[PromptRequest]) -> PromptFiles:
+    """The prompt whose pictures are in a folder. Raises one of UNREADABLE.
 
     of_inputs: the folder of the pictures that it started from. asked: prompts that it may be; the one that it is is
     taken off the list, for it says more than the pictures do.
@@ -212,7 +227,9 @@ def read_prompt(folder: Path, of_inputs: Path, asked: list[PromptRequest]) -> di
     values = prompt_values(request, of_inputs)
     moment = written(folder / files[0])
     ended = {"files": files, "num_images": len(files), "status": "rendered", "warnings": warnings}
-    return values | ended | {"progress": {"stage": "rendered"}, "created_at": moment, "trained_at": moment}
+    values |= ended | {"progress": {"stage": "rendered"}, "created_at": moment, "trained_at": moment}
+    loras = facts.get("loras")
+    return PromptFiles(values, files, request, [str(one[0]) for one in loras] if isinstance(loras, list) else [])
 
 
 def waiting_prompt(request: PromptRequest) -> dict[str, object]:
@@ -233,7 +250,7 @@ def prompt_values(request: PromptRequest, of_inputs: Path) -> dict[str, object]:
     }
 
 
-def is_of(request: PromptRequest, facts: Mapping[str, Any], count: int) -> bool:
+def is_of(request: PromptRequest, facts: Mapping[str, object], count: int) -> bool:
     """Whether so many pictures may have been rendered from a request: characteristics and a style are in their text."""
     if (request.num_images or API_NUM_IMAGES) != count or request.seed not in (None, facts.get("seed")):
         return False
@@ -246,21 +263,21 @@ def is_of(request: PromptRequest, facts: Mapping[str, Any], count: int) -> bool:
     return True
 
 
-def request_of(facts: Mapping[str, Any], number: int) -> PromptRequest:
+def request_of(facts: Mapping[str, object], number: int) -> PromptRequest:
     """What can be asked for again of a picture's facts. number: of the picture, for each has its own seed."""
     more = facts.get("more")
     asked = dict(more) if isinstance(more, dict) else {}
     if not asked.get("super_resolution"):
         asked |= {"w": facts.get("width"), "h": facts.get("height")}
     asked |= {name: facts.get(name) for name in ("negative_prompt", "steps", "cfg_scale")}
-    asked["seed"] = facts["seed"] - number
+    asked["seed"] = seed - number if isinstance(seed := facts.get("seed"), int) else None
     return parse_request(PromptRequest, {"text": facts["prompt"], **still_good(asked)})
 
 
 # Files
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, object]:
     """A JSON object. Raises OSError, ValueError."""
     content = json.loads(file.read_text("utf-8"))
     if not isinstance(content, dict):
@@ -268,7 +285,7 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> list[dict[str, object]]:
     return [line for line in read_json_lines(file) if isinstance(line, dict)] if file.exists() else []
 
 
