@@ -239,7 +239,8 @@ def test_a_prompt_of_a_tune_that_is_known_and_of_a_base_are_taken_in(
     shutil.copytree(pictures, outputs / "bases" / "690204" / "prompts" / "51")
     _, lines = rescued(studio, capsys)
     assert lines[:2] == ["prompt 50 of tune 1: 2 pictures", "prompt 51 of base 690204: 2 pictures"]
-    rows = {row["id"]: row for row in (studio := open_studio()).store.find("prompts")}
+    studio = open_studio()
+    rows = {row["id"]: row for row in studio.store.find("prompts")}
     assert (rows[50]["tune_id"], rows[50]["base_id"]) == (TRAINED, None)
     assert (rows[51]["tune_id"], rows[51]["base_id"], rows[51]["lora_id"]) == (None, 690204, TRAINED)
     client = client_of(studio.services)
