@@ -1,8 +1,9 @@
-"""Tunebooth: `uv run app.py` serves page, Gradio API and REST on one port."""
+"""Tunebooth: `uv run app.py` serves the page, the Gradio API and REST on one port."""
 
 from __future__ import annotations
 
 import logging
+import sys
 
 from trainer.settings import command_line
 from trainer.web.guard import Guard
@@ -12,15 +13,19 @@ from trainer.work.assembly import Studio, open_store
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    settings = command_line()
+    rescues, settings = command_line()
+    if rescues:
+        from trainer.work.rescue import rescue
+
+        sys.exit(rescue(settings))
     listening = listen(settings.host, settings.port)
     settings = settings.model_copy(update={"port": listening.getsockname()[1]})
     store = open_store(settings.outputs)
-    import uvicorn  # after the port is taken: a browser that is early waits instead of being refused
+    import uvicorn  # after the port is taken: an early browser waits instead of being refused
 
     studio = Studio(settings, store)
     guard = Guard(settings, load=studio.load, begin=studio.begin, unload=studio.close)
-    # An open page holds a connection for as long as it is open; the server does not wait for it.
+    # An open page holds a connection; at the end the server does not wait for it.
     config = uvicorn.Config(guard, log_level="warning", ws="none", timeout_graceful_shutdown=2)
     print(f"Tunebooth is at {settings.base_url}", flush=True)
     uvicorn.Server(config).run(sockets=[listening])

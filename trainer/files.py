@@ -1,4 +1,4 @@
-"""Folders that are either whole or not there at all, also after a power cut."""
+"""Files and folders that are complete or absent, even after a power cut."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-PARTIAL = ".partial-"  # in the name of every file and folder that is not finished; swept at start
-UNCOMMITTED = f"{PARTIAL}new"  # a file in a folder that is at its place before its row is in the database
+PARTIAL = ".partial-"  # in the name of every unfinished file or folder; these are deleted at start
+UNCOMMITTED = f"{PARTIAL}new"  # a file in a folder that is in its place before its row is in the database
 LEFTOVER = re.compile(rf"{re.escape(PARTIAL)}([0-9a-f]{{8}}|new)?$")  # only such names are ours: a user has others
 
 
 def fsync(path: Path) -> None:
-    """Make a file's content, or a folder's names, survive a power cut."""
+    """Write a file's content, or a folder's names, to the disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -28,10 +28,10 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Write a folder so that `target` shows up complete or not at all.
+    """Write a folder so that `target` is complete or absent.
 
-    Yields a temporary folder beside `target`. At the end every file in it is fsynced, the folder is renamed to
-    `target` (replacing an older one) and the parent is fsynced. On an error nothing is left.
+    Yields a temporary folder next to `target`. At the end every file in it is fsynced, the folder is renamed to
+    `target` (replacing an older one) and the parent is fsynced. After an error the temporary folder is deleted.
     """
     partial = target.with_name(f"{target.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
@@ -39,7 +39,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield partial
         for path in sorted(partial.rglob("*"), reverse=True):
             if path.is_file():
-                path.chmod(0o644)  # safetensors leaves 0600 behind, which no download tool can read
+                path.chmod(0o644)  # safetensors writes 0600, which no download tool can read
             fsync(path)
         fsync(partial)
         if target.exists():
@@ -51,7 +51,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file so that it is complete or not there, also after a power cut."""
+    """Write a file so that it is complete or absent, even after a power cut."""
     partial = file.with_name(f"{file.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
     partial.write_bytes(content if isinstance(content, bytes) else content.encode())
     fsync(partial)
@@ -60,7 +60,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder; a crash half-way leaves only something that the sweep at start knows to be waste."""
+    """Delete a folder; what a crash leaves of it is deleted by `sweep` at start."""
     if folder.exists():
         waste = folder.with_name(f"{folder.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
         folder.rename(waste)
@@ -68,9 +68,9 @@ def discard(folder: Path) -> None:
 
 
 def sweep(root: Path, *, below: bool = True) -> None:
-    """Remove what a killed process left half-written in `root`. No link is followed.
+    """Delete the unfinished files and folders in `root`, left by a killed process. No link is followed.
 
-    below: also in the folders of it.
+    below: also those in its folders.
     """
     for folder, folders, files in os.walk(root):
         for name in [*folders, *files]:
@@ -80,7 +80,7 @@ def sweep(root: Path, *, below: bool = True) -> None:
 
 
 def remove(path: Path) -> bool:
-    """Remove a file, a folder or a link. False: it could not be removed, or not all of it."""
+    """Delete a file, a folder or a link. False: it, or a part of it, is still there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -90,7 +90,7 @@ def remove(path: Path) -> bool:
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that a crash cut off is left out."""
+    """The objects of a JSON-lines file, without a last line that a crash cut off."""
     lines = []
     for text in file.read_text("utf-8").splitlines():
         try:

@@ -50,7 +50,7 @@ def test_a_tune_expires_into_the_trash_when_its_time_is_over(
     assert (gone["ckpt_url"], gone["ckpt_urls"], gone["orig_images"]) == (None, [], [])
     assert gone["prompts"][0]["images"] == []
     assert client.get(link).status_code == 404
-    (folder,) = trash_of(monthly.outputs).iterdir()
+    (folder,) = trash_of(monthly).iterdir()
     assert folder.name.startswith(f"{old}-") and (folder / "model" / "lora.safetensors").exists()
     refused = client.post(f"/tunes/{old}/prompts", json={"prompt": {"text": "ohwx dog"}})
     assert refused.status_code == 422 and "expired" in refused.json()["tune_id"][0]
@@ -91,23 +91,23 @@ def test_a_tune_that_renders_expires_afterwards(client: TestClient, services: Se
     assert services.store.queue_length() == 0 and client.get("/prompts").json()[0]["status"] == "canceled"
 
 
-def test_the_trash_is_emptied_after_a_week(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trash_is_emptied_after_a_week(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expiry.time, "time", lambda: 10_000_000.0)
     day = 86_400
     names = {f"1-{10_000_000 - 8 * day}": False, f"2-{10_000_000 - 6 * day}": True, "notes-of-mine": True}
     for name in names:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").touch()
-    empty_trash(tmp_path)
-    assert {name: (tmp_path / name).exists() for name in names} == names
-    empty_trash(tmp_path / "none")
+        (tmp_path / "trash" / name).mkdir(parents=True)
+        (tmp_path / "trash" / name / "file").touch()
+    empty_trash(services.store, tmp_path / "trash")
+    assert {name: (tmp_path / "trash" / name).exists() for name in names} == names
+    empty_trash(services.store, tmp_path / "none")
 
 
 def test_the_keeper_does_both(client: TestClient, services: Services, monthly: Settings) -> None:
     tune_id = trained(client, services, 31)
-    (week_old := trash_of(monthly.outputs) / "9-1").mkdir(parents=True)
+    (week_old := trash_of(monthly) / "9-1").mkdir(parents=True)
     keeper = expiry_loop(monthly, services.store)
     keeper.start()
     keeper.close()  # which waits for the look that it had begun
     assert client.get(f"/tunes/{tune_id}").json()["status"] == "expired"
-    assert not week_old.exists() and list(trash_of(monthly.outputs).iterdir())
+    assert not week_old.exists() and list(trash_of(monthly).iterdir())

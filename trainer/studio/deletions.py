@@ -6,14 +6,13 @@ The note is removed after the files. A kill in between leaves the note, and the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.files import UNCOMMITTED, remove, sweep
-from trainer.studio.store import Store, Table
+from trainer.files import LEFTOVER, PARTIAL, UNCOMMITTED, remove, sweep
+from trainer.studio.folders import BASES, TUNES, entries, has_model, noted_deletions, numbered
+from trainer.studio.store import Store
 
 log = logging.getLogger(__name__)
-HOMES = ("tunes", "bases")  # folders below outputs whose folders have files of rows
 
 
 def note_deletions(outputs: Path, store: Store, *paths: Path) -> None:
@@ -25,8 +24,7 @@ def note_deletions(outputs: Path, store: Store, *paths: Path) -> None:
 
 def finish_deletions(outputs: Path, store: Store) -> None:
     """Remove all that is noted. What cannot be removed now stays noted."""
-    with store.transaction() as db:
-        noted = [str(row["path"]) for row in db.execute("SELECT path FROM deletions")]
+    noted = noted_deletions(store)
     for text in noted:
         path = Path(text)
         if path.is_absolute() or ".." in path.parts or len(path.parts) < 2:
@@ -39,38 +37,34 @@ def finish_deletions(outputs: Path, store: Store) -> None:
 
 
 def remove_leftovers(outputs: Path, store: Store) -> None:
-    """At start: finish the deletions, and remove what came in or was half-written when the last process ended.
+    """At start: finish the deletions, and remove what was spooled or half-written when the last process ended.
 
     A tune's folder without a row may be the only copy of a model: nothing in it is touched.
     """
+    noted = noted_deletions(store)
     finish_deletions(outputs, store)
     incoming = outputs / "incoming"
     remove(incoming)
     incoming.mkdir(mode=0o700, exist_ok=True)
-    for folder in (outputs, outputs / "packs", *(outputs / home for home in HOMES)):
+    for folder in (outputs, outputs / "packs", outputs / BASES):
         sweep(folder, below=False)
     sweep(outputs / "cache")
-    for folder in _folders(outputs / "tunes"):
-        if has_row(store, "tunes", folder.name):
+    for path in entries(outputs / TUNES):
+        name = f"{TUNES}/{path.name.partition(PARTIAL)[0]}"
+        if LEFTOVER.search(path.name) and (name in noted or not has_model(path)):  # it may be of an older version
+            remove(path)
+    for folder in numbered(outputs / TUNES):
+        if store.get("tunes", int(folder.name)):
             _sweep_home(store, folder)
-        elif (folder / UNCOMMITTED).exists() and not (folder / "model").exists():
-            remove(folder)  # its transaction did not come to its end
-    for folder in _folders(outputs / "bases"):
+        elif (folder / UNCOMMITTED).exists() and not has_model(folder):
+            remove(folder)  # it was being created
+    for folder in entries(outputs / BASES):
         _sweep_home(store, folder)
 
 
 def _sweep_home(store: Store, home: Path) -> None:
     """Sweep the folder of a tune or base."""
-    for folder in _folders(home / "inputs"):
-        if (folder / UNCOMMITTED).exists() and not has_row(store, "prompts", folder.name):
+    for folder in numbered(home / "inputs"):
+        if (folder / UNCOMMITTED).exists() and not store.get("prompts", int(folder.name)):
             remove(folder)
     sweep(home)
-
-
-def has_row(store: Store, table: Table, name: str) -> bool:
-    """Whether the row is there whose id is the name of a folder."""
-    return name.isdecimal() and store.get(table, int(name)) is not None
-
-
-def _folders(parent: Path) -> Iterator[Path]:
-    yield from (path for path in (sorted(parent.iterdir()) if parent.is_dir() else ()) if path.is_dir())

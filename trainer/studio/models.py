@@ -1,8 +1,9 @@
-"""Models to download and to build on: formats, links, base models, earlier tunes."""
+"""Models to download and bases to train on: formats, links, base models, earlier tunes."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 from trainer.clock import stamp
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound, words
@@ -12,8 +13,9 @@ from trainer.files import remove
 from trainer.library import bases
 from trainer.library.bases import Base
 from trainer.names import LORA_REFERENCE, MODEL_TYPES
+from trainer.studio import checksums
 from trainer.studio.answers import here, prompt_answer
-from trainer.studio.links import MODEL_LINK_SECONDS, make_link
+from trainer.studio.links import MODEL_LINK_SECONDS, make_link, open_link
 from trainer.studio.rows import EARLIER_LISTED, Services, row_of, tune_folder, tune_row
 
 
@@ -24,7 +26,7 @@ def list_base_tunes(
     title: str | None = None,
     model_type: str | None = None,
 ) -> list[dict[str, object]]:
-    """All base models, those of the models folder among them; `error` says why one cannot be used."""
+    """All base models, including those of the models folder; `error` says why one cannot be used."""
     found = [
         base_row(services, base) | {"repository": base.repository, "error": base.error, "stands_on": list(base.chain)}
         for base in bases.list_bases(services.settings)
@@ -34,7 +36,7 @@ def list_base_tunes(
 
 
 def base_row(services: Services, base: Base) -> dict[str, object]:
-    """What a base has of the keys of a tune. name: it has no class name."""
+    """The keys of a tune that a base has. name: empty, since a base has no class name."""
     return {
         "id": base.id,
         "title": base.title,
@@ -48,7 +50,7 @@ def base_row(services: Services, base: Base) -> dict[str, object]:
 
 
 def base_answer(services: Services, base: Base) -> Tune:
-    """A base in the shape of a tune, with the prompts that were posted on it."""
+    """A base as a tune, with the prompts that were posted to it."""
     file = base.model or base.path or services.settings.presets / f"{base.branch}.toml"
     since = stamp(datetime.fromtimestamp(file.stat().st_mtime, UTC)) if file.exists() else stamp(datetime.now(UTC))
     prompts = [prompt_answer(services, row) for row in reversed(services.store.prompts_under(base.id))]
@@ -63,8 +65,7 @@ def base_answer(services: Services, base: Base) -> Tune:
 
 
 def model_link(services: Services, tune_id: int, format_: str | None = None) -> str | None:
-    """The link to a tune's model in a format; None while that is being made. Raises NotFound, InvalidRequest,
-    Conflict."""
+    """The link to a tune's model in a format; None while it is made. Raises NotFound, InvalidRequest, Conflict."""
     with services.store.transaction():
         row = row_of(services, "tunes", tune_id)
         if row["status"] != "trained":
@@ -80,8 +81,8 @@ def model_link(services: Services, tune_id: int, format_: str | None = None) -> 
         made = next(iter(services.store.find("exports", tune_id=tune_id, format=format_)), None)
         if made is None:
             services.store.add_export(tune_id, format_)
-        elif made["status"] == "failed":  # the error is given once; the next request tries again
-            remove(tune_folder(services, tune_id) / "exports" / format_)  # nobody misses it, so it goes before its row
+        elif made["status"] == "failed":  # the error is reported once; the next request tries again
+            remove(tune_folder(services, tune_id) / "exports" / format_)  # worth nothing, so it goes before its row
             services.store.delete("exports", made["id"])
     services.store.changed.set()
     if made and made["status"] == "failed":
@@ -93,10 +94,19 @@ def model_file_link(services: Services, tune_id: int, path: str) -> str:
     return make_link(services.settings, f"{tune_id}/{path}", MODEL_LINK_SECONDS)
 
 
-def model_formats(services: Services, tune_id: int) -> dict[str, tuple[str | None, str]]:
-    """What a trained tune is available as: (link or None, state) of each format.
+def open_file(services: Services, path: str, expires: int, signature: str) -> Path:
+    """The file that a link names; one of a model is verified first. Raises NotFound, ModelChanged."""
+    file = open_link(services.settings, path, expires, signature)
+    if file is None:
+        raise NotFound("invalid or expired link")
+    checksums.verify(services.store, services.settings.outputs, file)
+    return file
 
-    state: made, failed, exporting, queued or, where it was not asked for yet, nothing.
+
+def model_formats(services: Services, tune_id: int) -> dict[str, tuple[str | None, str]]:
+    """The formats of a trained tune's model: (link or None, state) of each.
+
+    state: made, failed, exporting, queued or, if it was not requested yet, empty.
     """
     row = row_of(services, "tunes", tune_id)
     if row["status"] != "trained":
@@ -126,13 +136,13 @@ def lineage(services: Services, tune_id: int) -> list[str]:
 
 
 def earlier_tunes(services: Services) -> list[tuple[str, int]]:
-    """The trained tunes that can be a base: what to call them, and their ids; newest first."""
+    """The trained tunes that can be a base: (label, id), newest first."""
     rows = services.store.find("tunes", status="trained", limit=EARLIER_LISTED)
     usable = [row for row in rows if MODEL_TYPES[row["method"]].trains]
     return [(f"{row['title']} (tune {row['id']}, {row['branch']})", row["id"]) for row in usable]
 
 
 def rendering_tunes(services: Services) -> list[tuple[str, int]]:
-    """The tunes that prompts can be posted to: what to call them, and their ids; newest first."""
+    """The tunes that prompts can be posted to: (label, id), newest first."""
     rows = services.store.find("tunes", status="trained", limit=EARLIER_LISTED)
     return [(f"{row['title']} ({row['token'] or 'face'} {row['name']}, tune {row['id']})", row["id"]) for row in rows]

@@ -17,14 +17,14 @@ from trainer.web.form import picture_fields
 from trainer.web.html import note
 from trainer.web.progress import progress_callback
 
-START_FIELDS = (  # of a prompt that starts from a picture
+START_FIELDS = (  # parameters of a prompt that starts from a picture
     "input_image", "mask_image", "denoising_strength", "controlnet", "controlnet_conditioning_scale",
     "controlnet_txt2img",
 )  # fmt: skip
 
 
 class PromptForm:
-    """More pictures of a tune that is there."""
+    """The form that renders a prompt with an existing tune."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -43,8 +43,8 @@ class PromptForm:
             with gr.Row():
                 kind = gr.Dropdown(choices=[("none", ""), *CONTROLS], value="", label="ControlNet")
                 scale = gr.Textbox(label="Its strength", placeholder="1")
-            anew = gr.Checkbox(label="Take only its outline (controlnet_txt2img)")
-        start = dict(zip(START_FIELDS, (*pictures, strength, kind, scale, anew), strict=True))
+            control_only = gr.Checkbox(label="Take only its outline (controlnet_txt2img)")
+        start = dict(zip(START_FIELDS, (*pictures, strength, kind, scale, control_only), strict=True))
         self._fields = {"text": text, **shared, **start}
 
         self.pictures = pictures
@@ -60,11 +60,11 @@ class PromptForm:
         return [self.note, *self.pictures]
 
     def choices(self) -> object:
-        """The tunes there are now that have a model."""
+        """The tunes that have a model now."""
         return gr.update(choices=models.rendering_tunes(self._services))
 
     def submit(self, tune_id: int | None, *values: object) -> list[object]:
-        """Queue the prompt; returns what is wrong, and what is left in the fields of pictures."""
+        """Queue the prompt; returns the errors as HTML, and the updates of the fields of pictures."""
         data = {name: value for name, value in zip(self._fields, values, strict=True) if value not in (None, False)}
         paths = {name: Path(str(data[name])) for name in PICTURES if name in data}
         sent = {name: Upload(path.name, path) for name, path in paths.items()}

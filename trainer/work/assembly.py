@@ -1,7 +1,8 @@
-"""Everything behind the guard is put together here: store, decoder, verbs, worker, page."""
+"""Builds and starts everything behind the guard: store, decoder, worker, page."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import webbrowser
 from pathlib import Path
@@ -14,14 +15,15 @@ from trainer.studio.store import InUse, Store
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-IN_USE_EXIT_CODE = 75  # EX_TEMPFAIL: another process has this outputs folder
+log = logging.getLogger("tunebooth")
+IN_USE_EXIT_CODE = 75  # EX_TEMPFAIL: another process uses this outputs folder
 
 
 def open_store(outputs: Path) -> Store:
     """The database of an outputs folder.
 
-    One that cannot be opened ends the process with a message: exit code 75 where another process has the folder,
-    1 where the database is damaged or of a newer version.
+    If it cannot be opened, the process ends with a message: exit code 75 if another process uses the folder, 1 if the
+    database is damaged or of a newer version.
     """
     try:
         return Store(outputs)
@@ -33,7 +35,7 @@ def open_store(outputs: Path) -> Store:
 
 
 class Studio:
-    """Everything behind the guard: imported and started while `/health` answers already."""
+    """Everything behind the guard. `/health` answers while this is imported and started."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         from trainer.photos.analysis import PhotoAnalyzer
@@ -49,12 +51,16 @@ class Studio:
         from trainer.photos.intake import Decoder
         from trainer.studio.deletions import remove_leftovers
         from trainer.studio.expiry import expiry_loop
+        from trainer.studio.folders import find_orphans, keep_prompt_numbers, orphans_note
         from trainer.studio.rows import Services
         from trainer.studio.webhooks import WebhookSender
-        from trainer.web import page, spool  # `import gradio` is the longest wait
+        from trainer.web import page, spool  # `import gradio` takes longest
         from trainer.web.rest import create_app
 
+        keep_prompt_numbers(self._store, self._settings.outputs)
         remove_leftovers(self._settings.outputs, self._store)
+        if note := orphans_note(find_orphans(self._store, self._settings.outputs), self._settings.outputs):
+            log.warning("%s", note)
         sweep(self._settings.weights)
         self._decoder = Decoder(self._settings)
         self._services = Services(self._settings, self._store, self._decoder, self._analyzer)
@@ -65,7 +71,7 @@ class Studio:
         return app
 
     def begin(self) -> None:
-        """Start working, now that the page is up: importing torch would have made it wait."""
+        """Start the worker, after the page is up: the import of torch would delay it."""
         self._decoder.warm()
         self._worker.start()
         self._webhook_sender.start()
@@ -79,7 +85,7 @@ class Studio:
             queue_demo(self._services)
 
     def close(self) -> None:
-        """Put a running job aside, its state saved, and let go of the outputs folder."""
+        """Requeue a running job after its state is saved, and release the outputs folder."""
         self._worker.stop()
         self._webhook_sender.close()
         self._expiry_loop.close()
