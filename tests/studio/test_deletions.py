@@ -247,7 +247,8 @@ def test_leftovers_are_removed_at_the_start_and_nothing_else(client: TestClient,
         f"tunes/71/model/lora{WASTE}", f"tunes/71/seen{WASTE}/000.png", "tunes/72/state/step-000005/state.safetensors",
         f"tunes/75{WASTE}/model/a", f"tunes/73/{UNCOMMITTED}", "tunes/73/model/lora.safetensors", "tunes/notes.txt",
         f"models/base{WASTE}", f"models/other{WASTE}/unet/a.safetensors", "my.partial-1.txt", "bases/5/prompts/2/0.png",
-        "trash/9-1/model/a", f"tunes/{known}/inputs/{prompt_id}/input_image.png", "packs/dog.toml", "tunes/mine.partial-copy/a.txt",
+        "trash/9-1/model/a", f"tunes/{known}/inputs/{prompt_id}/input_image.png", "packs/dog.toml",
+        "tunes/mine.partial-copy/a.txt",
     }  # fmt: skip
     goes = {
         f"tunes/{known}/model{WASTE}/lora.safetensors", f"tunes/{known}/state/step-000005{WASTE}/a",
