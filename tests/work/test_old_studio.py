@@ -46,6 +46,8 @@ def test_it_answers_as_it_did(studio: Studio, told: dict[str, Any]) -> None:
     assert len(told["answers"]["/tunes"]) == 6
     for path, answer in told["answers"].items():
         now = steady(client.get(path).raise_for_status().json(), {studio.settings.base_url: "US"})
+        if path == "/gallery/tunes":  # its rows have more keys since
+            now = [{name: row[name] for name in old} for row, old in zip(now, answer, strict=True)]
         assert now == where_posted(answer), path
 
 
