@@ -58,7 +58,7 @@ def where_posted(answer: Any) -> Any:
     if not isinstance(answer, dict):
         return answer
     told = {name: where_posted(value) for name, value in answer.items()}
-    if "num_images" in told:
+    if {"tune_id", "url"} <= told.keys():
         told["url"] = told["url"].replace("/prompts/", f"/tunes/{told['tune_id']}/prompts/")
     return told
 
