@@ -1,6 +1,6 @@
 """What the files in a tune's folder, or a prompt's, say about it: the values of its row.
 
-Their content may come from anywhere: whatever cannot be read raises one of UNREADABLE.
+Their content may come from another program. What cannot be read raises one of UNREADABLE.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def read_photos(folder: Path) -> list[Photo]:
 def read_request(
     services: Services, file: Path, files: list[str], facts: Mapping[str, str], listed: Bases
 ) -> TuneRequest:
-    """The request of a tune, from its file, else as far as its model tells it. Raises one of UNREADABLE."""
+    """The request of a tune, from its file, else from the metadata of its model. Raises one of UNREADABLE."""
     if file.exists():
         try:
             return parse_request(TuneRequest, read_object(file))
