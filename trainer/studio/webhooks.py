@@ -10,6 +10,7 @@ import json
 import logging
 import random
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
@@ -26,6 +27,7 @@ from trainer.studio.rows import Services
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
+LAST_SECONDS = 3.0  # at the end: for the answers that are still to come
 AT_ONCE = 4  # one receiver that hangs must not hold up the others
 # Seconds until the next try, after the first, second ... one: a day and some hours in all, as Standard Webhooks has it.
 DELAYS = (5, 30, 120, 600, 1800, 3600, 7200, 14_400, 21_600, 39_600)
@@ -46,8 +48,11 @@ class WebhookSender:
         self._loop.start()
 
     def close(self) -> None:
-        """Post nothing more; what is under way may arrive without our knowing, and is then posted again."""
+        """Post nothing more. What is under way has some seconds to be answered; else it is posted again later."""
         self._loop.close()
+        deadline = time.monotonic() + LAST_SECONDS
+        while self._under_way and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _post_due(self) -> None:
         for callback in self._services.store.due_callbacks(now()):

@@ -31,18 +31,20 @@ from trainer.rendering.plan import make_plan, plain
 from trainer.rendering.renderer import Renderer
 from trainer.settings import Settings
 from trainer.studio import references
+from trainer.studio.crashes import attempts_here
 from trainer.studio.expiry import expiry
 from trainer.studio.references import Named
 from trainer.studio.rows import prompt_home
 from trainer.studio.store import Job, Store
 from trainer.training.train import train_tune
-from trainer.work.errors import OF_PICTURES, OF_TRAINING, explain
+from trainer.work.errors import OF_PICTURES, OF_TRAINING, DeviceLost, device_error, explain
 from trainer.work.export import export_tune
 from trainer.work.reporter import Reporter
 
 log = logging.getLogger("tunebooth.worker")
 R = TypeVar("R", TuneRow, PromptRow, ExportRow)
 MAX_ATTEMPTS = 3  # a job that takes the process down this often without headway is not tried again
+MAX_ATTEMPTS_ON_DEVICE = 2  # likewise where the last time it was an error of the device, whose cause is known
 
 
 class JobInterrupted(Exception):
@@ -58,13 +60,13 @@ class JobRunner:
         self._settings = settings
         self._store = store
         self._analyzer = analyzer
-        self._device = device
+        self.device = device
         self._stopping = stopping
         self._renderer = Renderer(settings, device, analyzer)
 
     def run(self, job: Job) -> None:
-        """Do a job, and record how it ended."""
-        reporter = Reporter(self._settings, self._store, job, self._stopping, self._device)
+        """Do a job, and record how it ended. Raises DeviceLost where this process cannot go on."""
+        reporter = Reporter(self._settings, self._store, job, self._stopping, self.device)
         try:
             if job.attempts >= MAX_ATTEMPTS:
                 raise RuntimeError(f"the app ended {job.attempts} times at this point; it is not tried again")
@@ -74,21 +76,41 @@ class JobRunner:
                 self._train(job, reporter)
             else:
                 self._render(job, job.prompt_id, reporter)
-        except (InvalidRequest, AnalysisUnavailable, Unavailable) as problem:
-            self._store.finish(job, "failed", error=str(problem))
         except (JobInterrupted, Closed):
             self._requeue(job, reporter)
         except Exception as error:  # the edge of a job: it must end, also where a library raises
-            log.exception("job %s failed", job)
-            self._store.finish(job, "failed", error=explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING))
+            if what := device_error(error):
+                log.exception("job %s ended with an error that only a new process can go on after", job)
+                self._record_crash(job, reporter, what)
+                raise DeviceLost from error
+            message = str(error)
+            if not isinstance(error, InvalidRequest | AnalysisUnavailable | Unavailable):
+                log.exception("job %s failed", job)
+                message = explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING)
+            self._store.finish(job, "failed", error=message)
+
+    def _record_crash(self, job: Job, reporter: Reporter, what: str) -> None:
+        """Count an error of the device as a crash of this job: the next start tries it again, or it has failed.
+
+        `claim` has counted this attempt before it began, so that no job can restart the app for ever.
+        """
+        attempts = attempts_here(self._store, job)
+        if attempts >= MAX_ATTEMPTS_ON_DEVICE:
+            message = (
+                f"{what} -- this ended the app {attempts} times at the same point, so the job is not tried again. If"
+                " other jobs fail like this too, check the graphics card and its driver, or restart the computer"
+            )
+            self._store.finish(job, "failed", error=message)
+        elif job.export_id is None:
+            reporter.warn(f"{what} -- the app started itself again and went on")
 
     def _train(self, job: Job, reporter: Reporter) -> None:
-        forget_peak(self._device)
+        forget_peak(self.device)
         tune = self._must(self._tune_row(job.target[1]))
         self._renderer.release()
         config = self._fitted(tune)
         tune = self._prepared(tune, config, reporter)
-        files = train_tune(tune, self._base(tune), config, self._settings, self._device, reporter, self._preview(tune))
+        files = train_tune(tune, self._base(tune), config, self._settings, self.device, reporter, self._preview(tune))
         if files is not None:
             reporter.stage("trained")
             moment = datetime.now(UTC)
@@ -144,7 +166,7 @@ class JobRunner:
         folder = self._settings.outputs / "tunes" / str(tune["id"])
         if (folder / "config.json").exists():
             return config  # begun before; a run ends as it began
-        free, branch, method = free_gib(self._device), tune["branch"], tune["method"]
+        free, branch, method = free_gib(self.device), tune["branch"], tune["method"]
         least = branch_file.least_gib(self._settings.presets, branch, method)
         if free < least:
             raise RuntimeError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trainer.clock import Loop
 from trainer.photos.analysis import PhotoAnalyzer
 from trainer.settings import Settings
-from trainer.studio.store import Store
-from trainer.work.errors import explain
+from trainer.studio.store import Job, Store
+from trainer.work.errors import DeviceLost, explain
 
 if TYPE_CHECKING:
     from trainer.work.job_runner import JobRunner
@@ -22,10 +23,18 @@ STORE_RETRY_SECONDS = 10.0
 class Worker:
     """One thread, one job at a time, oldest first."""
 
-    def __init__(self, settings: Settings, store: Store, analyzer: PhotoAnalyzer) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        analyzer: PhotoAnalyzer,
+        on_device_lost: Callable[[str], object] = lambda device: None,
+    ) -> None:
+        """on_device_lost: called once, with the device's name, when this process can do no more work on it."""
         self._settings = settings
         self._store = store
         self._analyzer = analyzer
+        self._on_device_lost = on_device_lost
         self._runner: JobRunner | None = None
         self._unable = ""
         self._loop = Loop("worker", POLL_SECONDS, self._work, wake=store.changed, retry_seconds=STORE_RETRY_SECONDS)
@@ -46,7 +55,14 @@ class Worker:
             if self._runner is None:
                 self._store.finish(job, "failed", error=self._unable)
             else:
-                self._runner.run(job)
+                self._run(self._runner, job)
+
+    def _run(self, runner: JobRunner, job: Job) -> None:
+        try:
+            runner.run(job)
+        except DeviceLost:
+            self._loop.stopping.set()  # every other job would fail in this process
+            self._on_device_lost(str(runner.device))
 
     def _set_up(self) -> None:
         """The slow imports, before anybody waits for them."""

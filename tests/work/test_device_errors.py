@@ -1,0 +1,228 @@
+"""An error of the device that a process cannot survive: the app starts itself again, and its work goes on."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers.app import App, post, running, wait_for
+from tests.helpers.device_errors import ILLEGAL, SCRIPT, broken, plan
+from tests.helpers.receiver import ReceiverServer, receiving
+from tests.helpers.studio import Studio, same
+from trainer.photos.intake import Decoder
+from trainer.settings import Settings, read_settings
+from trainer.studio import tunes
+from trainer.training import loop
+from trainer.work.errors import device_error
+from trainer.work.restart import command_again
+from trainer.work.worker import Worker
+
+pytest_plugins = ("tests.helpers.web",)
+WORDS = ILLEGAL.partition("\n")[0]
+WARNING = f"{WORDS} -- the app started itself again and went on"
+FAILED = f"{WORDS} -- this ended the app 2 times at the same point, so the job is not tried again"
+PROMPT = {"prompts_attributes][][num_images": 1, "prompts_attributes][][text": "ohwx dog"}
+
+
+@contextmanager
+def breaking(folder: Path, *errors: dict[str, Any]) -> Iterator[App]:
+    """An app whose device breaks."""
+    plan(folder, *errors)
+    with running(folder, script=SCRIPT, TUNEBOOTH_PRIVATE_URLS="allow") as app:
+        yield app.ready()
+
+
+def events(app: App, tune_id: int) -> list[tuple[str, int]]:
+    return [(line["event"], line["step"]) for line in app.log(tune_id) if "event" in line]
+
+
+def jobs(outputs: Path) -> int:
+    with closing(sqlite3.connect(outputs / "tunebooth.db")) as db:
+        return int(db.execute("SELECT COUNT(*) FROM jobs").fetchone()[0])
+
+
+def posted(receiver: ReceiverServer) -> list[tuple[str, int, str]]:
+    """What came: (webhook-id, tune, its status), as often as it came."""
+    entities = [(headers["webhook-id"], json.loads(body)["tune"]) for _, headers, body in receiver.taken]
+    return [(webhook_id, tune["id"], tune["status"]) for webhook_id, tune in entities]
+
+
+def test_the_app_starts_itself_again_and_the_tune_ends_with_the_same_weights(
+    tmp_path: Path, photos: list[Path]
+) -> None:
+    error = {"steps": 30, "step": 28, "times": 1}
+    with receiving() as receiver, breaking(tmp_path, error) as app:
+        for title in ("disturbed", "undisturbed"):
+            fields = {"callback": receiver.url("hook"), "args": "save_every=10"}
+            post(app, title, photos, steps=30, **fields, **PROMPT).raise_for_status()
+        ended = [app.finished(tune_id) for tune_id in (1, 2)]
+        assert len(broken(tmp_path)) == 1 and app.process.poll() is None  # the same process, on the same port
+        assert app.http.get("/health").json() == {"status": "ok", "ready": True}
+        assert [tune["status"] for tune in ended] == ["trained", "trained"]
+        assert [tune["prompts"][0]["status"] for tune in ended] == ["rendered", "rendered"]
+        assert [events(app, tune_id) for tune_id in (1, 2)] == [[("started", 0), ("resumed", 20)], [("started", 0)]]
+        assert (WARNING in ended[0]["warnings"], WARNING in ended[1]["warnings"]) == (True, False)
+        wait_for(lambda: len(receiver.taken) == 2)
+        app.stop()
+    weights = [load_file(tmp_path / f"tunes/{tune_id}/model/lora.safetensors") for tune_id in (1, 2)]
+    assert same(*weights)
+    assert sorted((tune, status) for _, tune, status in posted(receiver)) == [(1, "trained"), (2, "trained")]
+    assert jobs(tmp_path) == 0
+
+
+@pytest.mark.long
+def test_a_job_that_breaks_the_device_twice_at_one_point_fails_in_words_and_the_queue_goes_on(
+    tmp_path: Path, photos: list[Path]
+) -> None:
+    always = {"steps": 13, "step": 6, "times": 1000}, {"text": "ohwx dog in the fire", "times": 1000}
+    once = {"text": "ohwx dog once", "times": 1}
+    with receiving() as receiver, breaking(tmp_path, *always, once) as app:
+        hook = receiver.url("hook")
+        post(app, "always", photos, steps=13, callback=hook, **PROMPT).raise_for_status()
+        post(
+            app,
+            "next",
+            photos,
+            steps=12,
+            callback=hook,
+            **PROMPT | {"prompts_attributes][][text": "ohwx dog in the fire"},
+        ).raise_for_status()
+        for text in ("ohwx dog once", "ohwx dog"):
+            app.http.post("/tunes/2/prompts", data={"prompt[text]": text, "prompt[num_images]": 1}).raise_for_status()
+        first, second = app.finished(1), app.finished(2)
+        assert len(broken(tmp_path)) == 5 and app.process.poll() is None
+        assert first["status"] == "failed" and first["error"].startswith(FAILED)
+        assert first["prompts"][0]["error"] == "the tune was not trained"
+        assert second["status"] == "trained"
+        burnt, disturbed, undisturbed = sorted(second["prompts"], key=lambda prompt: prompt["id"])
+        assert burnt["status"] == "failed" and burnt["error"].startswith(FAILED)
+        assert disturbed["status"] == "rendered" and WARNING in disturbed["warnings"]
+        assert undisturbed["status"] == "rendered" and WARNING not in undisturbed["warnings"]
+        wait_for(lambda: len(receiver.taken) == 2)
+        # What the user sends again is tried again, and ends as before; the app is there all the time.
+        app.http.post("/tunes/1/resume").raise_for_status()
+        wait_for(lambda: len(broken(tmp_path)) == 7)
+        assert app.finished(1)["error"].startswith(FAILED)
+        wait_for(lambda: len(receiver.taken) == 3)
+        app.stop()
+    assert sorted(what[1:] for what in posted(receiver)) == [(1, "failed"), (1, "failed"), (2, "trained")]
+    assert len({what[0] for what in posted(receiver)}) == 3
+    assert jobs(tmp_path) == 0
+
+
+@pytest.fixture
+def studio(tmp_path: Path, decoder: Decoder, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Studio]:
+    """A studio whose device breaks before step 8."""
+    step_once = loop.step_once
+
+    def breaks(*arguments: Any) -> torch.Tensor:
+        if arguments[3] == 7:
+            raise RuntimeError(ILLEGAL)
+        return step_once(*arguments)
+
+    monkeypatch.setattr(loop, "step_once", breaks)
+    opened = Studio(tmp_path, decoder, photos)
+    yield opened
+    opened.close()
+
+
+def worked(studio: Studio) -> list[str]:
+    """The devices that were lost while a worker worked on the queue, which ends it."""
+    lost: list[str] = []
+    studio.worker = Worker(studio.settings, studio.store, studio.analyzer, lost.append)
+    studio.worker.start()
+    wait_for(lambda: lost)
+    studio.worker.stop()
+    return lost
+
+
+def test_headway_between_two_errors_begins_the_count_again(studio: Studio) -> None:
+    tune_id = studio.create("Rex", args="save_every=5")
+    for _ in range(2):  # a state after step 5 came in between
+        assert worked(studio) == ["cpu"]
+        job = studio.store.claim()
+        assert job is not None and job.attempts == 1
+        studio.store.made_headway(job)  # what the next run would do, if it got on
+    assert tunes.get_tune(studio.services, tune_id).status == "training"
+    assert worked(studio) == ["cpu"]
+    tune = tunes.get_tune(studio.services, tune_id)
+    assert tune.status == "failed" and str(tune.error).startswith(FAILED)
+    assert studio.store.queue_length() == 0
+
+
+def test_after_an_error_of_the_device_nothing_more_is_claimed(studio: Studio) -> None:
+    ids = [studio.create(title) for title in ("first", "second")]
+    assert worked(studio) == ["cpu"]
+    assert [tunes.get_tune(studio.services, tune_id).status for tune_id in ids] == ["training", "queued"]
+    assert [tunes.get_tune(studio.services, tune_id).error for tune_id in ids] == [None, None]
+
+
+FATAL = [
+    torch.AcceleratorError(ILLEGAL),
+    torch.AcceleratorError("CUDA error: device-side assert triggered\nSearch for `cudaErrorAssert'"),
+    torch.AcceleratorError("CUDA error: unknown error"),
+    RuntimeError("CUDA error: unspecified launch failure"),
+    RuntimeError("CUDA error: uncorrectable ECC error encountered"),
+    RuntimeError("CUDA error: hardware stack error"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa, opb, m, n, k)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("HIP error: an illegal memory access was encountered"),
+]
+SURVIVED = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: invalid argument"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+    RuntimeError("the tune's text says CUDA error: an illegal memory access was encountered"),
+    ValueError(ILLEGAL),
+]
+
+
+@pytest.mark.parametrize("error", FATAL, ids=str)
+def test_an_error_that_the_process_cannot_survive_is_known(error: Exception) -> None:
+    assert device_error(error) == str(error).partition("\n")[0]
+    try:
+        try:
+            raise error
+        except RuntimeError as problem:
+            raise ValueError("the base cannot be loaded") from problem
+    except ValueError as wrapped:
+        assert device_error(wrapped) == str(error).partition("\n")[0]
+
+
+@pytest.mark.parametrize("error", SURVIVED, ids=str)
+def test_an_error_that_the_process_survives_is_none_of_them(error: Exception) -> None:
+    assert device_error(error) is None
+
+
+def test_the_command_that_starts_the_app_again_keeps_its_options_and_does_not_grow(settings: Settings) -> None:
+    given = [
+        "/bin/python3",
+        "-X",
+        "dev",
+        "app.py",
+        "--port",
+        "0",
+        "--demo",
+        "--open",
+        "--outputs",
+        str(settings.outputs),
+    ]
+    now = settings.model_copy(update={"port": 7861})
+    again = command_again(given, now, "cuda:0")
+    assert again[:4] == [sys.executable, "-X", "dev", "app.py"]
+    assert command_again(again, now, "cuda:0") == again
+    found = read_settings(again[4:], models=settings.models)
+    assert (found.port, found.device, found.demo, found.open) == (7861, "cuda:0", False, False)
+    assert found.outputs == settings.outputs
