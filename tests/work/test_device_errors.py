@@ -120,19 +120,26 @@ def test_a_job_that_breaks_the_device_twice_at_one_point_fails_in_words_and_the_
 
 
 @pytest.fixture
-def studio(tmp_path: Path, decoder: Decoder, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Studio]:
-    """A studio whose device breaks before step 8."""
-    step_once = loop.step_once
-
-    def breaks(*arguments: Any) -> torch.Tensor:
-        if arguments[3] == 7:
-            raise RuntimeError(ILLEGAL)
-        return step_once(*arguments)
-
-    monkeypatch.setattr(loop, "step_once", breaks)
+def studio(tmp_path: Path, decoder: Decoder, photos: list[Path]) -> Iterator[Studio]:
     opened = Studio(tmp_path, decoder, photos)
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def broken_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Before which steps (from 0) the device breaks, in their order."""
+    steps: list[int] = []
+    step_once = loop.step_once
+
+    def checked(branch: Any, data: Any, config: Any, step: int, *more: Any) -> torch.Tensor:
+        if steps[:1] == [step]:
+            del steps[0]
+            raise RuntimeError(ILLEGAL)
+        return step_once(branch, data, config, step, *more)
+
+    monkeypatch.setattr(loop, "step_once", checked)
+    return steps
 
 
 def worked(studio: Studio) -> list[str]:
@@ -145,25 +152,24 @@ def worked(studio: Studio) -> list[str]:
     return lost
 
 
-def test_headway_between_two_errors_begins_the_count_again(studio: Studio) -> None:
+def test_a_state_between_two_errors_begins_the_count_again(studio: Studio, broken_steps: list[int]) -> None:
+    broken_steps += [7, 11, 11]
     tune_id = studio.create("Rex", args="save_every=5")
-    for _ in range(2):  # a state after step 5 came in between
-        assert worked(studio) == ["cpu"]
-        job = studio.store.claim()
-        assert job is not None and job.attempts == 1
-        studio.store.made_headway(job)  # what the next run would do, if it got on
+    assert [worked(studio), worked(studio)] == [["cpu"], ["cpu"]]
     assert tunes.get_tune(studio.services, tune_id).status == "training"
     assert worked(studio) == ["cpu"]
+    assert studio.events(tune_id) == [("started", 0), ("resumed", 5), ("resumed", 10)]
     tune = tunes.get_tune(studio.services, tune_id)
     assert tune.status == "failed" and str(tune.error).startswith(FAILED)
-    assert studio.store.queue_length() == 0
+    assert tune.prompts[0].error == "the tune was not trained" and studio.store.queue_length() == 0
 
 
-def test_after_an_error_of_the_device_nothing_more_is_claimed(studio: Studio) -> None:
+def test_after_an_error_of_the_device_nothing_more_is_claimed(studio: Studio, broken_steps: list[int]) -> None:
+    broken_steps.append(1)
     ids = [studio.create(title) for title in ("first", "second")]
     assert worked(studio) == ["cpu"]
-    assert [tunes.get_tune(studio.services, tune_id).status for tune_id in ids] == ["training", "queued"]
-    assert [tunes.get_tune(studio.services, tune_id).error for tune_id in ids] == [None, None]
+    rows = [tunes.get_tune(studio.services, tune_id) for tune_id in ids]
+    assert [(row.status, row.error) for row in rows] == [("training", None), ("queued", None)]
 
 
 FATAL = [
