@@ -64,18 +64,18 @@ def base_answer(services: Services, base: Base) -> Tune:
 def model_link(services: Services, tune_id: int, format_: str | None = None) -> str | None:
     """The link to a tune's model in a format; None while that is being made. Raises NotFound, InvalidRequest,
     Conflict."""
-    row = row_of(services, "tunes", tune_id)
-    if row["status"] != "trained":
-        raise NotFound(f"tune {tune_id} has no model: it is {row['status']}")
-    paths = here(row)
-    if format_ in (None, ""):
-        return model_file_link(services, tune_id, f"model/{row['files'][0]}")
-    if format_ in paths:
-        return model_file_link(services, tune_id, paths[format_])
-    known = [*paths, *MODEL_TYPES[row["method"]].made]
-    if format_ not in known:
-        raise InvalidRequest({"format": [f"tune {tune_id} is available as {words(known)}, not as {format_!r}"]})
     with services.store.transaction():
+        row = row_of(services, "tunes", tune_id)
+        if row["status"] != "trained":
+            raise NotFound(f"tune {tune_id} has no model: it is {row['status']}")
+        paths = here(row)
+        if format_ in (None, ""):
+            return model_file_link(services, tune_id, f"model/{row['files'][0]}")
+        if format_ in paths:
+            return model_file_link(services, tune_id, paths[format_])
+        known = [*paths, *MODEL_TYPES[row["method"]].made]
+        if format_ not in known:
+            raise InvalidRequest({"format": [f"tune {tune_id} is available as {words(known)}, not as {format_!r}"]})
         made = next(iter(services.store.find("exports", tune_id=tune_id, format=format_)), None)
         if made is None:
             services.store.add_export(tune_id, format_)

@@ -17,7 +17,7 @@ from trainer.studio import pack_file, packs
 from trainer.studio.idempotency import IdempotencyKey
 from trainer.studio.pack_file import Pack
 from trainer.studio.prompt_rules import check_prompt
-from trainer.studio.prompts import create_prompt
+from trainer.studio.prompts import create_prompt, delete_prompt
 from trainer.studio.references import resolve
 from trainer.studio.rows import Services, row_of, tune_folder, tunes_by_id
 from trainer.studio.settle import token_for
@@ -64,15 +64,15 @@ def create_pack_tune(
         for request in (parse_request(PromptRequest, one) for one in requests):  # before the first one is made
             check_prompt(services, request)
             resolve(services.store, listed, request.parsed, tune["branch"], tune)
-        for number, one in enumerate(requests):
-            create_prompt(
-                services,
-                tune_id,
-                one,
-                progress,
-                key and IdempotencyKey(f"{key.key} {number}", key.digest),
-                listed,
-            )
+        made: list[int] = []
+        try:
+            for number, one in enumerate(requests):
+                of_prompt = key and IdempotencyKey(f"{key.key} {number}", key.digest)
+                made.append(create_prompt(services, tune_id, one, progress, of_prompt, listed).id)
+        except (InvalidRequest, NotFound):  # all of them or none; a client that died sends the same key again
+            for prompt_id in made:
+                delete_prompt(services, prompt_id)
+            raise
         return get_tune(services, tune_id), True
     base_tune_id, branch = packs.asked_base(pack, data)
     base = bases.resolve(services.settings, base_tune_id, branch, tunes_by_id(services), listed)
