@@ -214,7 +214,7 @@ class Soak:
 
     def waiting(self) -> tuple[int, int]:
         """How many tunes and prompts wait or run, of the newest."""
-        rows = self.ask("GET", "/tunes", params={"limit": 20}).raise_for_status().json()
+        rows = self.ask("GET", "/tunes", params={"limit": 2 * MOST_WAITING}).raise_for_status().json()
         prompts = [prompt for row in rows for prompt in row["prompts"]]
         return sum(row["status"] in WAITING for row in rows), sum(one["status"] in WAITING for one in prompts)
 
@@ -237,4 +237,4 @@ class Soak:
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < deadline, self.rows("/tunes")
-            time.sleep(0.2)
+            time.sleep(0.5)  # answers take time from the worker

@@ -22,7 +22,7 @@ from trainer.photos.intake import Decoder
 from trainer.settings import Settings, read_settings
 from trainer.studio import tunes
 from trainer.training import loop
-from trainer.work.errors import device_error
+from trainer.work.device_errors import device_error
 from trainer.work.restart import command_again
 from trainer.work.worker import Worker
 

@@ -24,7 +24,7 @@ from tests.helpers.studio import same
 from trainer.files import PARTIAL
 
 SHORT = Size(tune=3, prompt=4, kill=1, cancel=1, resume=1, delete=1, delete_prompt=1)
-FULL = Size(tune=60, prompt=100, kill=6, cancel=16, resume=8, delete=12, delete_prompt=10)
+FULL = Size(tune=60, prompt=100, kill=6, cancel=24, resume=10, delete=18, delete_prompt=12)
 AT_HOME = {"tunebooth.db", ".lock", ".link-secret", "tunes", "incoming", "cache", "stderr.txt"}  # in outputs
 
 

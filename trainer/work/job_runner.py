@@ -37,7 +37,8 @@ from trainer.studio.references import Named
 from trainer.studio.rows import prompt_home
 from trainer.studio.store import Job, Store
 from trainer.training.train import train_tune
-from trainer.work.errors import OF_PICTURES, OF_TRAINING, DeviceLost, device_error, explain
+from trainer.work.device_errors import DeviceLost, device_error
+from trainer.work.errors import OF_PICTURES, OF_TRAINING, explain
 from trainer.work.export import export_tune
 from trainer.work.reporter import Reporter
 

@@ -10,7 +10,8 @@ from trainer.clock import Loop
 from trainer.photos.analysis import PhotoAnalyzer
 from trainer.settings import Settings
 from trainer.studio.store import Job, Store
-from trainer.work.errors import DeviceLost, explain
+from trainer.work.device_errors import DeviceLost
+from trainer.work.errors import explain
 
 if TYPE_CHECKING:
     from trainer.work.job_runner import JobRunner
