@@ -1,4 +1,4 @@
-"""Tunebooth: `uv run app.py` serves page, Gradio API and REST on one port."""
+"""Tunebooth: `uv run app.py` serves the page, the Gradio API and REST on one port."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trainer.settings import command_line
 from trainer.web.guard import Guard
 from trainer.web.listen import listen
 from trainer.work.assembly import Studio, open_store
-from trainer.work.restart import start_again
+from trainer.work.restart import restart
 
 
 def main() -> None:
@@ -17,9 +17,9 @@ def main() -> None:
     listening = listen(settings.host, settings.port)
     settings = settings.model_copy(update={"port": listening.getsockname()[1]})
     store = open_store(settings.outputs)
-    import uvicorn  # after the port is taken: a browser that is early waits instead of being refused
+    import uvicorn  # after the port is taken: an early browser waits instead of being refused
 
-    lost: list[str] = []  # the device that only a new process can use again
+    lost: list[str] = []  # the device that had a fatal error
 
     def on_device_lost(device: str) -> None:
         lost.append(device)
@@ -27,13 +27,13 @@ def main() -> None:
 
     studio = Studio(settings, store, on_device_lost)
     guard = Guard(settings, load=studio.load, begin=studio.begin, unload=studio.close)
-    # An open page holds a connection for as long as it is open; the server does not wait for it.
+    # An open page holds a connection; at the end the server does not wait for it.
     config = uvicorn.Config(guard, log_level="warning", ws="none", timeout_graceful_shutdown=2)
     print(f"Tunebooth is at {settings.base_url}", flush=True)
     server = uvicorn.Server(config)
     server.run(sockets=[listening])
     if lost:
-        start_again(settings, lost[0])
+        restart(settings, lost[0])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An error of the device that a process cannot survive: the app starts itself again, and its work goes on."""
+"""After a fatal error of the device the app restarts itself and resumes its work."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from trainer.settings import Settings, read_settings
 from trainer.studio import tunes
 from trainer.training import loop
 from trainer.work.device_errors import device_error
-from trainer.work.restart import command_again
+from trainer.work.restart import restart_command
 from trainer.work.worker import Worker
 
 pytest_plugins = ("tests.helpers.web",)
 WORDS = ILLEGAL.partition("\n")[0]
-WARNING = f"{WORDS} -- the app started itself again and went on"
-FAILED = f"{WORDS} -- this ended the app 2 times at the same point, so the job is not tried again"
+WARNING = f"{WORDS} -- the app restarted and resumed the job"
+FAILED = f"{WORDS} -- the app ended 2 times at this point, so the job is not tried again"
 PROMPT = {"prompts_attributes][][num_images": 1, "prompts_attributes][][text": "ohwx dog"}
 
 
@@ -56,9 +56,7 @@ def posted(receiver: ReceiverServer) -> list[tuple[str, int, str]]:
     return [(webhook_id, tune["id"], tune["status"]) for webhook_id, tune in entities]
 
 
-def test_the_app_starts_itself_again_and_the_tune_ends_with_the_same_weights(
-    tmp_path: Path, photos: list[Path]
-) -> None:
+def test_the_app_restarts_itself_and_the_tune_ends_with_the_same_weights(tmp_path: Path, photos: list[Path]) -> None:
     error = {"steps": 30, "step": 28, "times": 1}
     with receiving() as receiver, breaking(tmp_path, error) as app:
         for title in ("disturbed", "undisturbed"):
@@ -183,7 +181,7 @@ FATAL = [
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     RuntimeError("HIP error: an illegal memory access was encountered"),
 ]
-SURVIVED = [
+NOT_FATAL = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
     torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
     torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
@@ -196,7 +194,7 @@ SURVIVED = [
 
 
 @pytest.mark.parametrize("error", FATAL, ids=str)
-def test_an_error_that_the_process_cannot_survive_is_known(error: Exception) -> None:
+def test_a_fatal_error_of_the_device_is_known(error: Exception) -> None:
     assert device_error(error) == str(error).partition("\n")[0]
     try:
         try:
@@ -207,12 +205,12 @@ def test_an_error_that_the_process_cannot_survive_is_known(error: Exception) -> 
         assert device_error(wrapped) == str(error).partition("\n")[0]
 
 
-@pytest.mark.parametrize("error", SURVIVED, ids=str)
-def test_an_error_that_the_process_survives_is_none_of_them(error: Exception) -> None:
+@pytest.mark.parametrize("error", NOT_FATAL, ids=str)
+def test_other_errors_are_not_fatal(error: Exception) -> None:
     assert device_error(error) is None
 
 
-def test_the_command_that_starts_the_app_again_keeps_its_options_and_does_not_grow(settings: Settings) -> None:
+def test_the_command_of_a_restart_keeps_its_options_and_does_not_grow(settings: Settings) -> None:
     given = [
         "/bin/python3",
         "-X",
@@ -226,9 +224,9 @@ def test_the_command_that_starts_the_app_again_keeps_its_options_and_does_not_gr
         str(settings.outputs),
     ]
     now = settings.model_copy(update={"port": 7861})
-    again = command_again(given, now, "cuda:0")
+    again = restart_command(given, now, "cuda:0")
     assert again[:4] == [sys.executable, "-X", "dev", "app.py"]
-    assert command_again(again, now, "cuda:0") == again
+    assert restart_command(again, now, "cuda:0") == again
     found = read_settings(again[4:], models=settings.models)
     assert (found.port, found.device, found.demo, found.open) == (7861, "cuda:0", False, False)
     assert found.outputs == settings.outputs

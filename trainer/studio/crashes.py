@@ -1,4 +1,4 @@
-"""How often a job has been begun at the point where it is."""
+"""How often a job has crashed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from trainer.studio.store import Job, Store
 
 
 def attempts_here(store: Store, job: Job) -> int:
-    """How often a job was begun since it last got on, this time included; 0 where it was deleted meanwhile."""
+    """Attempts since the last progress of a job, including the current one; 0 if the job was deleted."""
     with store.transaction() as db:
         row = db.execute("SELECT attempts FROM jobs WHERE id = ?", (job.id,)).fetchone()
     return row["attempts"] if row else 0

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 # Errors of the runtime, driver or libraries of an accelerator begin so.
 DEVICE_ERRORS = ("CUDA error", "CUDA driver error", "HIP error", "cuDNN error")
-# After these errors the device still works: a call asked for too much, or for something wrong. The others are fatal (CUDA
-# Runtime API, cudaError: "the process must be terminated and relaunched").
+# After these errors the device still works: a call asked for too much, or for something wrong. The others are fatal
+# (CUDA Runtime API, cudaError: "the process must be terminated and relaunched").
 NOT_FATAL = (
     "out of memory", "ALLOC_FAILED", "invalid argument", "INVALID_VALUE", "BAD_PARAM", "NOT_SUPPORTED",
     "not supported", "no kernel image", "invalid configuration", "invalid device function", "invalid device ordinal",
@@ -15,7 +15,7 @@ NOT_FATAL = (
 
 
 class DeviceLost(Exception):
-    """A fatal error of the device. Only a new process can use the device again."""
+    """A fatal error of the device, by its name. Only a new process can use the device again."""
 
 
 def device_error(error: BaseException) -> str | None:

@@ -1,4 +1,4 @@
-"""The app starts itself again, in the same process: after an error of the device that a process cannot survive."""
+"""The app restarts itself in the same process (`os.execv`) after a fatal error of the device."""
 
 from __future__ import annotations
 
@@ -11,34 +11,37 @@ from typing import NoReturn
 
 from trainer.settings import Settings
 
-OPEN_FILES = Path("/dev/fd")  # of this process, by number
+OPEN_FILES = Path("/dev/fd")  # the open files of this process, by number
 
 
-def command_again(command: Sequence[str], settings: Settings, device: str) -> list[str]:
-    """What starts this program again as it runs now. command: as Python was called. device: that is in use.
+def restart(settings: Settings, device: str) -> NoReturn:
+    """Replace this process by a new run of the program, with the same process id.
 
-    Of an option that is there twice, the last one counts. A free port becomes the one that was taken, and `auto` the
-    device: a card that is lost must not make the CPU train for days. What is done once at a start is not done again.
+    The caller has closed the port and the outputs folder. device: that was in use.
     """
-    options = ["--port", str(settings.port), "--device", device, "--no-open", "--no-demo"]
-    given = list(command[1:])
-    return [sys.executable, *given] if given[-len(options) :] == options else [sys.executable, *given, *options]
-
-
-def start_again(settings: Settings, device: str) -> NoReturn:
-    """Put a new run of this program into the place of this one; it has the same process id. Port and lock are free."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     for file in list(OPEN_FILES.iterdir()):
         if int(file.name) > sys.stderr.fileno():
             close_at_exec(int(file.name))
-    os.execv(sys.executable, command_again(sys.orig_argv, settings, device))  # noqa: S606  # as it was started
+    os.execv(sys.executable, restart_command(sys.orig_argv, settings, device))  # noqa: S606  # the user's own command
+
+
+def restart_command(command: Sequence[str], settings: Settings, device: str) -> list[str]:
+    """The command of a restart. command: how Python was called.
+
+    The last one of equal options counts. The port stays the same, also if it was 0. The device stays the same, too: after
+    the loss of a card, `auto` would train on the CPU. The browser and the demo belong to the first start only.
+    """
+    options = ["--port", str(settings.port), "--device", device, "--no-open", "--no-demo"]
+    given = list(command[1:])
+    return [sys.executable, *given] if given[-len(options) :] == options else [sys.executable, *given, *options]
 
 
 def close_at_exec(descriptor: int) -> None:
-    """Python's files close by themselves; a driver's would stay open, and hold the memory of the card."""
+    """Python opens its files so; a driver's file that stays open would keep the memory of the card."""
     try:
         os.set_inheritable(descriptor, False)
-    except OSError:  # it was the one that the folder was listed with
+    except OSError:  # closed meanwhile, as the file of the listing is
         return
