@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.app import App, post, running, wait_for
 from tests.helpers.device_errors import ILLEGAL, SCRIPT, broken, plan
+from tests.helpers.quick import cheap_previews
 from tests.helpers.receiver import ReceiverServer, receiving
 from tests.helpers.studio import Studio, same
 from trainer.photos.intake import Decoder
@@ -36,8 +37,10 @@ PROMPT = {"prompts_attributes][][num_images": 1, "prompts_attributes][][text": "
 @contextmanager
 def breaking(folder: Path, *errors: dict[str, Any]) -> Iterator[App]:
     """An app whose device breaks."""
-    plan(folder, *errors)
-    with running(folder, script=SCRIPT, TUNEBOOTH_PRIVATE_URLS="allow") as app:
+    (outputs := folder / "outputs").mkdir()
+    plan(outputs, *errors)
+    folders = "--models", str(folder / "models"), "--presets", str(cheap_previews(folder))
+    with running(outputs, *folders, script=SCRIPT, TUNEBOOTH_PRIVATE_URLS="allow") as app:
         yield app.ready()
 
 
@@ -57,24 +60,24 @@ def posted(receiver: ReceiverServer) -> list[tuple[str, int, str]]:
 
 
 def test_the_app_restarts_itself_and_the_tune_ends_with_the_same_weights(tmp_path: Path, photos: list[Path]) -> None:
-    error = {"steps": 30, "step": 28, "times": 1}
+    error = {"steps": 12, "step": 11, "times": 1}
     with receiving() as receiver, breaking(tmp_path, error) as app:
         for title in ("disturbed", "undisturbed"):
-            fields = {"callback": receiver.url("hook"), "args": "save_every=10"}
-            post(app, title, photos, steps=30, **fields, **PROMPT).raise_for_status()
+            fields = {"callback": receiver.url("hook"), "args": "save_every=5 batch=1"}
+            post(app, title, photos, steps=12, **fields, **PROMPT).raise_for_status()
         ended = [app.finished(tune_id) for tune_id in (1, 2)]
-        assert len(broken(tmp_path)) == 1 and app.process.poll() is None  # the same process, on the same port
+        assert len(broken(app.outputs)) == 1 and app.process.poll() is None  # the same process, on the same port
         assert app.http.get("/health").json() == {"status": "ok", "ready": True}
         assert [tune["status"] for tune in ended] == ["trained", "trained"]
         assert [tune["prompts"][0]["status"] for tune in ended] == ["rendered", "rendered"]
-        assert [events(app, tune_id) for tune_id in (1, 2)] == [[("started", 0), ("resumed", 20)], [("started", 0)]]
+        assert [events(app, tune_id) for tune_id in (1, 2)] == [[("started", 0), ("resumed", 10)], [("started", 0)]]
         assert (WARNING in ended[0]["warnings"], WARNING in ended[1]["warnings"]) == (True, False)
         wait_for(lambda: len(receiver.taken) == 2)
         app.stop()
-    weights = [load_file(tmp_path / f"tunes/{tune_id}/model/lora.safetensors") for tune_id in (1, 2)]
+    weights = [load_file(app.outputs / f"tunes/{tune_id}/model/lora.safetensors") for tune_id in (1, 2)]
     assert same(*weights)
     assert sorted((tune, status) for _, tune, status in posted(receiver)) == [(1, "trained"), (2, "trained")]
-    assert jobs(tmp_path) == 0
+    assert jobs(app.outputs) == 0
 
 
 @pytest.mark.long
@@ -97,7 +100,7 @@ def test_a_job_that_breaks_the_device_twice_at_one_point_fails_in_words_and_the_
         for text in ("ohwx dog once", "ohwx dog"):
             app.http.post("/tunes/2/prompts", data={"prompt[text]": text, "prompt[num_images]": 1}).raise_for_status()
         first, second = app.finished(1), app.finished(2)
-        assert len(broken(tmp_path)) == 5 and app.process.poll() is None
+        assert len(broken(app.outputs)) == 5 and app.process.poll() is None
         assert first["status"] == "failed" and first["error"].startswith(FAILED)
         assert first["prompts"][0]["error"] == "the tune was not trained"
         assert second["status"] == "trained"
@@ -108,13 +111,13 @@ def test_a_job_that_breaks_the_device_twice_at_one_point_fails_in_words_and_the_
         wait_for(lambda: len(receiver.taken) == 2)
         # What the user sends again is tried again, and ends as before; the app is there all the time.
         app.http.post("/tunes/1/resume").raise_for_status()
-        wait_for(lambda: len(broken(tmp_path)) == 7)
+        wait_for(lambda: len(broken(app.outputs)) == 7)
         assert app.finished(1)["error"].startswith(FAILED)
         wait_for(lambda: len(receiver.taken) == 3)
         app.stop()
     assert sorted(what[1:] for what in posted(receiver)) == [(1, "failed"), (1, "failed"), (2, "trained")]
     assert len({what[0] for what in posted(receiver)}) == 3
-    assert jobs(tmp_path) == 0
+    assert jobs(app.outputs) == 0
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ def restart(settings: Settings, device: str) -> NoReturn:
 def restart_command(command: Sequence[str], settings: Settings, device: str) -> list[str]:
     """The command of a restart. command: how Python was called.
 
-    The last one of equal options counts. The port stays the same, also if it was 0. The device stays the same, too: after
-    the loss of a card, `auto` would train on the CPU. The browser and the demo belong to the first start only.
+    The last one of equal options counts. The port stays the same, also if it was 0. So does the device: after the loss
+    of a card, `auto` would train on the CPU. The browser and the demo belong to the first start only.
     """
     options = ["--port", str(settings.port), "--device", device, "--no-open", "--no-demo"]
     given = list(command[1:])
