@@ -44,6 +44,12 @@ def breaking(folder: Path, *errors: dict[str, Any]) -> Iterator[App]:
         yield app.ready()
 
 
+def wait_for_errors(app: App, count: int) -> None:
+    """Wait until the device has broken so often, one restart at a time: each takes as long as a start."""
+    for number in range(1, count + 1):
+        wait_for(lambda number=number: len(broken(app.outputs)) >= number)
+
+
 def events(app: App, tune_id: int) -> list[tuple[str, int]]:
     return [(line["event"], line["step"]) for line in app.log(tune_id) if "event" in line]
 
@@ -99,6 +105,7 @@ def test_a_job_that_breaks_the_device_twice_at_one_point_fails_in_words_and_the_
         ).raise_for_status()
         for text in ("ohwx dog once", "ohwx dog"):
             app.http.post("/tunes/2/prompts", data={"prompt[text]": text, "prompt[num_images]": 1}).raise_for_status()
+        wait_for_errors(app, 5)
         first, second = app.finished(1), app.finished(2)
         assert len(broken(app.outputs)) == 5 and app.process.poll() is None
         assert first["status"] == "failed" and first["error"].startswith(FAILED)
@@ -111,7 +118,7 @@ def test_a_job_that_breaks_the_device_twice_at_one_point_fails_in_words_and_the_
         wait_for(lambda: len(receiver.taken) == 2)
         # What the user sends again is tried again, and ends as before; the app is there all the time.
         app.http.post("/tunes/1/resume").raise_for_status()
-        wait_for(lambda: len(broken(app.outputs)) == 7)
+        wait_for_errors(app, 7)
         assert app.finished(1)["error"].startswith(FAILED)
         wait_for(lambda: len(receiver.taken) == 3)
         app.stop()
