@@ -39,7 +39,7 @@ def main() -> None:
     from trainer.settings import command_line
     from trainer.work.worker import Worker
 
-    outputs, set_up = command_line().outputs, Worker._set_up
+    outputs, set_up = command_line()[1].outputs, Worker._set_up
 
     def break_after(worker: Worker) -> None:
         set_up(worker)  # the slow imports

@@ -91,6 +91,7 @@ class Store:
         self._local = threading.local()
         self._writing = threading.Lock()  # one writer at a time; a lock is fair, SQLite's busy wait is not
         self.changed = threading.Event()  # set when there may be a new job
+        self.verified: dict[Path, tuple[int, int]] = {}  # model files whose checksum is right: size, mtime
         try:
             migrate(self._db, self._path)
         except sqlite3.OperationalError:
