@@ -31,6 +31,7 @@ from trainer.studio.rows import Services
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
+CLOSE_SECONDS = 3.0  # for callbacks that are being posted when the app stops
 AT_ONCE = 4  # callbacks sent in parallel: a slow receiver must not delay the others
 # Seconds between attempts: a day and some hours in all, as in Standard Webhooks.
 DELAYS = (5, 30, 120, 600, 1800, 3600, 7200, 14_400, 21_600, 39_600)
@@ -95,8 +96,11 @@ class WebhookSender:
         self._loop.start()
 
     def close(self) -> None:
-        """Stop. A callback that is being posted may arrive and is then posted again at the next start."""
+        """Stop. Callbacks that are being posted get some seconds; one that gets no answer is posted again later."""
         self._loop.close()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while self._under_way and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _post_due(self) -> None:
         for callback in self._schedule.due(self._services.store.waiting_callbacks()):

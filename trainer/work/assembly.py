@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,14 +38,15 @@ def open_store(outputs: Path) -> Store:
 class Studio:
     """Everything behind the guard. `/health` answers while this is imported and started."""
 
-    def __init__(self, settings: Settings, store: Store) -> None:
+    def __init__(self, settings: Settings, store: Store, on_device_lost: Callable[[str], object]) -> None:
+        """on_device_lost: called with the name of the device after a fatal error of it; the app must restart."""
         from trainer.photos.analysis import PhotoAnalyzer
         from trainer.work.worker import Worker
 
         self._settings = settings
         self._store = store
         self._analyzer = PhotoAnalyzer(settings)
-        self._worker = Worker(settings, store, self._analyzer)
+        self._worker = Worker(settings, store, self._analyzer, on_device_lost)
 
     def load(self) -> FastAPI:
         """Build the web app."""
