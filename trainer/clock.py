@@ -20,7 +20,10 @@ def stamp(moment: datetime) -> str:
 
 
 class Loop:
-    """A thread that acts at once, and again some seconds after each time. An error is logged, and ends nothing."""
+    """A thread that acts at once, and again some seconds after each time.
+
+    An error ends nothing. It is logged; the same one again only after an act without one.
+    """
 
     def __init__(
         self,
@@ -52,13 +55,17 @@ class Loop:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        last = ""
         while True:
             self._wake.clear()  # before the act: what is set from now on ends the wait
             pause = self._wake, self._seconds
             try:
                 self._act()
-            except Exception:  # the edge of a thread: one failure must not end it
-                log.exception("the thread %s failed; it tries again", self._name)
+                last = ""
+            except Exception as error:  # the edge of a thread: one failure must not end it
+                if repr(error) != last:
+                    log.exception("the thread %s failed; it tries again", self._name)
+                last = repr(error)
                 if self._retry_seconds is not None:
                     pause = self.stopping, self._retry_seconds
             if not self.stopping.is_set():

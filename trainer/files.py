@@ -47,12 +47,28 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def discarded_on_error() -> Iterator[list[Path]]:
+    """Yields a list. The folders on it are removed where the block ends with an error, as a commit on a full disk."""
+    folders: list[Path] = []
+    done = False
+    try:
+        yield folders
+        done = True
+    finally:
+        for folder in folders if not done else []:
+            discard(folder)
+
+
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file so that it is complete or not there, also after a power cut."""
     partial = file.with_name(f"{file.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
-    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-    fsync(partial)
-    partial.rename(file)
+    try:
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        fsync(partial)
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)  # what a full disk took of it
     fsync(file.parent)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
 from trainer.contract.photos import Photo, ProgressCallback, Upload, no_progress
+from trainer.disk import check_room
 from trainer.files import PARTIAL
 from trainer.photos.decode import Decoded, alike
 from trainer.photos.subprocess_worker import NotStarted, SubprocessWorker, WorkerCrashed
@@ -79,8 +80,9 @@ def intake(
 
     The folder is the caller's to rename away; whatever is left of it at the end is removed. `.txt` files are captions,
     paired with the photo of the same base name. A photo that came twice is kept once. Raises InvalidRequest naming
-    every bad file.
+    every bad file; DiskProblem where there is no room for the photos.
     """
+    check_room(settings.outputs, sum(upload.path.stat().st_size for upload in uploads), "the photos of this request")
     work = settings.outputs / "incoming" / f"{PARTIAL}{uuid.uuid4().hex[:12]}"
     images, fetched = work / "images", work / "fetched"
     images.mkdir(parents=True)

@@ -11,13 +11,15 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, cast, overload
 
 from trainer.clock import now
 from trainer.contract.rows import CallbackRow, ExportRow, PromptRow, TuneRow
+from trainer.disk import DiskProblem
+from trainer.studio.connection import BUSY_SECONDS, Connection, identity, missing
 from trainer.studio.migrations import migrate
 
 Table = Literal["tunes", "prompts", "exports"]
@@ -78,42 +80,53 @@ class Store:
             self._lock_file.seek(0)
             raise InUse(f"{outputs} is in use by process {self._lock_file.read().strip()}") from None
         self._lock_file.truncate(0)
-        self._lock_file.write(str(os.getpid()))
-        self._lock_file.flush()
-        self._path = outputs / "tunebooth.db"
+        with suppress(OSError):  # on a full disk the lock holds, too; only the number of the process is missing
+            os.write(self._lock_file.fileno(), str(os.getpid()).encode())
+        self._outputs, self._path = outputs, outputs / "tunebooth.db"
+        self._files: dict[Path, tuple[int, int] | None] = {}
         self._local = threading.local()
         self._writing = threading.Lock()  # one writer at a time; waiting here is fair, SQLite's own busy wait is not
         self.changed = threading.Event()  # set when there may be something to do
+        self.hold = ""  # why the queue waits, in words; in memory, because the disk may be full
         migrate(self._db, self._path)
+        self._files = {path: identity(path) for path in (self._path, outputs / ".lock")}
 
     def close(self) -> None:
         self._lock_file.close()
 
     @property
     def _db(self) -> sqlite3.Connection:
+        """The connection of this thread. Raises DiskProblem where the outputs folder is gone: SQLite would go on
+        writing into a file that has no name any more, or make a new one."""
+        if problem := self.missing():
+            raise problem
         if not hasattr(self._local, "db"):
-            db = sqlite3.connect(self._path, isolation_level=None, timeout=10)
-            db.row_factory = sqlite3.Row
-            # WAL of SQLite 3.7.0 to 3.51.2 can corrupt the file when two connections race (sqlite.org/wal.html).
-            safe_wal = sqlite3.sqlite_version_info >= (3, 51, 3)
-            db.executescript(
-                f"PRAGMA journal_mode={'WAL' if safe_wal else 'DELETE'};"
-                f"PRAGMA synchronous={'FULL' if safe_wal else 'EXTRA'};"
-                "PRAGMA foreign_keys=ON; PRAGMA trusted_schema=OFF;"
-            )
-            self._local.db = db
+            self._local.db = Connection.open(self._path)
         return cast(sqlite3.Connection, self._local.db)
+
+    def missing(self) -> DiskProblem | None:
+        """What of the outputs folder was removed or replaced under the running app; cheap enough for each request."""
+        return missing(self._outputs, self._files)
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing. Nested use joins the outer transaction."""
-        if self._db.in_transaction:
-            yield self._db
+        db = self._db
+        if db.in_transaction:
+            yield db
             return
-        with self._writing:
-            self._db.execute("BEGIN IMMEDIATE")
-            with self._db:  # commits, or rolls back where anything is raised
-                yield self._db
+        if not self._writing.acquire(timeout=BUSY_SECONDS):
+            raise DiskProblem(f"the database in {self._outputs} is in use", self._outputs)
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            yield db
+            db.execute("COMMIT")
+        finally:
+            try:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+            finally:
+                self._writing.release()
 
     def add_tune(self, values: Mapping[str, object]) -> int:
         """Insert a tune and its job, both or neither; its prompts follow in the caller's `transaction()`."""

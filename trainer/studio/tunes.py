@@ -17,7 +17,7 @@ from trainer.contract.photos import Check, Photo, ProgressCallback, Upload, no_p
 from trainer.contract.rows import TuneValues
 from trainer.contract.states import ENDED, Callback
 from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
-from trainer.files import discard, fsync
+from trainer.files import discard, discarded_on_error, fsync
 from trainer.library import bases
 from trainer.library.bases import Bases
 from trainer.names import FORMATS, MODEL_TYPES
@@ -285,7 +285,7 @@ def _insert(
 ) -> tuple[Tune, bool]:
     if request.base_tune_id is not None or any(prompt.parsed.models for prompt in request.prompts_attributes):
         listed()  # the models folder is scanned before the transaction, in which other writers wait
-    with services.store.transaction():
+    with discarded_on_error() as moved, services.store.transaction():
         if known := find_by_idempotency_key(services, "tunes", key):  # made by another request meanwhile
             return tune_answer(services, known), False
         if existing := same_title(services, request.title):
@@ -318,6 +318,7 @@ def _insert(
         discard(target)  # left by a crash between the rename and the commit, so that its number came again
         for path in work.rglob("*"):
             fsync(path)
+        moved.append(target)
         work.rename(target)
         fsync(target.parent)
     services.store.changed.set()

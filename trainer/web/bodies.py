@@ -20,6 +20,7 @@ from starlette.types import Message
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import PICTURES
+from trainer.disk import check_room
 from trainer.files import PARTIAL
 from trainer.studio.rows import IdempotencyKey, Services
 
@@ -35,8 +36,14 @@ class Malformed(Exception):
 
 @asynccontextmanager
 async def sent(request: Request, services: Services, root: str, max_files: int) -> AsyncIterator[dict[str, object]]:
-    """The object under `root` of a request; its files, which are Uploads in it, are gone afterwards."""
-    work = services.settings.outputs / "incoming" / f"{PARTIAL}upload-{uuid.uuid4().hex[:12]}"
+    """The object under `root` of a request; its files, which are Uploads in it, are gone afterwards.
+
+    Raises DiskProblem where there is no room for them.
+    """
+    outputs, length = services.settings.outputs, request.headers.get("content-length", "0")
+    if length.isdigit():  # as it comes, and as it is decoded
+        check_room(outputs, 2 * int(length), "the files of this request")
+    work = outputs / "incoming" / f"{PARTIAL}upload-{uuid.uuid4().hex[:12]}"
     try:
         yield await read_body(request, root, max_files, work)
     finally:

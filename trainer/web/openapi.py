@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,9 +15,13 @@ from starlette.exceptions import HTTPException
 from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
 from trainer.contract.prompts import PromptRequest
 from trainer.contract.tunes import CheckRequest, TuneChange, TuneRequest
+from trainer.disk import DiskProblem, problem_of
 from trainer.names import DEMO_BRANCH
 from trainer.studio.packs import PackRequest
 from trainer.web.bodies import Malformed
+
+
+RETRY_AFTER = "10"  # seconds, where the database is in use by another program
 
 
 class Error(BaseModel):
@@ -59,13 +64,16 @@ REFUSED = {
     429: "Too many wrong keys",
     431: "The headers are too large",
     503: "Not possible at the moment",
+    507: "There is not enough room on the disk",
 }
 REFUSALS: dict[int | str, dict[str, object]] = {
     status: {"model": Problems if status == 422 else Error, "description": why} for status, why in REFUSED.items()
 }
 
 
-def add_error_answers(app: FastAPI) -> None:
+def add_error_answers(app: FastAPI, outputs: Path) -> None:
+    """outputs: the folder that is written to."""
+
     def error(status: int) -> Callable[[Request, Exception], JSONResponse]:
         return lambda _request, problem: JSONResponse({"error": str(problem)}, status)
 
@@ -86,7 +94,19 @@ def add_error_answers(app: FastAPI) -> None:
     app.add_exception_handler(InvalidRequest, invalid)
     app.add_exception_handler(NotFound, error(404))
     app.add_exception_handler(Conflict, error(409))
-    app.add_exception_handler(AnalysisUnavailable, error(503))
+    def disk(request: Request, error: Exception) -> JSONResponse:
+        problem = problem_of(error, outputs)
+        if problem is None:
+            raise error
+        content = {"error": problem.as_refusal()}
+        return JSONResponse(content, 507) if problem.full else JSONResponse(content, 503, {"Retry-After": RETRY_AFTER})
+
+    def unavailable(request: Request, problem: Exception) -> JSONResponse:
+        return disk(request, problem) if problem_of(problem, outputs) else error(503)(request, problem)
+
+    app.add_exception_handler(DiskProblem, disk)
+    app.add_exception_handler(OSError, disk)
+    app.add_exception_handler(AnalysisUnavailable, unavailable)
     app.add_exception_handler(Malformed, error(400))
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, arguments)

@@ -7,6 +7,7 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.disk import DiskProblem
 from trainer.settings import Settings
 from trainer.studio.store import InUse, Store
 
@@ -20,14 +21,14 @@ def open_store(outputs: Path) -> Store:
     """The database of an outputs folder.
 
     One that cannot be opened ends the process with a message: exit code 75 where another process has the folder,
-    1 where the database is damaged or of a newer version.
+    1 where the database is damaged, of a newer version, or cannot be read or written.
     """
     try:
         return Store(outputs)
     except InUse as problem:
         print(f"Tunebooth: {problem}. Stop it, or give this one another --outputs.", file=sys.stderr)
         sys.exit(IN_USE_EXIT_CODE)
-    except RuntimeError as problem:
+    except (RuntimeError, DiskProblem) as problem:
         sys.exit(f"Tunebooth: {problem}.")
 
 

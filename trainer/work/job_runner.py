@@ -18,6 +18,7 @@ from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
 from trainer.contract.photos import Photo
 from trainer.contract.rows import ExportRow, PromptRow, TuneRow
 from trainer.device import forget_peak, free_gib
+from trainer.disk import problem_of
 from trainer.files import discard, write_whole
 from trainer.library import bases, weights
 from trainer.library.bases import Base, Bases
@@ -62,9 +63,9 @@ class JobRunner:
         self._renderer = Renderer(settings, device, analyzer)
 
     def run(self, job: Job) -> None:
-        """Do a job, and record how it ended."""
-        reporter = Reporter(self._settings, self._store, job, self._stopping, self._device)
+        """Do a job, and record how it ended. Raises DiskProblem where the disk takes nothing more: it is to wait."""
         try:
+            reporter = Reporter(self._settings, self._store, job, self._stopping, self._device)
             if job.attempts >= MAX_ATTEMPTS:
                 raise RuntimeError(f"the app ended {job.attempts} times at this point; it is not tried again")
             if job.export_id is not None:
@@ -73,13 +74,16 @@ class JobRunner:
                 self._train(job, reporter)
             else:
                 self._render(job, job.prompt_id, reporter)
-        except (InvalidRequest, AnalysisUnavailable, Unavailable) as problem:
-            self._store.finish(job, "failed", error=str(problem))
         except (JobInterrupted, Closed):
             self._requeue(job, reporter)
         except Exception as error:  # the edge of a job: it must end, also where a library raises
-            log.exception("job %s failed", job)
-            self._store.finish(job, "failed", error=explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING))
+            if problem := problem_of(error, self._settings.outputs):
+                raise problem from error
+            message = str(error)
+            if not isinstance(error, InvalidRequest | AnalysisUnavailable | Unavailable):
+                log.exception("job %s failed", job)
+                message = explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING)
+            self._store.finish(job, "failed", error=message)
 
     def _train(self, job: Job, reporter: Reporter) -> None:
         forget_peak(self._device)

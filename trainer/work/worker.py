@@ -6,10 +6,12 @@ import logging
 from typing import TYPE_CHECKING
 
 from trainer.clock import Loop
+from trainer.disk import DiskProblem
 from trainer.photos.analysis import PhotoAnalyzer
 from trainer.settings import Settings
-from trainer.studio.store import Store
+from trainer.studio.store import Job, Store
 from trainer.work.errors import explain
+from trainer.work.hold import Hold
 
 if TYPE_CHECKING:
     from trainer.work.job_runner import JobRunner
@@ -28,10 +30,15 @@ class Worker:
         self._analyzer = analyzer
         self._runner: JobRunner | None = None
         self._unable = ""
+        self._hold = Hold(store)
+        self._recovered = False
         self._loop = Loop("worker", POLL_SECONDS, self._work, wake=store.changed, retry_seconds=STORE_RETRY_SECONDS)
 
     def start(self) -> None:
-        self._store.recover()
+        try:
+            self._recover()
+        except DiskProblem as problem:
+            self._hold.begin(problem, None)
         self._loop.start()
 
     def stop(self, timeout_s: float = 60.0) -> None:
@@ -39,14 +46,29 @@ class Worker:
         self._loop.close(timeout_s)
 
     def _work(self) -> None:
-        """Run the jobs that are there. What it raises comes from the store: a full disk, for one; the job is kept."""
-        if self._runner is None and not self._unable:
-            self._set_up()
-        while not self._loop.stopping.is_set() and (job := self._store.claim()):
-            if self._runner is None:
-                self._store.finish(job, "failed", error=self._unable)
-            else:
-                self._runner.run(job)
+        """Run the jobs that are there, unless the queue is on hold."""
+        if not self._hold.is_over():
+            return
+        job: Job | None = None
+        try:
+            self._recover()
+            if self._runner is None and not self._unable:
+                self._set_up()
+            while not self._loop.stopping.is_set() and (job := self._store.claim()):
+                if self._runner is None:
+                    self._store.finish(job, "failed", error=self._unable)
+                else:
+                    self._runner.run(job)
+                self._hold.note_end()
+                job = None
+        except DiskProblem as problem:
+            self._hold.begin(problem, job)
+
+    def _recover(self) -> None:
+        """Once: what a stopped process was working on waits again."""
+        if not self._recovered:
+            self._store.recover()
+            self._recovered = True
 
     def _set_up(self) -> None:
         """The slow imports, before anybody waits for them."""
