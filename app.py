@@ -19,7 +19,7 @@ def main() -> None:
     import uvicorn  # after the port is taken: a browser that is early waits instead of being refused
 
     studio = Studio(settings, store)
-    guard = Guard(settings, load=studio.load, begin=studio.begin, unload=studio.close)
+    guard = Guard(settings, studio.load, studio.begin, studio.close, missing=store.missing, hold=lambda: store.hold)
     # An open page holds a connection for as long as it is open; the server does not wait for it.
     config = uvicorn.Config(guard, log_level="warning", ws="none", timeout_graceful_shutdown=2)
     print(f"Tunebooth is at {settings.base_url}", flush=True)

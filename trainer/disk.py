@@ -73,7 +73,9 @@ def problem_of(error: BaseException, folder: Path) -> DiskProblem | None:
             number = number_in(str(one))
         if number in FULL:
             fullest = min((folder, Path(tempfile.gettempdir())), key=free_bytes)
-            return DiskProblem(f"the disk of {fullest} is full: {as_text(free_bytes(fullest))} are free", fullest, full=True)
+            return DiskProblem(
+                f"the disk of {fullest} is full: {as_text(free_bytes(fullest))} are free", fullest, full=True
+            )
         if number in BROKEN:
             return DiskProblem(f"the disk of {folder} does not work: {os.strerror(number)}", folder)
     return None

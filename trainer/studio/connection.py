@@ -1,14 +1,19 @@
-"""Connections to the database, whose errors of disk and locks are told as `DiskProblem`."""
+"""Connections to the database: one for each thread. Errors of the disk and of locks are told as `DiskProblem`."""
 
 from __future__ import annotations
 
 import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from trainer.disk import DiskProblem, problem_of
+from trainer.studio.migrations import damaged, migrate
 
-BUSY_SECONDS = 10.0  # so long a lock of another program is waited for
+BUSY_SECONDS = 10.0  # so long a lock of another program, or another thread's transaction, is waited for
+FileId = tuple[int, int]  # device and inode
 
 
 class Connection(sqlite3.Connection):
@@ -38,25 +43,74 @@ class Connection(sqlite3.Connection):
             raise
 
 
-def identity(path: Path) -> tuple[int, int] | None:
-    """Which file lies at a path (device, inode); None where none can be found there."""
+class Connections:
+    """The connections to one database file, which is brought to the newest schema first."""
+
+    def __init__(self, path: Path, *beside: Path) -> None:
+        """beside: other files that must stay where they are. Raises RuntimeError for a damaged database and for one
+        of a newer version, DiskProblem."""
+        self._path = path
+        self._at_start: dict[Path, FileId | None] = {}
+        self._local = threading.local()
+        self._writing = threading.Lock()  # one writer at a time; waiting here is fair, SQLite's own busy wait is not
+        try:
+            migrate(self.own, path)
+        except sqlite3.OperationalError as error:
+            raise problem_of(error, path.parent) or RuntimeError(f"{path}: {error}") from error
+        except sqlite3.DatabaseError as problem:
+            raise damaged(path, str(problem)) from problem
+        self._at_start = {file: id_of(file) for file in (path, *beside)}
+
+    @property
+    def own(self) -> Connection:
+        """The connection of this thread. Raises DiskProblem where the file is gone: SQLite would go on writing into a
+        file that has no name any more, or make a new one."""
+        if problem := self.missing():
+            raise problem
+        if not hasattr(self._local, "db"):
+            self._local.db = Connection.open(self._path)
+        return cast(Connection, self._local.db)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """See `Store.transaction`."""
+        db = self.own
+        if db.in_transaction:
+            yield db
+            return
+        if not self._writing.acquire(timeout=BUSY_SECONDS):
+            raise DiskProblem(f"the database in {self._path.parent} is in use", self._path.parent)
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            yield db
+            db.execute("COMMIT")
+        finally:
+            try:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+            finally:
+                self._writing.release()
+
+    def missing(self) -> DiskProblem | None:
+        """What was removed or replaced since the start, in words; cheap enough for each request."""
+        outputs = self._path.parent
+        for file, at_start in self._at_start.items():
+            there = id_of(file)
+            if there == at_start:
+                continue
+            if there:
+                what = f"the file {file.name} in {outputs} was replaced by another one"
+            else:
+                what = f"{file.name} is gone from {outputs}" if outputs.exists() else f"the folder {outputs} is gone"
+            remedy = "Nothing is kept there now: stop Tunebooth, put the folder back as it was, and start it again"
+            return DiskProblem(f"{what} while the app was running", outputs, remedy=remedy)
+        return None
+
+
+def id_of(path: Path) -> FileId | None:
+    """Which file lies at a path; None where none can be found there."""
     try:
         found = path.stat()
     except OSError:  # it is gone, or the disk with it
         return None
     return found.st_dev, found.st_ino
-
-
-def missing(outputs: Path, files: dict[Path, tuple[int, int] | None]) -> DiskProblem | None:
-    """What of the outputs folder was removed, or replaced, while the app runs. files: as they were at the start."""
-    for path, at_start in files.items():
-        there = identity(path)
-        if there == at_start:
-            continue
-        if there:
-            what = f"the file {path.name} in {outputs} was replaced by another one"
-        else:
-            what = f"the folder {outputs} is gone" if not outputs.exists() else f"{path.name} is gone from {outputs}"
-        remedy = "Nothing is kept there now: stop Tunebooth, put the folder back as it was, and start it again"
-        return DiskProblem(f"{what} while the app was running", outputs, remedy=remedy)
-    return None

@@ -19,8 +19,7 @@ from typing import Literal, TypedDict, Unpack, cast, overload
 from trainer.clock import now
 from trainer.contract.rows import CallbackRow, ExportRow, PromptRow, TuneRow
 from trainer.disk import DiskProblem
-from trainer.studio.connection import BUSY_SECONDS, Connection, identity, missing
-from trainer.studio.migrations import damaged, migrate
+from trainer.studio.connection import Connections
 
 Table = Literal["tunes", "prompts", "exports"]
 Row = TuneRow | PromptRow | ExportRow
@@ -89,56 +88,26 @@ class Store:
         self._lock_file.truncate(0)
         with suppress(OSError):  # on a full disk the lock holds, too; only the number of the process is missing
             os.write(self._lock_file.fileno(), str(os.getpid()).encode())
-        self._outputs, self._path = outputs, outputs / "tunebooth.db"
-        self._files: dict[Path, tuple[int, int] | None] = {}
-        self._local = threading.local()
-        self._writing = threading.Lock()  # one writer at a time; waiting here is fair, SQLite's own busy wait is not
+        self._connections = Connections(outputs / "tunebooth.db", outputs / ".lock")
         self.changed = threading.Event()  # set when there may be something to do
         self.hold = ""  # why the queue waits, in words; in memory, because the disk may be full
-        try:
-            migrate(self._db, self._path)
-        except sqlite3.OperationalError:
-            raise  # a full disk, for example
-        except sqlite3.DatabaseError as problem:
-            raise damaged(self._path, str(problem)) from problem
-        self._files = {path: identity(path) for path in (self._path, outputs / ".lock")}
 
     def close(self) -> None:
         self._lock_file.close()
 
     @property
     def _db(self) -> sqlite3.Connection:
-        """The connection of this thread. Raises DiskProblem where the outputs folder is gone: SQLite would go on
-        writing into a file that has no name any more, or make a new one."""
-        if problem := self.missing():
-            raise problem
-        if not hasattr(self._local, "db"):
-            self._local.db = Connection.open(self._path)
-        return cast(sqlite3.Connection, self._local.db)
+        return self._connections.own
 
     def missing(self) -> DiskProblem | None:
-        """What of the outputs folder was removed or replaced under the running app; cheap enough for each request."""
-        return missing(self._outputs, self._files)
+        """What of the outputs folder was removed or replaced under the running app, in words."""
+        return self._connections.missing()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing. Nested use joins the outer transaction."""
-        db = self._db
-        if db.in_transaction:
+        """All or nothing. Nested use joins the outer transaction. Raises DiskProblem where it cannot be written."""
+        with self._connections.transaction() as db:
             yield db
-            return
-        if not self._writing.acquire(timeout=BUSY_SECONDS):
-            raise DiskProblem(f"the database in {self._outputs} is in use", self._outputs)
-        try:
-            db.execute("BEGIN IMMEDIATE")
-            yield db
-            db.execute("COMMIT")
-        finally:
-            try:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-            finally:
-                self._writing.release()
 
     def add_tune(self, values: Mapping[str, object]) -> int:
         """Insert a tune and its job, both or neither; its prompts follow in the caller's `transaction()`."""

@@ -27,10 +27,10 @@ def model_bytes(branch: Branch, method: Method, config: TrainConfig) -> int:
     size = getattr(torch, config.save_dtype).itemsize
     if method.LARGE:
         parts = branch.pipeline.components.values() if branch.whole_file else [branch.denoiser]
-        return size * sum(weight.numel() for part in parts if isinstance(part, nn.Module) for weight in part.parameters())
+        return size * sum(
+            weight.numel() for part in parts if isinstance(part, nn.Module) for weight in part.parameters()
+        )
     copies = BUNDLED_COPIES if config.tokens else ADAPTER_COPIES
     parts = [branch.denoiser, *branch.text_encoders.values()]
-    numbers = sum(
-        weight.numel() for part in parts for name, weight in part.named_parameters() if ".lora_" in name
-    )
+    numbers = sum(weight.numel() for part in parts for name, weight in part.named_parameters() if ".lora_" in name)
     return size * copies * numbers

@@ -34,9 +34,7 @@ class Diverged(Exception):
         self.step = step
 
 
-def begin(
-    states: Path, optimizer: torch.optim.Optimizer, params: Parameters, config: TrainConfig
-) -> tuple[int, int]:
+def begin(states: Path, optimizer: torch.optim.Optimizer, params: Parameters, config: TrainConfig) -> tuple[int, int]:
     """Go on from the newest whole state; else save the beginning, before the first step, as the first one.
 
     Returns the steps that are done, and how often the learning rate had been halved.

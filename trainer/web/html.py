@@ -61,11 +61,13 @@ def cards(packs: Sequence[Mapping[str, object]]) -> str:
     return render("packs.html", packs=packs)
 
 
-def current(tune: Tune | None, readings: Lines, moments: Lines, waiting: int, waits: str = "") -> str:
-    """The tune that runs, or the one that ran last, with the readings and the previews of its run."""
+def current(tune: Tune | None, readings: Lines, moments: Lines, waiting: int, waits: str = "", hold: str = "") -> str:
+    """The tune that runs, or the one that ran last, with the readings and the previews of its run. hold: why the queue
+    does not go on."""
     bar = tune and progress_bar(tune, readings)
     curve = tune and loss_curve(readings, tune.progress.steps)
-    return render("current.html", tune=tune, moments=moments, waiting=waiting, waits=waits, bar=bar, curve=curve)
+    values = {"moments": moments, "waiting": waiting, "waits": waits, "hold": hold, "bar": bar, "curve": curve}
+    return render("current.html", tune=tune, **values)
 
 
 def trained_pictures(seen: Lines) -> str:

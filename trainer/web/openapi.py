@@ -20,7 +20,6 @@ from trainer.names import DEMO_BRANCH
 from trainer.studio.packs import PackRequest
 from trainer.web.bodies import Malformed
 
-
 RETRY_AFTER = "10"  # seconds, where the database is in use by another program
 
 
@@ -94,6 +93,7 @@ def add_error_answers(app: FastAPI, outputs: Path) -> None:
     app.add_exception_handler(InvalidRequest, invalid)
     app.add_exception_handler(NotFound, error(404))
     app.add_exception_handler(Conflict, error(409))
+
     def disk(request: Request, error: Exception) -> JSONResponse:
         problem = problem_of(error, outputs)
         if problem is None:

@@ -71,5 +71,7 @@ class Hold:
         self._job = None
 
     def _tell(self, problem: DiskProblem) -> None:
-        usual = "Delete tunes or other files there; it goes on by itself" if problem.full else "It tries again by itself"
+        usual = (
+            "Delete tunes or other files there; it goes on by itself" if problem.full else "It tries again by itself"
+        )
         self._store.hold = f"The queue waits: {problem}. {problem.remedy or usual}."
