@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 RESERVE_BYTES = 16 * 2**20  # stay free: the database and the logs need some at any time
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT}
 BROKEN = {errno.EIO, errno.EROFS}
 # As libraries say it that are not written in Python: safetensors, torch.
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -71,6 +71,8 @@ def problem_of(error: BaseException, folder: Path) -> DiskProblem | None:
         number = one.errno if isinstance(one, OSError) else None
         if number is None:
             number = number_in(str(one))
+        if number == errno.EFBIG:
+            return DiskProblem(f"the disk of {folder} takes no file of that size", folder)
         if number in FULL:
             fullest = min((folder, Path(tempfile.gettempdir())), key=free_bytes)
             return DiskProblem(

@@ -24,7 +24,7 @@ def state_bytes(weight: Tensor, optimizer: str) -> int:
 
 def model_bytes(branch: Branch, method: Method, config: TrainConfig) -> int:
     """What the saved model of a run takes, all its files together. The branch is attached already."""
-    size = getattr(torch, config.save_dtype).itemsize
+    size: int = getattr(torch, config.save_dtype).itemsize
     if method.LARGE:
         parts = branch.pipeline.components.values() if branch.whole_file else [branch.denoiser]
         return size * sum(
