@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 RESERVE_BYTES = 16 * 2**20  # stay free: the database and the logs need some at any time
@@ -81,6 +82,17 @@ def problem_of(error: BaseException, folder: Path) -> DiskProblem | None:
         if number in BROKEN:
             return DiskProblem(f"the disk of {folder} does not work: {os.strerror(number)}", folder)
     return None
+
+
+@contextmanager
+def as_problems(folder: Path) -> Iterator[None]:
+    """Errors of the system that come from a full or broken disk are raised as DiskProblem. folder: that is written."""
+    try:
+        yield
+    except OSError as error:
+        if problem := problem_of(error, folder):
+            raise problem from error
+        raise
 
 
 def problem_of_database(name: str, folder: Path) -> DiskProblem | None:

@@ -10,6 +10,7 @@ from trainer.contract.fields import parse_request
 from trainer.contract.photos import ProgressCallback, Upload, no_progress
 from trainer.contract.prompts import PICTURES, Prompt, PromptRequest, prompt_of
 from trainer.contract.rows import PromptRow, TuneRow
+from trainer.disk import as_problems
 from trainer.files import discard, discarded_on_error
 from trainer.library import bases
 from trainer.library.bases import Base, Bases
@@ -51,6 +52,7 @@ def create_prompt(
     if known := find_by_idempotency_key(services, "prompts", key) or equal_prompt(services, place_id, digest):
         return prompt_answer(services, known)
     with (
+        as_problems(services.settings.outputs),
         inputs.fetch_inputs(services.settings, services.decoder, [request], None, progress) as pictures,
         discarded_on_error() as moved,
         services.store.transaction(),

@@ -16,7 +16,7 @@ from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidReques
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import PICTURES, PromptRequest
 from trainer.contract.tunes import CheckRequest, Tune, TuneRequest
-from trainer.disk import DiskProblem, problem_of
+from trainer.disk import DiskProblem
 from trainer.studio import models, settle
 from trainer.studio import prompts as prompt_verbs
 from trainer.studio import tunes as tune_verbs
@@ -251,14 +251,10 @@ def as_gradio_errors(endpoint: Endpoint) -> Endpoint:
     async def wrapped(*positional: object, **named: object) -> object:
         try:
             return await endpoint(*positional, **named)
-        except (InvalidRequest, NotFound, Conflict) as problem:
+        except (InvalidRequest, NotFound, Conflict, AnalysisUnavailable) as problem:
             raise gr.Error(str(problem), print_exception=False) from None
-        except (AnalysisUnavailable, DiskProblem, OSError) as error:
-            if full := problem_of(error, Path(get_upload_folder())):
-                raise gr.Error(full.as_refusal(), print_exception=False) from None
-            if isinstance(error, OSError):
-                raise
-            raise gr.Error(str(error), print_exception=False) from None
+        except DiskProblem as problem:
+            raise gr.Error(problem.as_refusal(), print_exception=False) from None
 
     return wrapped
 

@@ -17,7 +17,7 @@ from trainer.contract.errors import AnalysisUnavailable, InvalidRequest, NotFoun
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import ASPECT_RATIOS, CONTROLS, PICTURES, SCHEDULERS
 from trainer.contract.tunes import CheckRequest
-from trainer.disk import DiskProblem, problem_of
+from trainer.disk import DiskProblem
 from trainer.names import BRANCHES, DEFAULT_METHOD, DEMO_BRANCH, METHODS
 from trainer.studio import models, pack_verbs, prompts, settle, tunes
 from trainer.studio.rows import Services
@@ -119,8 +119,8 @@ class PromptForm:
             gr.Info(f"prompt {prompt.id} is queued", duration=4)
         except NotFound as gone:
             return note([str(gone)])
-        except (DiskProblem, OSError) as error:
-            return note([refusal_of(error, self._services.settings.outputs)])
+        except DiskProblem as problem:
+            return note([problem.as_refusal()])
         except InvalidRequest as invalid:
             return note([f"{field}: {'; '.join(messages)}" for field, messages in invalid.problems.items()])
         return ""
@@ -257,8 +257,8 @@ class Form:
             return [gr.skip(), *self._told(invalid.problems)]
         except AnalysisUnavailable as problem:
             return [gr.skip(), *self._told({"images": [str(problem)]})]
-        except (DiskProblem, OSError) as error:
-            return [gr.skip(), *self._told({"images": [refusal_of(error, self._services.settings.outputs)]})]
+        except DiskProblem as problem:
+            return [gr.skip(), *self._told({"images": [problem.as_refusal()]})]
 
     def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], list[Upload]]:
         """What stands in the fields, and the files."""
@@ -297,8 +297,8 @@ class Form:
             gr.Info(f"{tune.title} is queued", duration=4)
         except InvalidRequest as invalid:
             problems = invalid.problems
-        except (DiskProblem, OSError) as error:
-            problems = {"images": [refusal_of(error, self._services.settings.outputs)]}
+        except DiskProblem as problem:
+            problems = {"images": [problem.as_refusal()]}
         return self._told(problems)
 
     def _told(self, problems: dict[str, list[str]]) -> list[object]:
@@ -332,13 +332,6 @@ class Form:
             number += 1
             unique = f"{title} ({number})"
         return unique
-
-
-def refusal_of(error: Exception, outputs: Path) -> str:
-    """What the disk has to do with an error, in words. Raises the error itself where that is nothing."""
-    if problem := problem_of(error, outputs):
-        return problem.as_refusal()
-    raise error
 
 
 def usual_tokens(presets: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,7 +14,7 @@ from starlette.exceptions import HTTPException
 from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
 from trainer.contract.prompts import PromptRequest
 from trainer.contract.tunes import CheckRequest, TuneChange, TuneRequest
-from trainer.disk import DiskProblem, problem_of
+from trainer.disk import DiskProblem
 from trainer.names import DEMO_BRANCH
 from trainer.studio.packs import PackRequest
 from trainer.web.bodies import Malformed
@@ -70,9 +69,7 @@ REFUSALS: dict[int | str, dict[str, object]] = {
 }
 
 
-def add_error_answers(app: FastAPI, outputs: Path) -> None:
-    """outputs: the folder that is written to."""
-
+def add_error_answers(app: FastAPI) -> None:
     def error(status: int) -> Callable[[Request, Exception], JSONResponse]:
         return lambda _request, problem: JSONResponse({"error": str(problem)}, status)
 
@@ -94,19 +91,13 @@ def add_error_answers(app: FastAPI, outputs: Path) -> None:
     app.add_exception_handler(NotFound, error(404))
     app.add_exception_handler(Conflict, error(409))
 
-    def disk(request: Request, error: Exception) -> JSONResponse:
-        problem = problem_of(error, outputs)
-        if problem is None:
-            raise error
+    def disk(_request: Request, problem: Exception) -> JSONResponse:
+        assert isinstance(problem, DiskProblem)
         content = {"error": problem.as_refusal()}
         return JSONResponse(content, 507) if problem.full else JSONResponse(content, 503, {"Retry-After": RETRY_AFTER})
 
-    def unavailable(request: Request, problem: Exception) -> JSONResponse:
-        return disk(request, problem) if problem_of(problem, outputs) else error(503)(request, problem)
-
     app.add_exception_handler(DiskProblem, disk)
-    app.add_exception_handler(OSError, disk)
-    app.add_exception_handler(AnalysisUnavailable, unavailable)
+    app.add_exception_handler(AnalysisUnavailable, error(503))
     app.add_exception_handler(Malformed, error(400))
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, arguments)

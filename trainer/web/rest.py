@@ -36,7 +36,7 @@ def create_app(services: Services) -> FastAPI:
     """All REST routes over the shared verbs."""
     app = FastAPI(title="Tunebooth", version=__version__, redirect_slashes=False, responses=REFUSALS)
     app.add_middleware(JsonSuffix)
-    add_error_answers(app, services.settings.outputs)
+    add_error_answers(app)
     for add_routes in (
         tune_routes, change_routes, file_routes, prompt_routes, prompt_change_routes, pack_routes, list_routes
     ):  # fmt: skip

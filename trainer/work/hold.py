@@ -19,14 +19,15 @@ class Hold:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._problem: DiskProblem | None = None
-        self._job: Job | None = None  # that is not yet back at its place in the queue
+        self._met: Job | None = None  # the job that met it
+        self._job: Job | None = None  # the same, until it is back at its place in the queue
         self._next_look = 0.0  # of the monotonic clock
         self._seen = False  # whether a look has shown the problem
         self._unseen = 0  # holds in a row that ended without
 
     def begin(self, problem: DiskProblem, job: Job | None) -> None:
         """Let the queue wait. job: the one that met the problem, if it was one; it goes back to its place."""
-        self._problem, self._job, self._seen = problem, job, False
+        self._problem, self._met, self._job, self._seen = problem, job, job, False
         self._next_look = time.monotonic() + LOOK_SECONDS * 2**self._unseen
         self._tell(problem)
         log.warning("%s", self._store.hold)
@@ -44,7 +45,7 @@ class Hold:
         self._next_look = time.monotonic() + LOOK_SECONDS
         try:
             self._put_back()
-            if self._problem.full:
+            if self._problem.full and self._is_wanted():
                 what = self._problem.what or "what is to be written"
                 check_room(self._problem.folder, self._problem.needed, what)
         except DiskProblem as problem:
@@ -69,6 +70,11 @@ class Hold:
         else:
             self._store.put_back(self._job)
         self._job = None
+
+    def _is_wanted(self) -> bool:
+        """Whether the job is still to be done. Of another one it is known when it begins how much room it needs."""
+        row = self._store.get(*self._met.target) if self._met else None
+        return self._met is None or (row is not None and row["status"] == "queued")
 
     def _tell(self, problem: DiskProblem) -> None:
         usual = (
