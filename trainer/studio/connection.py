@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
 from trainer.disk import DiskProblem, problem_of
 from trainer.studio.migrations import damaged, migrate
@@ -34,9 +34,9 @@ class Connection(sqlite3.Connection):
         db.execute("PRAGMA trusted_schema=OFF")
         return db
 
-    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+    def execute(self, sql: str, values: Sequence[object] | Mapping[str, object] = (), /) -> sqlite3.Cursor:
         try:
-            return super().execute(*arguments)
+            return super().execute(sql, values)
         except sqlite3.OperationalError as error:
             if problem := problem_of(error, self.folder):
                 raise problem from error

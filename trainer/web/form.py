@@ -117,10 +117,8 @@ class PromptForm:
                 raise InvalidRequest({"tune": ["choose the tune that is to be drawn"]})
             prompt = prompts.create_prompt(self._services, int(tune_id), data, progress_callback(gr.Progress()))
             gr.Info(f"prompt {prompt.id} is queued", duration=4)
-        except NotFound as gone:
-            return note([str(gone)])
-        except DiskProblem as problem:
-            return note([problem.as_refusal()])
+        except (NotFound, DiskProblem) as problem:
+            return note([str(problem)])
         except InvalidRequest as invalid:
             return note([f"{field}: {'; '.join(messages)}" for field, messages in invalid.problems.items()])
         return ""
@@ -255,10 +253,8 @@ class Form:
             return [verdicts, *self._told({})]
         except InvalidRequest as invalid:
             return [gr.skip(), *self._told(invalid.problems)]
-        except AnalysisUnavailable as problem:
+        except (AnalysisUnavailable, DiskProblem) as problem:
             return [gr.skip(), *self._told({"images": [str(problem)]})]
-        except DiskProblem as problem:
-            return [gr.skip(), *self._told({"images": [problem.as_refusal()]})]
 
     def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], list[Upload]]:
         """What stands in the fields, and the files."""
