@@ -1,4 +1,4 @@
-"""Folders that are either whole or not there at all, also after a power cut."""
+"""Files and folders that are complete or absent, even after a power cut."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PARTIAL = ".partial-"  # in the name of every folder that is not finished; swept at start
+PARTIAL = ".partial-"  # in the name of every unfinished file or folder; these are deleted at start
 
 
 def fsync(path: Path) -> None:
-    """Make a file's content, or a folder's names, survive a power cut."""
+    """Write a file's content, or a folder's names, to the disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,10 +25,10 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Write a folder so that `target` shows up complete or not at all.
+    """Write a folder so that `target` is complete or absent.
 
-    Yields a temporary folder beside `target`. At the end every file in it is fsynced, the folder is renamed to
-    `target` (replacing an older one) and the parent is fsynced. On an error nothing is left.
+    Yields a temporary folder next to `target`. At the end every file in it is fsynced, the folder is renamed to
+    `target` (replacing an older one) and the parent is fsynced. After an error the temporary folder is deleted.
     """
     partial = target.with_name(f"{target.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
@@ -36,7 +36,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield partial
         for path in sorted(partial.rglob("*"), reverse=True):
             if path.is_file():
-                path.chmod(0o644)  # safetensors leaves 0600 behind, which no download tool can read
+                path.chmod(0o644)  # safetensors writes 0600, which no download tool can read
             fsync(path)
         fsync(partial)
         if target.exists():
@@ -61,7 +61,7 @@ def discarded_on_error() -> Iterator[list[Path]]:
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file so that it is complete or not there, also after a power cut."""
+    """Write a file so that it is complete or absent, even after a power cut."""
     partial = file.with_name(f"{file.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
     try:
         partial.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -73,7 +73,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder; a crash half-way leaves only something that the sweep at start knows to be waste."""
+    """Delete a folder; what a crash leaves of it is deleted by `sweep` at start."""
     if folder.exists():
         waste = folder.with_name(f"{folder.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
         folder.rename(waste)
@@ -81,7 +81,7 @@ def discard(folder: Path) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Remove what a killed process left half-written below `root`."""
+    """Delete the unfinished files and folders below `root`, left by a killed process."""
     for waste in list(root.rglob(f"*{PARTIAL}*")):
         if waste.is_dir():
             shutil.rmtree(waste, ignore_errors=True)
@@ -90,7 +90,7 @@ def sweep(root: Path) -> None:
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that a crash cut off is left out."""
+    """The objects of a JSON-lines file, without a last line that a crash cut off."""
     lines = []
     for text in file.read_text("utf-8").splitlines():
         try:

@@ -109,7 +109,7 @@ def loras(services: Services) -> str:
     return "<lora:one:1> <lora:two:1> <lora:three:1> a dog"
 
 
-def test_three_loras_of_a_tune_s_prompts_are_looked_up_before_the_transaction(
+def test_three_loras_of_a_tune_s_prompts_are_resolved_before_the_transaction(
     client: TestClient, services: Services, scans: list[bool], loras: str
 ) -> None:
     post(client, **{"tune[branch]": "sd15", "tune[prompts_attributes][0][text]": loras})
@@ -132,7 +132,7 @@ def test_a_lora_that_is_deleted_meanwhile_costs_no_scan_within_the_transaction(
     monkeypatch.setattr(tunes, "_insert", delete_first)
     fields = {"tune[title]": "on it", "tune[branch]": "fast", "tune[prompts_attributes][0][text]": "a dog <lora:1:1>"}
     answer = client.post("/tunes", data=GOOD | fields, files=[("tune[images][]", ("0.png", photo()))])
-    assert answer.status_code == 422 and "no LoRA of this number" in answer.text
+    assert answer.status_code == 422 and "no LoRA with this id" in answer.text
     assert scans == [False]
 
 

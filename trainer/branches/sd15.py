@@ -16,11 +16,10 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from trainer.branches import loading
+from trainer.branches import loading, unet
 from trainer.branches.objectives import noise_and_timesteps, noise_loss
 from trainer.branches.protocol import Cond, Task
-from trainer.branches.single_file_keys import clip_weights, joined, unet_weights, vae_weights
-from trainer.branches.unet import UNET_TARGETS, control_net, metadata, noise_scheduler, size_multiple
+from trainer.branches.single_file_keys import clip_weights, joined
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
 from trainer.library.models_folder import sidecar
@@ -40,7 +39,7 @@ def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | Non
 
 
 def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: Path) -> Any:
-    """A diffusers folder."""
+    """Load a diffusers folder."""
     source = loading.folder_source(folder, variant)
     encoder = loading.read_text_encoder(CLIPTextModel, "text_encoder", dtype, source)
     return StableDiffusionPipeline.from_pretrained(
@@ -54,11 +53,11 @@ def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: P
 
 
 def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path) -> Any:
-    """One file with the keys of the original release."""
+    """Load a single file with the keys of the original release."""
     config = loading.single_file_config(file, cache, CONFIG)
     options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     if not (sidecar(file) / "tokenizer").exists():
-        from trainer.library import hub  # where all files are here, its library is not needed
+        from trainer.library import hub  # not needed when all files are here
 
         names = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
         options["tokenizer"] = CLIPTokenizer.from_pretrained(hub.fetch_files("openai/clip-vit-large-patch14", names))
@@ -73,13 +72,14 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
 class SD15:
     """The modules of one base, ready to train and to render."""
 
-    lora_targets = UNET_TARGETS
+    lora_targets = unet.UNET_TARGETS
     token_encoders = ("text_encoder",)
     denoiser_name = "unet"
     reads_kohya = True
     whole_file = True
     kohya_encoders = {"text_encoder": "lora_te"}  # noqa: RUF012
-    control_nets = (control_net(CONTROL_PIPELINES),)  # diffusers has no pipelines for unions of this family
+    control_nets = (unet.control_net(CONTROL_PIPELINES),)  # diffusers has no union pipelines for this family
+    preview_latents = unet.preview_latents
 
     def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.pipeline = self.parts = pipeline
@@ -89,15 +89,15 @@ class SD15:
         self.text_encoders: dict[str, nn.Module] = {"text_encoder": pipeline.text_encoder}
         self.vae: nn.Module = pipeline.vae
         self.latent_scale: int = pipeline.vae_scale_factor
-        self.size_multiple = size_multiple(pipeline)
-        self.noise_scheduler = noise_scheduler(pipeline, device)
-        self.metadata = metadata("stable-diffusion-v1", "sd_v1", self.noise_scheduler)
+        self.size_multiple = unet.size_multiple(pipeline)
+        self.noise_scheduler = unet.noise_scheduler(pipeline, device)
+        self.metadata = unet.metadata("stable-diffusion-v1", "sd_v1", self.noise_scheduler)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return loading.encode_pixels(self.vae, pixels, self.device)
 
     def encode_prompts(self, captions: list[str]) -> Cond:
-        """B captions -> {"encoder_hidden_states": (B, 77, D)}. Longer captions are cut off, as the renderer does."""
+        """B captions -> {"encoder_hidden_states": (B, 77, D)}. Longer captions are cut, as in rendering."""
         tokenizer = self.pipeline.tokenizer
         tokens = tokenizer(
             self.pipeline.maybe_convert_prompt(captions, tokenizer),
@@ -131,7 +131,7 @@ class SD15:
         return {"prompt_embeds": cond[key], "negative_prompt_embeds": empty[key]}
 
     def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Tensor]:
-        """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1."""
+        """A prompt encoded by the stock pipeline, as its keyword arguments, batch 1."""
         prompt_embeds, negative_embeds = self.pipeline.encode_prompt(
             text, self.pipeline._execution_device, 1, True, negative
         )
@@ -140,20 +140,16 @@ class SD15:
     def task_pipeline(self, task: Task) -> tuple[Any, frozenset[str]]:
         return loading.task_pipeline(self.pipeline, task)
 
-    def preview_latents(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        return latents[:1]
-
     def original_weights(self) -> dict[str, Tensor]:
         return joined(
             {
-                "model.diffusion_model.": unet_weights(self.denoiser),
-                "first_stage_model.": vae_weights(self.vae),
+                **unet.original_weights(self.denoiser, self.vae),
                 "cond_stage_model.transformer.": clip_weights(self.pipeline.text_encoder),
             }
         )
 
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
-        """Layers keep diffusers' names, as in kohya's trainer for SD 1.5."""
+        """kohya's trainer for SD 1.5 uses diffusers' names."""
         return {f"lora_unet_{name.replace('.', '_')}": (down, up, 1) for name, (down, up) in adapters.items()}
 
     def load_weights(self, file: Path, cache: Path) -> None:

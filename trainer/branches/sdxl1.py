@@ -21,18 +21,10 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from trainer.branches import loading
+from trainer.branches import loading, unet
 from trainer.branches.objectives import noise_and_timesteps, noise_loss
 from trainer.branches.protocol import Cond, Task
-from trainer.branches.single_file_keys import clip_weights, joined, open_clip_weights, unet_weights, vae_weights
-from trainer.branches.unet import (
-    UNET_TARGETS,
-    control_net,
-    metadata,
-    noise_scheduler,
-    size_multiple,
-    union_control_net,
-)
+from trainer.branches.single_file_keys import clip_weights, joined, open_clip_weights
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
 from trainer.library.models_folder import sidecar
@@ -50,9 +42,9 @@ UNION_PIPELINES: dict[Task, Any] = {
     "inpaint": StableDiffusionXLControlNetUnionInpaintPipeline,
 }
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-HOME = "stabilityai/stable-diffusion-xl-base-1.0"  # whose tokenizers a single file without a sidecar is read with
-# Where the original release has what diffusers calls a block's attention: kohya's names are made from the original's.
-# Blocks of two layers each (three on the way up); an entry of its own is the downsampler.
+HOME = "stabilityai/stable-diffusion-xl-base-1.0"  # source of the tokenizers for a single file without a sidecar
+# Names in the original release of the attentions of diffusers' blocks; kohya's names are derived from them. Blocks have
+# two layers each (three on the way up); a downsampler is a separate entry.
 SGM_BLOCKS = (
     (re.compile(r"^down_blocks\.(\d)\.attentions\.(\d)"), lambda b, i: f"input_blocks.{3 * b + i + 1}.1"),
     (re.compile(r"^mid_block\.attentions\.(\d)"), lambda _: "middle_block.1"),
@@ -67,7 +59,7 @@ def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | Non
 
 
 def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: Path) -> Any:
-    """A diffusers folder."""
+    """Load a diffusers folder."""
     source = loading.folder_source(folder, variant)
     return StableDiffusionXLPipeline.from_pretrained(
         **source,
@@ -79,16 +71,16 @@ def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: P
 
 
 def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path) -> Any:
-    """One file with the keys of the original release."""
+    """Load a single file with the keys of the original release."""
     config = loading.single_file_config(file, cache, CONFIG)
     options: dict[str, Any] = {}
     for name in ("tokenizer", "tokenizer_2"):
         if not (sidecar(file) / name).exists():
-            from trainer.library import hub  # where all files are here, its library is not needed
+            from trainer.library import hub  # not needed when all files are here
 
             files = hub.fetch_files(HOME, [f"{name}/{part}" for part in TOKENIZER_FILES])
             options[name] = CLIPTokenizer.from_pretrained(files / name)
-    # Read on its own: the file's half-precision weights fit the VAE, its half-precision arithmetic does not.
+    # Loaded separately in float32: half-precision weights are fine, half-precision arithmetic overflows.
     vae = AutoencoderKL.from_single_file(
         str(file), config=str(config), subfolder="vae", local_files_only=True, dtype=torch.float32
     )
@@ -106,13 +98,14 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
 class SDXL1:
     """The modules of one base, ready to train and to render."""
 
-    lora_targets = UNET_TARGETS
+    lora_targets = unet.UNET_TARGETS
     token_encoders = ("text_encoder", "text_encoder_2")
     denoiser_name = "unet"
     reads_kohya = True
     whole_file = True
     kohya_encoders = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # noqa: RUF012
-    control_nets = (control_net(CONTROL_PIPELINES), union_control_net(UNION_PIPELINES))
+    control_nets = (unet.control_net(CONTROL_PIPELINES), unet.union_control_net(UNION_PIPELINES))
+    preview_latents = unet.preview_latents
 
     def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.pipeline = self.parts = pipeline
@@ -123,16 +116,16 @@ class SDXL1:
         self.text_encoders: dict[str, nn.Module] = {name: getattr(pipeline, name) for name in names}
         self.vae: nn.Module = pipeline.vae
         self.latent_scale: int = pipeline.vae_scale_factor
-        self.size_multiple = size_multiple(pipeline)
-        self.noise_scheduler = noise_scheduler(pipeline, device)
-        self.metadata = metadata("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", self.noise_scheduler)
+        self.size_multiple = unet.size_multiple(pipeline)
+        self.noise_scheduler = unet.noise_scheduler(pipeline, device)
+        self.metadata = unet.metadata("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", self.noise_scheduler)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return loading.encode_pixels(self.vae, pixels, self.device)
 
     def encode_prompts(self, captions: list[str]) -> Cond:
-        """B captions -> {"encoder_hidden_states": (B, 77, D), "text_embeds": (B, P)}; an empty one is what it is when
-        rendering: zeros, where the base was trained so (`force_zeros_for_empty_prompt`)."""
+        """B captions -> {"encoder_hidden_states": (B, 77, D), "text_embeds": (B, P)}. As in rendering, an empty caption
+        is zeros where the base was trained so (`force_zeros_for_empty_prompt`)."""
         with loading.autocast(self.device, self.dtype):
             hidden, _, pooled, _ = self.pipeline.encode_prompt(
                 captions, device=self.device, do_classifier_free_guidance=False
@@ -175,7 +168,7 @@ class SDXL1:
         }
 
     def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Tensor]:
-        """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1."""
+        """A prompt encoded by the stock pipeline, as its keyword arguments, batch 1."""
         prompt_embeds, negative_embeds, pooled, negative_pooled = self.pipeline.encode_prompt(
             text, negative_prompt=negative
         )
@@ -189,21 +182,17 @@ class SDXL1:
     def task_pipeline(self, task: Task) -> tuple[Any, frozenset[str]]:
         return loading.task_pipeline(self.pipeline, task)
 
-    def preview_latents(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        return latents[:1]
-
     def original_weights(self) -> dict[str, Tensor]:
         return joined(
             {
-                "model.diffusion_model.": unet_weights(self.denoiser),
-                "first_stage_model.": vae_weights(self.vae),
+                **unet.original_weights(self.denoiser, self.vae),
                 "conditioner.embedders.0.transformer.": clip_weights(self.pipeline.text_encoder),
                 "conditioner.embedders.1.model.": open_clip_weights(self.pipeline.text_encoder_2),
             }
         )
 
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
-        """Layers have the original release's names there, as in kohya's trainer for SDXL."""
+        """kohya's trainer for SDXL uses the original release's names."""
         return {
             f"lora_unet_{original_name(name).replace('.', '_')}": (down, up, 1) for name, (down, up) in adapters.items()
         }

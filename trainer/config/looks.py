@@ -1,4 +1,4 @@
-"""Styles, film looks, annotators and packs: TOMLs of what can be done to a picture's look."""
+"""Styles, film looks, annotators and packs, from their TOMLs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.config.toml_file import Table, read_toml
 
 @dataclass(frozen=True)
 class Style:
-    """What a style makes of a prompt: `prompt` has the user's in place of {prompt}; `negative` is added to theirs."""
+    """A style of prompts. prompt: a text in which {prompt} is the user's prompt. negative: added to the user's."""
 
     prompt: str
     negative: str = ""
@@ -24,9 +24,9 @@ def styles(folder: Path) -> dict[str, Style]:
 
 @dataclass(frozen=True)
 class FilmLook:
-    """How a film shows colours, all from 0 to 1: a matrix, then a saturation, then a tone curve for each channel.
+    """The colours of a film: a matrix, then a saturation, then a tone curve for each channel; colours are 0 to 1.
 
-    curves: points (x, y) of red, green and blue, x rising. matrix: 3 x 3, a row for each channel of the result.
+    curves: points (x, y) of red, green and blue, by rising x. matrix: 3 x 3, a row for each channel of the result.
     """
 
     curves: tuple[tuple[tuple[float, float], ...], ...]
@@ -35,7 +35,7 @@ class FilmLook:
 
 
 def film_looks(folder: Path) -> dict[str, FilmLook]:
-    """The looks that `color_grading` chooses from, by their names."""
+    """The film looks of `color_grading`, by their names."""
     return {
         name: FilmLook(
             curves=tuple(tuple((x, y) for x, y in row[channel]) for channel in ("red", "green", "blue")),
@@ -47,13 +47,13 @@ def film_looks(folder: Path) -> dict[str, FilmLook]:
 
 
 def looks(folder: Path, name: str) -> Table:
-    """A TOML of what can be done to a picture's look; an empty one where a user's folder has none."""
+    """The table of a TOML in `looks/`; empty if the user's folder has no such file."""
     file = folder / "looks" / f"{name}.toml"
     return read_toml(file) if file.exists() else {}
 
 
 def pack_tables(*folders: Path) -> dict[str, Table | str]:
-    """The TOMLs of the packs in some folders by their names; of one that cannot be read, why not."""
+    """The TOMLs of the packs in some folders, by their names; for an unreadable one, the error."""
     tables: dict[str, Table | str] = {}
     for file in (file for folder in folders for file in sorted(folder.glob("*.toml"))):
         try:
@@ -64,9 +64,9 @@ def pack_tables(*folders: Path) -> dict[str, Table | str]:
 
 
 def annotator_row(folder: Path, name: str) -> ControlRow:
-    """Where a model comes from that looks at a picture for control models: depth, people or pose.
+    """The source of a model that a preprocessor uses: depth, people or pose.
 
-    Raises ValueError where a user's own folder does not say.
+    Raises ValueError if the user's folder does not name it.
     """
     rows = looks(folder, "annotators")
     if name not in rows:

@@ -1,4 +1,4 @@
-"""TOML files, each parsed once for each version of it. The only reader of TOML."""
+"""A cache of parsed TOML files. The only reader of TOML."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-Table = dict[str, Any]  # of a TOML: what its values are is checked where they are read
+Table = dict[str, Any]  # of a TOML; its values are checked where they are used
 _parsed: dict[Path, tuple[tuple[int, int], Table]] = {}
 
 
 def read_toml(file: Path) -> Table:
-    """The content of a TOML. It is the caller's own copy, so that no caller changes what another one reads.
+    """The content of a TOML, as a copy that the caller may change.
 
-    A file is parsed again when its modification time or its size has changed. Raises OSError for a file that cannot be
-    read, ValueError for one that is no TOML in UTF-8.
+    A file is parsed again after its modification time or its size has changed. Raises OSError for a file that cannot
+    be read, ValueError for one that is not TOML in UTF-8.
     """
     status = file.stat()
     version = status.st_mtime_ns, status.st_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self, cast
@@ -34,7 +34,7 @@ class Connection(sqlite3.Connection):
         db.execute("PRAGMA trusted_schema=OFF")
         return db
 
-    def execute(self, sql: str, values: Sequence[object] | Mapping[str, object] = (), /) -> sqlite3.Cursor:
+    def execute(self, sql: str, values: sqlite3._Parameters = (), /) -> sqlite3.Cursor:
         try:
             return super().execute(sql, values)
         except sqlite3.OperationalError as error:

@@ -1,4 +1,4 @@
-"""States to resume from: written whole, checked, and rolled back when a run diverges."""
+"""States to resume from: written atomically, checked, and used for rollback when a run diverges."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from trainer.files import discard, whole_folder
 
 STATES_KEPT = 2
 SCHEMA = 2
-# Words that came after it: a state without them is of a run that had them so.
-SINCE = {
+# Hyper-parameters that are newer than this schema: a state without them had these values.
+ADDED_LATER = {
     "optimizer": "adamw", "trained_dtype": "float32", "on_top": "continue", "tokens": 0, "token_lr": 0.0,
     "token_share": 0.0,
 }  # fmt: skip
@@ -35,9 +35,9 @@ class Diverged(Exception):
 
 
 def begin(states: Path, optimizer: torch.optim.Optimizer, params: Parameters, config: TrainConfig) -> tuple[int, int]:
-    """Go on from the newest whole state; else save the beginning, before the first step, as the first one.
+    """Load the newest whole state; without one, save the state before the first step.
 
-    Returns the steps that are done, and how often the learning rate had been halved.
+    Returns the finished steps, and how often the learning rate was halved.
     """
     if found := resume(states, optimizer, params, config):
         return found
@@ -46,11 +46,11 @@ def begin(states: Path, optimizer: torch.optim.Optimizer, params: Parameters, co
 
 
 def go_back(states: Path, optimizer: torch.optim.Optimizer, params: Parameters, config: TrainConfig) -> int:
-    """Put the newest state back; returns its step. Raises RuntimeError where none can be read any more."""
+    """Load the newest state; returns its step. Raises RuntimeError if no state can be read."""
     optimizer.state.clear()
     found = resume(states, optimizer, params, config)
     if found is None:
-        raise RuntimeError(f"no state in {states} can be read any more, so this run cannot go back. Resume the tune")
+        raise RuntimeError(f"no state in {states} can be read: the run cannot go back. Resume the tune to start again")
     return found[0]
 
 
@@ -80,7 +80,7 @@ def save(
         facts = {"schema": SCHEMA, "step": step, "sha256": sha256(file), "halvings": halvings}
         facts |= {"torch": torch.__version__, "config": config.model_dump(mode="json")}
         (folder / "manifest.json").write_text(json.dumps(facts))
-    # What lies beyond this step could not be resumed from; kept, it would push out the states that can.
+    # States beyond this step are from before a rollback; if kept, they would displace the valid ones.
     whole = [folder for folder in sorted(states.glob("step-??????")) if folder.name <= f"step-{step:06d}"]
     for folder in states.glob("step-??????"):
         if folder not in whole[-STATES_KEPT:]:
@@ -90,15 +90,15 @@ def save(
 def resume(
     states: Path, optimizer: torch.optim.Optimizer, params: Parameters, config: TrainConfig
 ) -> tuple[int, int] | None:
-    """Load the newest state that is whole and of this configuration.
+    """Load the newest state that is complete and has this configuration.
 
-    Returns its step and how often the learning rate had been halved; None where there is no such state.
+    Returns its step and the number of halvings of the learning rate; None where there is no such state.
     """
     wanted = config.model_dump(mode="json")
     for folder in sorted(states.glob("step-??????"), reverse=True):
         file, facts = folder / "state.safetensors", manifest(folder)
         expected = {"schema": SCHEMA, "step": int(folder.name.removeprefix("step-"))}
-        same_run = expected.items() <= facts.items() and SINCE | facts.get("config", {}) == wanted
+        same_run = expected.items() <= facts.items() and ADDED_LATER | facts.get("config", {}) == wanted
         if not same_run or not file.exists() or facts.get("sha256") != sha256(file):
             continue
         with safe_open(file, "pt") as tensors, torch.no_grad():
@@ -108,8 +108,8 @@ def resume(
                     moments.setdefault(name, []).append(key)
             for name, param in params.items():
                 param.copy_(tensors.get_tensor(f"weight/{name}"))
-                # None where a layer never had a gradient, as the last one of SDXL's first encoder, whose output nobody
-                # reads.
+                # None where a layer never had a gradient, such as the last layer of SDXL's first encoder, which is
+                # not used.
                 optimizer.state[param] = {
                     key: tensors.get_tensor(f"{key}/{name}").to(param.device) for key in moments.get(name, [])
                 }
@@ -118,7 +118,7 @@ def resume(
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """What a state says about itself; nothing where that cannot be read."""
+    """The manifest of a state; empty where it cannot be read."""
     try:
         facts = json.loads((folder / "manifest.json").read_text("utf-8"))
     except (OSError, ValueError):

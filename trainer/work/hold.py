@@ -45,7 +45,8 @@ class Hold:
         self._next_look = time.monotonic() + LOOK_SECONDS
         try:
             self._put_back()
-            if self._problem.full and self._is_wanted():
+            # The need of a canceled or deleted job holds up no other one, which checks its own when it begins.
+            if self._problem.full and (self._met is None or self._store.is_queued(self._met)):
                 what = self._problem.what or "what is to be written"
                 check_room(self._problem.folder, self._problem.needed, what)
         except DiskProblem as problem:
@@ -70,11 +71,6 @@ class Hold:
         else:
             self._store.put_back(self._job)
         self._job = None
-
-    def _is_wanted(self) -> bool:
-        """Whether the job is still to be done. Of another one it is known when it begins how much room it needs."""
-        row = self._store.get(*self._met.target) if self._met else None
-        return self._met is None or (row is not None and row["status"] == "queued")
 
     def _tell(self, problem: DiskProblem) -> None:
         usual = (
