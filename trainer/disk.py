@@ -1,4 +1,4 @@
-"""Room on the disk: how much is free, whether something fits, and what the errors of a full or broken disk mean."""
+"""Free disk space: checks before large writes, and the errors of a full or broken disk as one exception."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-RESERVE_BYTES = 16 * 2**20  # stay free: the database and the logs need some at any time
+RESERVE_BYTES = 16 * 2**20  # always kept free, for the database and the logs
 FULL = {errno.ENOSPC, errno.EDQUOT}
 BROKEN = {errno.EIO, errno.EROFS}
-# As libraries say it that are not written in Python: safetensors, torch.
+# In the messages of libraries that are not written in Python: safetensors.
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 SQLITE_FULL, SQLITE_BUSY = ("SQLITE_FULL",), ("SQLITE_BUSY", "SQLITE_LOCKED")
 SQLITE_BROKEN = ("SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")
 
 
 class DiskProblem(Exception):
-    """Why nothing more can be written, in words. A job waits until that is over; REST answers 507 or 503.
+    """The disk or the database cannot be written. A job then waits; REST answers 507 or 503.
 
-    full: whether there is too little room. needed: bytes that must fit into `folder` before a job goes on, for `what`.
-    remedy: what the user can do, where that is not what it is for every such problem.
+    full: too little free space. needed: bytes that must fit into `folder` before the job continues. what: what is
+    written. remedy: what the user can do; "": the usual remedy.
     """
 
     def __init__(
@@ -38,20 +38,20 @@ class DiskProblem(Exception):
         self.remedy = remedy
 
     def as_refusal(self) -> str:
-        """What a request is told that is refused because of it."""
+        """The message for a request that is refused because of this problem."""
         usual = "Free some room there and send it again" if self.full else "Send it again later"
         return f"{self}. {self.remedy or usual}."
 
 
 def free_bytes(folder: Path) -> int:
-    """What may still be written on the disk of a folder, which need not be there yet."""
+    """Free bytes on the disk of a folder. The folder may not exist yet."""
     return shutil.disk_usage(next(there for there in (folder, *folder.absolute().parents) if there.exists())).free
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
-    """Raises DiskProblem unless so many bytes fit on the disk of a folder, and the reserve stays.
+    """Raises DiskProblem unless `needed` bytes and the reserve fit on the disk of a folder.
 
-    what: what they are needed for.
+    what: what is written, for the message.
     """
     free = free_bytes(folder)
     if free < needed + RESERVE_BYTES:
@@ -63,7 +63,7 @@ def check_room(folder: Path, needed: int, what: str) -> None:
 
 
 def problem_of(error: BaseException, folder: Path) -> DiskProblem | None:
-    """What an error says about the disk, if it, or an error that led to it, comes from there. folder: of the app."""
+    """The disk problem that caused an error; None for other errors. folder: the one that is written."""
     for one in chain(error):
         if isinstance(one, DiskProblem):
             return one
@@ -86,7 +86,7 @@ def problem_of(error: BaseException, folder: Path) -> DiskProblem | None:
 
 @contextmanager
 def as_problems(folder: Path) -> Iterator[None]:
-    """Errors of the system that come from a full or broken disk are raised as DiskProblem. folder: that is written."""
+    """Raise OSErrors of a full or broken disk as DiskProblem. folder: the one that is written."""
     try:
         yield
     except OSError as error:
@@ -96,7 +96,7 @@ def as_problems(folder: Path) -> Iterator[None]:
 
 
 def problem_of_database(name: str, folder: Path) -> DiskProblem | None:
-    """What an error of SQLite says about the disk, or about other programs. name: as SQLITE_FULL. folder: its own."""
+    """The problem of an SQLite error; None for other errors. name: its name, such as SQLITE_FULL."""
     if name.startswith(SQLITE_FULL):
         message = f"the disk of {folder} is full: {as_text(free_bytes(folder))} are free, too little for the database"
         return DiskProblem(message, folder, full=True)
@@ -108,7 +108,7 @@ def problem_of_database(name: str, folder: Path) -> DiskProblem | None:
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that led to it."""
+    """An error and its causes."""
     seen: set[int] = set()
     left: list[BaseException | None] = [error]
     while left:
@@ -120,12 +120,12 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def number_in(text: str) -> int | None:
-    """The number of the system's error that a message names, if it is one of a disk."""
+    """The errno in a message, if it has one of a disk."""
     if found := OS_ERROR.search(text):
         return int(found[1])
     return next((number for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO) if os.strerror(number) in text), None)
 
 
 def as_text(size: int) -> str:
-    """Bytes as people read them: 12 MB, 3.4 GB. Less than a megabyte counts as one."""
+    """Bytes for messages: 12 MB, 3.4 GB. Less than a megabyte is shown as 1 MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(1, round(size / 1e6))} MB" if size else "0 MB"

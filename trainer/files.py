@@ -49,7 +49,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def discarded_on_error() -> Iterator[list[Path]]:
-    """Yields a list. The folders on it are removed where the block ends with an error, as a commit on a full disk."""
+    """Yields a list of folders. They are removed if the block raises, for example in a commit on a full disk."""
     folders: list[Path] = []
     done = False
     try:
@@ -68,7 +68,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
         fsync(partial)
         partial.rename(file)
     finally:
-        partial.unlink(missing_ok=True)  # what a full disk took of it
+        partial.unlink(missing_ok=True)  # incomplete after an error
     fsync(file.parent)
 
 

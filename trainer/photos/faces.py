@@ -197,7 +197,7 @@ def write(image: Image.Image, file: Path) -> None:
         fsync(partial)
         partial.rename(file)
     finally:
-        partial.unlink(missing_ok=True)  # what a full disk took of it
+        partial.unlink(missing_ok=True)  # incomplete after an error
 
 
 def scaled(box: Box, scale: float) -> Box:

@@ -53,7 +53,7 @@ class Preview:
             partial.write_bytes(preview_bytes(picture))
             partial.rename(self._file)
         finally:
-            partial.unlink(missing_ok=True)  # what a full disk took of it
+            partial.unlink(missing_ok=True)  # incomplete after an error
         self._cost = time.monotonic() - began
         self._spent += self._cost
 

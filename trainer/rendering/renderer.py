@@ -108,13 +108,13 @@ class Renderer:
 
 
 def room_needed(plan: Plan) -> int:
-    """The bytes that the pictures of a prompt take, before it is known how far they are enlarged."""
+    """Bytes of the pictures of a prompt; an estimate, since upscaling may choose its factor later."""
     factor = plan.flags.upscale_factor or 1.0
     return len(plan.seeds) * picture_bytes(math.ceil(factor * plan.width), math.ceil(factor * plan.height))
 
 
 def picture_bytes(width: int, height: int) -> int:
-    """What a picture takes on the disk at most, with its thumbnail and its part of the contact sheet."""
+    """Bytes of a picture at most, with its thumbnail and its cell of the contact sheet."""
     return PNG_BYTES_PER_PIXEL * width * height + SMALL_BYTES
 
 

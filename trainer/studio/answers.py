@@ -83,7 +83,7 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
 
 
 def progress_answer(services: Services, row: TuneRow | PromptRow) -> Progress:
-    """How far a tune or a prompt is; while the queue is on hold, why it does not go on."""
+    """The progress of a tune or prompt; while the queue is on hold, its stage is the reason."""
     progress = Progress.model_validate(row["progress"])
     if services.store.hold and row["status"] not in ENDED:
         progress.stage = services.store.hold

@@ -1,4 +1,4 @@
-"""Connections to the database: one for each thread. Errors of the disk and of locks are told as `DiskProblem`."""
+"""Connections to the database, one for each thread. Disk errors and lock errors are raised as `DiskProblem`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Self, cast
 from trainer.disk import DiskProblem, problem_of
 from trainer.studio.migrations import damaged, migrate
 
-BUSY_SECONDS = 10.0  # so long a lock of another program, or another thread's transaction, is waited for
+BUSY_SECONDS = 10.0  # longest wait for a lock of another program or thread
 FileId = tuple[int, int]  # device and inode
 
 
 class Connection(sqlite3.Connection):
-    """Autocommit; rows by name. `execute` raises DiskProblem where the disk is full, or the database is in use."""
+    """Autocommit, rows by name. `execute` raises DiskProblem if the disk is full or the database is locked."""
 
     folder: Path
 
@@ -44,27 +44,28 @@ class Connection(sqlite3.Connection):
 
 
 class Connections:
-    """The connections to one database file, which is brought to the newest schema first."""
+    """The connections to one database file. It is migrated first."""
 
-    def __init__(self, path: Path, *beside: Path) -> None:
-        """beside: other files that must stay where they are. Raises RuntimeError for a damaged database and for one
-        of a newer version, DiskProblem."""
+    def __init__(self, path: Path, *others: Path) -> None:
+        """others: more files that must not be moved. Raises DiskProblem; RuntimeError for a damaged or newer database."""
         self._path = path
         self._at_start: dict[Path, FileId | None] = {}
         self._local = threading.local()
-        self._writing = threading.Lock()  # one writer at a time; waiting here is fair, SQLite's own busy wait is not
+        self._writing = threading.Lock()  # one writer at a time; a lock is fair, SQLite's busy wait is not
         try:
             migrate(self.own, path)
         except sqlite3.OperationalError as error:
             raise problem_of(error, path.parent) or RuntimeError(f"{path}: {error}") from error
         except sqlite3.DatabaseError as problem:
             raise damaged(path, str(problem)) from problem
-        self._at_start = {file: id_of(file) for file in (path, *beside)}
+        self._at_start = {file: id_of(file) for file in (path, *others)}
 
     @property
     def own(self) -> Connection:
-        """The connection of this thread. Raises DiskProblem where the file is gone: SQLite would go on writing into a
-        file that has no name any more, or make a new one."""
+        """The connection of this thread. Raises DiskProblem if the file is missing.
+
+        SQLite itself would write into the deleted file, or create a new one.
+        """
         if problem := self.missing():
             raise problem
         if not hasattr(self._local, "db"):
@@ -92,7 +93,7 @@ class Connections:
                 self._writing.release()
 
     def missing(self) -> DiskProblem | None:
-        """What was removed or replaced since the start, in words; cheap enough for each request."""
+        """The file that was removed or replaced since the start, if any. Cheap enough for each request."""
         outputs = self._path.parent
         for file, at_start in self._at_start.items():
             there = id_of(file)
@@ -108,9 +109,9 @@ class Connections:
 
 
 def id_of(path: Path) -> FileId | None:
-    """Which file lies at a path; None where none can be found there."""
+    """Device and inode of a file; None if it is missing."""
     try:
         found = path.stat()
-    except OSError:  # it is gone, or the disk with it
+    except OSError:  # the file or the disk is missing
         return None
     return found.st_dev, found.st_ino

@@ -100,7 +100,7 @@ class Store:
         return self._connections.own
 
     def missing(self) -> DiskProblem | None:
-        """What of the outputs folder was removed or replaced under the running app, in words."""
+        """The file of the outputs folder that was removed or replaced while the app runs, if any."""
         return self._connections.missing()
 
     @contextmanager
@@ -219,7 +219,7 @@ class Store:
             db.execute("UPDATE jobs SET attempts = 0 WHERE id = ?", (job.id,))
 
     def is_queued(self, job: Job) -> bool:
-        """Whether a job is still there: nobody has canceled or deleted it."""
+        """Whether a job is in the queue: it has not ended and was not canceled or deleted."""
         return self._db.execute("SELECT 1 FROM jobs WHERE id = ?", (job.id,)).fetchone() is not None
 
     def cancel_wanted(self, table: Table, row_id: int) -> bool:

@@ -1,4 +1,4 @@
-"""How many bytes a run writes: known before it begins."""
+"""The bytes that a run writes, computed before it begins."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from trainer.methods.protocol import Method
 
 FLOAT32 = 4  # bytes
 ADAPTER_COPIES = 2  # kohya's keys, and diffusers'
-BUNDLED_COPIES = 3  # and one with the new words in it
+BUNDLED_COPIES = 3  # and one with the learned tokens in it
 
 
 def state_bytes(weight: Tensor, optimizer: str) -> int:
-    """What one trained weight takes in a state: itself and its moments. optimizer: its name in the configuration."""
+    """Bytes of one trained weight and its moments in a state. optimizer: its name in the configuration."""
     if optimizer != "adafactor":
         return 3 * weight.nbytes + FLOAT32
     sides = weight.numel() if weight.dim() < 2 else weight.shape[0] + weight.shape[1:].numel()
@@ -23,7 +23,7 @@ def state_bytes(weight: Tensor, optimizer: str) -> int:
 
 
 def model_bytes(branch: Branch, method: Method, config: TrainConfig) -> int:
-    """What the saved model of a run takes, all its files together. The branch is attached already."""
+    """Bytes of the saved model, all files together. Call it after `Method.attach`."""
     size: int = getattr(torch, config.save_dtype).itemsize
     if method.LARGE:
         parts = branch.pipeline.components.values() if branch.whole_file else [branch.denoiser]

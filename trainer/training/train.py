@@ -193,7 +193,7 @@ def save_model(run: Run, folder: Path, step: int) -> list[str]:
 
 
 def room_needed(run: Run, groups: list[Group]) -> int:
-    """The bytes that a run will write to its folder, where they are the most at a time."""
+    """The most bytes that a run adds to its folder at any time."""
     kept = [step for step, share in quarters(run.config.steps).items() if MODELS_KEPT_FROM <= share < 1]
     missing = [step for step in kept if not (run.folder / "checkpoints" / f"step-{step:06d}").exists()]
     state = sum(space.state_bytes(weight, run.config.optimizer) for group in groups for weight in group["params"])
@@ -217,7 +217,7 @@ def write_picture(image: Image.Image, file: Path) -> None:
         image.save(partial, "PNG")
         partial.rename(file)
     finally:
-        partial.unlink(missing_ok=True)  # what a full disk took of it
+        partial.unlink(missing_ok=True)  # incomplete after an error
 
 
 def class_pictures(

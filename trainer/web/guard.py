@@ -98,8 +98,8 @@ class Guard:
     ) -> None:
         """load: builds the inner FastAPI app; begin: called when that answers; unload: called at the end.
 
-        missing: the files of the outputs folder that are gone; then all requests are refused. hold: why the queue
-        waits, or "".
+        missing: the problem if a file of the outputs folder is missing; then all requests are refused. hold: why the
+        queue waits, or "".
         """
         self._settings = settings
         self._missing, self._hold = missing, hold
@@ -181,7 +181,7 @@ class Guard:
             await self._pass_on(scope, headers, receive, send)
 
     def _health(self, trusted: bool) -> dict[str, object]:
-        """What `/health` answers. trusted: whether the caller has the key; others are told no reasons."""
+        """The answer of `/health`. trusted: whether the caller has the key; the answer for others has no reason."""
         problem, hold = self._missing(), self._hold()
         failed = self.failed or problem
         health: dict[str, object] = {
@@ -289,7 +289,7 @@ async def _too_many(send: Send, seconds: int) -> None:
 
 
 async def _missing(send: Send, problem: DiskProblem, headers: Mapping[str, str]) -> None:
-    """503, on the page as well."""
+    """Answer 503, as HTML for the page."""
     if "text/html" in headers.get("accept", ""):
         await _html(send, 503, render("problem.html", problem=problem.as_refusal()))
     else:

@@ -1,4 +1,4 @@
-"""The queue on hold: a disk that takes nothing more, or a database in use, makes jobs wait and fails none of them."""
+"""The queue on hold: while the disk is full or the database is locked, jobs wait instead of failing."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from trainer.disk import DiskProblem, check_room
 from trainer.studio.store import Job, Store
 
 log = logging.getLogger("tunebooth.worker")
-LOOK_SECONDS = 2.0  # between two looks whether the queue may go on
-MOST_DOUBLINGS = 7  # of that, where looking shows nothing wrong and the job meets the same problem again
+LOOK_SECONDS = 2.0  # between two checks
+MOST_DOUBLINGS = 7  # of that, if the check finds no problem and the job fails in the same way again
 
 
 class Hold:
-    """Why the queue waits, and until when. `store.hold` says it to the answers, the page and /health."""
+    """Why the queue waits, and until when. `store.hold` has the reason for answers, page and /health."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._problem: DiskProblem | None = None
-        self._met: Job | None = None  # the job that met it
-        self._job: Job | None = None  # the same, until it is back at its place in the queue
+        self._met: Job | None = None  # the job that failed
+        self._job: Job | None = None  # the same job, until it is back in the queue
         self._next_look = 0.0  # of the monotonic clock
-        self._seen = False  # whether a look has shown the problem
-        self._unseen = 0  # holds in a row that ended without
+        self._seen = False  # whether a check found the problem
+        self._unseen = 0  # consecutive holds in which no check found it
 
     def begin(self, problem: DiskProblem, job: Job | None) -> None:
-        """Let the queue wait. job: the one that met the problem, if it was one; it goes back to its place."""
+        """Start to wait. job: the one that failed, if any; it goes back to its place in the queue."""
         self._problem, self._met, self._job, self._seen = problem, job, job, False
         self._next_look = time.monotonic() + LOOK_SECONDS * 2**self._unseen
         self._tell(problem)
         log.warning("%s", self._store.hold)
         try:
             self._put_back()
-        except DiskProblem:  # the database has no room either: at the next look
+        except DiskProblem:  # the database cannot be written either: try at the next check
             self._seen = True
 
     def is_over(self) -> bool:
-        """Whether the queue may go on; where it waits, this looks again every few seconds."""
+        """Whether the queue may continue. While it waits, this checks again every few seconds."""
         if self._problem is None:
             return True
         if time.monotonic() < self._next_look:
@@ -45,7 +45,7 @@ class Hold:
         self._next_look = time.monotonic() + LOOK_SECONDS
         try:
             self._put_back()
-            # The need of a canceled or deleted job holds up no other one, which checks its own when it begins.
+            # A canceled or deleted job does not block the others; each checks its own need when it begins.
             if self._problem.full and (self._met is None or self._store.is_queued(self._met)):
                 what = self._problem.what or "what is to be written"
                 check_room(self._problem.folder, self._problem.needed, what)
@@ -59,11 +59,11 @@ class Hold:
         return True
 
     def note_end(self) -> None:
-        """A job has ended without a problem of this kind."""
+        """A job has ended without a disk problem."""
         self._unseen = 0
 
     def _put_back(self) -> None:
-        """Raises DiskProblem where that cannot be noted."""
+        """Put the job back into the queue. Raises DiskProblem."""
         if self._job is None:
             return
         if self._store.cancel_wanted(*self._job.target):
