@@ -47,7 +47,7 @@ class Connections:
     """The connections to one database file. It is migrated first."""
 
     def __init__(self, path: Path, *others: Path) -> None:
-        """others: more files that must not be moved. Raises DiskProblem; RuntimeError for a damaged or newer database."""
+        """others: more files that must stay. Raises DiskProblem; RuntimeError for a damaged or newer database."""
         self._path = path
         self._at_start: dict[Path, FileId | None] = {}
         self._local = threading.local()
