@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 from trainer.settings import command_line
 from trainer.web.guard import Guard
@@ -12,7 +13,11 @@ from trainer.work.assembly import Studio, open_store
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    settings = command_line()
+    rescues, settings = command_line()
+    if rescues:
+        from trainer.work.rescue import rescue
+
+        sys.exit(rescue(settings))
     listening = listen(settings.host, settings.port)
     settings = settings.model_copy(update={"port": listening.getsockname()[1]})
     store = open_store(settings.outputs)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,11 @@ def discard(folder: Path) -> None:
         shutil.rmtree(waste, ignore_errors=True)
 
 
-def sweep(root: Path) -> None:
-    """Delete the unfinished files and folders below `root`, left by a killed process."""
+def sweep(root: Path, spare: Callable[[Path], bool] = lambda _path: False) -> None:
+    """Delete the unfinished files and folders below `root`, left by a killed process. spare: which to keep."""
     for waste in list(root.rglob(f"*{PARTIAL}*")):
+        if spare(waste):
+            continue
         if waste.is_dir():
             shutil.rmtree(waste, ignore_errors=True)
         else:

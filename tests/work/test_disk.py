@@ -198,6 +198,26 @@ def banner(app: App) -> str:
 
 
 @pytest.mark.long
+def test_an_app_that_starts_on_a_full_disk_says_so_and_resumes_when_there_is_room(
+    tmp_path: Path, dog_photos: Callable[[int], list[Path]]
+) -> None:
+    with small_disk(tmp_path / "outputs", 48) as outputs:
+        with running(outputs, TMPDIR=str(tmp_path)) as app:
+            tune_id = post(app.ready(), "Rex", dog_photos(3), steps=150, args="save_every=5").json()["id"]
+            wait_for(lambda: app.tune(tune_id)["progress"]["step"] >= 10)
+        filler = fill(outputs)
+        with running(outputs, TMPDIR=str(tmp_path)) as app:
+            app.ready()
+            wait_for(lambda: app.http.get("/health").json()["status"] == "on hold")
+            assert app.tune(tune_id)["error"] is None
+            filler.unlink()
+            assert app.finished(tune_id)["status"] == "trained"
+            assert app.log(tune_id)[0]["event"] == "started" and any(
+                line.get("event") == "resumed" for line in app.log(tune_id)
+            )
+
+
+@pytest.mark.long
 def test_an_outputs_folder_that_is_removed_under_the_app_is_told_of(
     tmp_path: Path, dog_photos: Callable[[int], list[Path]]
 ) -> None:

@@ -102,9 +102,12 @@ def quoted(value: str) -> str:
 
 def read_facts(file: Path) -> dict[str, object]:
     """The facts that `write` put into a picture. Raises ValueError for other pictures, OSError for other files."""
-    with Image.open(file) as image:
-        text = image.getexif().get(ExifTags.Base.ImageDescription) if image.format == "JPEG" else None
-        text = image.info.get("tunebooth") if image.format == "PNG" else text
+    try:
+        with Image.open(file) as image:
+            text = image.getexif().get(ExifTags.Base.ImageDescription) if image.format == "JPEG" else None
+            text = image.info.get("tunebooth") if image.format == "PNG" else text
+    except Image.DecompressionBombError:
+        raise ValueError(f"{file.name} has more pixels than any picture that is rendered here") from None
     try:
         facts = json.loads(text or "")
     except (ValueError, RecursionError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self, cast
@@ -17,7 +17,7 @@ FileId = tuple[int, int]  # device and inode
 
 
 class Connection(sqlite3.Connection):
-    """Autocommit, rows by name. `execute` raises DiskProblem if the disk is full or the database is locked."""
+    """Autocommit, rows by name. Statements raise DiskProblem if the disk is full or the database is locked."""
 
     folder: Path
 
@@ -35,8 +35,17 @@ class Connection(sqlite3.Connection):
         return db
 
     def execute(self, sql: str, values: sqlite3._Parameters = (), /) -> sqlite3.Cursor:
-        try:
+        with self._problems():
             return super().execute(sql, values)
+
+    def executemany(self, sql: str, rows: Iterable[sqlite3._Parameters], /) -> sqlite3.Cursor:
+        with self._problems():
+            return super().executemany(sql, rows)
+
+    @contextmanager
+    def _problems(self) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.OperationalError as error:
             if problem := problem_of(error, self.folder):
                 raise problem from error

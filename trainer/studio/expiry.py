@@ -11,6 +11,7 @@ from pathlib import Path
 from trainer.clock import Loop, now, stamp
 from trainer.contract.rows import TuneRow
 from trainer.settings import Settings
+from trainer.studio.folders import has_model
 from trainer.studio.rows import tunes_of
 from trainer.studio.store import Store
 
@@ -29,7 +30,7 @@ def expiry_loop(settings: Settings, store: Store) -> Loop:
 
     def run() -> None:
         expire_tunes(settings, store)
-        empty_trash(trash_of(settings))
+        empty_trash(store, trash_of(settings))
 
     return Loop("expiry", POLL_SECONDS, run)
 
@@ -69,9 +70,20 @@ def expire(settings: Settings, store: Store, tune: TuneRow) -> None:
     log.info("tune %s has expired; its files are in %s for a week", tune["id"], trash_of(settings))
 
 
-def empty_trash(trash: Path) -> None:
-    """Delete folders that are a week old. Their names are ID-SECONDS, with the time when they came."""
+def empty_trash(store: Store, trash: Path) -> None:
+    """Delete folders that are a week old. Their names are ID-SECONDS, with the time when they came.
+
+    A folder with a model is kept if the database does not know its tune.
+    """
     for folder in trash.glob("*-*") if trash.exists() else ():
-        since = folder.name.rpartition("-")[2]
-        if since.isdecimal() and int(since) + TRASH_SECONDS < time.time():
-            shutil.rmtree(folder, ignore_errors=True)
+        number, _, since = folder.name.rpartition("-")
+        if not since.isdecimal() or int(since) + TRASH_SECONDS >= time.time():
+            continue
+        if has_model(folder) and not (number.isdecimal() and store.get("tunes", int(number))):
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def in_trash(settings: Settings, tune_id: int) -> list[Path]:
+    """The folders of a tune that has expired."""
+    return list(trash_of(settings).glob(f"{tune_id}-*"))

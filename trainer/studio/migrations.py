@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer.files import PARTIAL, fsync
 
-# In triggers, so that whatever ends a tune or a prompt notes the callback in the same transaction.
+# In triggers: any end of a tune or prompt notes its callback in the same transaction.
 TRIGGERS = """
     CREATE TRIGGER tune_ended AFTER UPDATE OF status ON tunes
     WHEN NEW.callback IS NOT NULL AND NEW.status IS NOT OLD.status AND NEW.status IN ('trained', 'failed', 'canceled')

@@ -91,6 +91,7 @@ class Store:
         self._connections = Connections(outputs / "tunebooth.db", outputs / ".lock")
         self.changed = threading.Event()  # set when there may be a new job
         self.hold = ""  # why the queue waits; in memory, because the disk may be full
+        self.verified: dict[Path, tuple[int, int]] = {}  # model files whose checksum is right: size, mtime
 
     def close(self) -> None:
         self._lock_file.close()

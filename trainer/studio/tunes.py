@@ -17,14 +17,16 @@ from trainer.contract.photos import Check, Photo, ProgressCallback, Upload, no_p
 from trainer.contract.rows import TuneValues
 from trainer.contract.states import ENDED, Callback
 from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
-from trainer.files import discard, discarded_on_error, fsync
+from trainer.files import discard, fsync
 from trainer.library import bases
 from trainer.library.bases import Bases
 from trainer.names import FORMATS, MODEL_TYPES
 from trainer.photos import inputs
 from trainer.photos.intake import intake
+from trainer.studio import checksums
 from trainer.studio.answers import tune_answer
-from trainer.studio.expiry import expiry
+from trainer.studio.expiry import expiry, in_trash
+from trainer.studio.folders import adding_tunes
 from trainer.studio.idempotency import (
     IdempotencyKey,
     body_digest,
@@ -239,7 +241,8 @@ def delete_tune(services: Services, tune_id: int) -> None:
         if time.monotonic() > deadline:
             raise Conflict(f"tune {tune_id} does not stop; try again later")
         time.sleep(0.1)
-    discard(tune_folder(services, tune_id))
+    for folder in (tune_folder(services, tune_id), *in_trash(services.settings, tune_id)):
+        discard(folder)
 
 
 def _busy(services: Services, tune_id: int) -> bool:
@@ -283,7 +286,7 @@ def _insert(
 ) -> tuple[Tune, bool]:
     if request.base_tune_id is not None or any(prompt.parsed.models for prompt in request.prompts_attributes):
         listed()  # scan the models folder before the transaction, in which other writers wait
-    with discarded_on_error() as moved, services.store.transaction():
+    with adding_tunes(services.store, services.settings.outputs) as folders:
         if known := find_by_idempotency_key(services, "tunes", key):  # another request was faster
             return tune_answer(services, known), False
         if existing := equal_tune(services, request.title, digest):
@@ -303,6 +306,7 @@ def _insert(
                 expires_at=expiry(services.settings, ready),
                 progress={"stage": "trained"},
             )
+            checksums.note(services.store, tune_id, checksums.of_folder(work, "model"))
         else:
             tune_id = services.store.add_tune(row)
         if messages := title_warnings(services, request.title, tune_id):
@@ -316,11 +320,10 @@ def _insert(
         (work / "request.json").write_text(request.model_dump_json(exclude={"images"}, indent=1))
         target = tune_folder(services, tune_id)
         target.parent.mkdir(exist_ok=True)
-        discard(target)  # left by a crash between the rename and the commit; its id was then used again
         for path in work.rglob("*"):
             fsync(path)
-        moved.append(target)
         work.rename(target)
+        folders.append(target)
         fsync(target.parent)
     services.store.changed.set()
     return get_tune(services, tune_id), True

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from trainer.contract.errors import NotFound
 from trainer.studio import answers, models, pack_verbs
+from trainer.studio.folders import find_orphans, orphans_note
 from trainer.studio.rows import Services
 from trainer.studio.tunes import list_callbacks, list_tunes
 from trainer.web import html, mcp
@@ -46,7 +47,8 @@ def mount(app: FastAPI, services: Services) -> FastAPI:
 def build(services: Services) -> gr.Blocks:
     """The page: forms on the left, tunes on the right."""
     with gr.Blocks(title="Tunebooth", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
-        gr.HTML(render("head.html"))
+        orphans = find_orphans(services.store, services.settings.outputs)
+        gr.HTML(render("head.html", note=orphans_note(orphans, services.settings.outputs)))
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=380), gr.Tabs():
                 with gr.Tab("New tune"):

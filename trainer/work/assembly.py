@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import webbrowser
 from pathlib import Path
@@ -14,6 +15,7 @@ from trainer.studio.store import InUse, Store
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+log = logging.getLogger("tunebooth")
 IN_USE_EXIT_CODE = 75  # EX_TEMPFAIL: another process uses this outputs folder
 
 
@@ -49,12 +51,16 @@ class Studio:
         from trainer.files import sweep
         from trainer.photos.intake import Decoder
         from trainer.studio.expiry import expiry_loop
+        from trainer.studio.folders import find_orphans, keep_prompt_numbers, orphans_note, sweep_outputs
         from trainer.studio.rows import Services
         from trainer.studio.webhooks import WebhookSender
         from trainer.web import page  # `import gradio` takes longest
         from trainer.web.rest import create_app
 
-        sweep(self._settings.outputs)
+        keep_prompt_numbers(self._store, self._settings.outputs)
+        if note := orphans_note(find_orphans(self._store, self._settings.outputs), self._settings.outputs):
+            log.warning("%s", note)
+        sweep_outputs(self._store, self._settings.outputs)
         sweep(self._settings.weights)
         self._decoder = Decoder(self._settings)
         self._services = Services(self._settings, self._store, self._decoder, self._analyzer)

@@ -14,7 +14,7 @@ import torch
 from trainer.clock import now, stamp
 from trainer.config import branch_file, kinds, resolve, train_config
 from trainer.config.train_config import TrainConfig
-from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
+from trainer.contract.errors import AnalysisUnavailable, InvalidRequest, ModelChanged
 from trainer.contract.photos import Photo
 from trainer.contract.rows import ExportRow, PromptRow, TuneRow
 from trainer.device import forget_peak, free_gib
@@ -31,7 +31,7 @@ from trainer.rendering.job import FaceID, Lora, Models, Stopped
 from trainer.rendering.plan import make_plan, plain
 from trainer.rendering.renderer import Renderer
 from trainer.settings import Settings
-from trainer.studio import references
+from trainer.studio import checksums, references
 from trainer.studio.expiry import expiry
 from trainer.studio.references import Named
 from trainer.studio.rows import prompt_home
@@ -81,7 +81,7 @@ class JobRunner:
             if problem := problem_of(error, self._settings.outputs):
                 raise problem from error
             message = str(error)
-            if not isinstance(error, InvalidRequest | AnalysisUnavailable | Unavailable):
+            if not isinstance(error, InvalidRequest | AnalysisUnavailable | Unavailable | ModelChanged):
                 log.exception("job %s failed", job)
                 message = explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING)
             self._store.finish(job, "failed", error=message)
@@ -92,12 +92,17 @@ class JobRunner:
         self._renderer.release()
         config = self._fitted(tune)
         tune = self._prepared(tune, config, reporter)
-        files = train_tune(tune, self._base(tune), config, self._settings, self._device, reporter, self._preview(tune))
+        base = self._base(tune)
+        self._verify(*files_of(base))
+        files = train_tune(tune, base, config, self._settings, self._device, reporter, self._preview(tune))
         if files is not None:
             reporter.stage("trained")
             end = datetime.now(UTC)
             ends = {"trained_at": stamp(end), "eta": stamp(end), "expires_at": expiry(self._settings, end)}
-            self._store.finish(job, "trained", files=files, progress=reporter.progress, **ends)
+            made = checksums.of_folder(self._settings.outputs / "tunes" / str(tune["id"]), "model")
+            with self._store.transaction():
+                self._store.finish(job, "trained", files=files, progress=reporter.progress, **ends)
+                checksums.note(self._store, tune["id"], made)
             if get_method(tune["method"]).LARGE:  # its states are several times the model, and no longer needed
                 discard(self._settings.outputs / "tunes" / str(tune["id"]) / "state")
         else:
@@ -173,6 +178,8 @@ class JobRunner:
         tune = self._tune_row(tune_id) if tune_id else None  # None: a prompt on a base that names no tune
         try:
             models = self._to_render(prompt, tune, reporter)
+            faces = [models.face.folder] if models.face else []
+            self._verify(*files_of(models.base), *(one.model for one in models.loras), *faces)
             folder = self._settings.outputs / prompt_home(prompt)
             folder.mkdir(parents=True, exist_ok=True)
             characteristics = tune["characteristics"] if tune else {}
@@ -262,8 +269,17 @@ class JobRunner:
         tune = self._must(self._tune_row(job.tune_id))
         base = bases.of_tune(self._settings, tune, self._tune_row)
         self._renderer.release()
+        folder = self._settings.outputs / "tunes" / str(tune["id"])
+        self._verify(*files_of(base), folder / "model")
         file = export_tune(tune, base, export["format"], self._settings)
-        self._store.finish(job, "exported", files=[file])
+        made = checksums.of_folder(folder, f"exports/{export['format']}")
+        with self._store.transaction():
+            self._store.finish(job, "exported", files=[file])
+            checksums.note(self._store, tune["id"], made)
+
+    def _verify(self, *used: Path | None) -> None:
+        """Check the files of tunes that are about to be read. Raises ModelChanged."""
+        checksums.verify(self._store, self._settings.outputs, *used)
 
     def _tune_row(self, tune_id: int) -> TuneRow | None:
         return self._store.get("tunes", tune_id)
@@ -276,6 +292,11 @@ class JobRunner:
     def _must(row: R | None) -> R:
         assert row is not None, "a job is deleted together with its rows"
         return row
+
+
+def files_of(base: Base) -> list[Path | None]:
+    """What is read of a base: its weights, the LoRA on it, and what has the parts that its file lacks."""
+    return [base.path, base.model, *(files_of(base.rest) if base.rest else [])]
 
 
 def verdicts(photos: list[Photo]) -> list[dict[str, object]]:
