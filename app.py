@@ -31,7 +31,7 @@ def main() -> None:
         server.should_exit = True
 
     studio = Studio(settings, store, on_device_lost)
-    guard = Guard(settings, load=studio.load, begin=studio.begin, unload=studio.close)
+    guard = Guard(settings, studio.load, studio.begin, studio.close, missing=store.missing, hold=lambda: store.hold)
     # An open page holds a connection; at the end the server does not wait for it.
     config = uvicorn.Config(guard, log_level="warning", ws="none", timeout_graceful_shutdown=2)
     print(f"Tunebooth is at {settings.base_url}", flush=True)

@@ -50,12 +50,28 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def discarded_on_error() -> Iterator[list[Path]]:
+    """Yields a list of folders. They are removed if the block raises, for example in a commit on a full disk."""
+    folders: list[Path] = []
+    done = False
+    try:
+        yield folders
+        done = True
+    finally:
+        for folder in folders if not done else []:
+            discard(folder)
+
+
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file so that it is complete or absent, even after a power cut."""
     partial = file.with_name(f"{file.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
-    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-    fsync(partial)
-    partial.rename(file)
+    try:
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        fsync(partial)
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)  # incomplete after an error
     fsync(file.parent)
 
 

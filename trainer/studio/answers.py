@@ -9,7 +9,7 @@ from typing import Any
 from trainer.contract.photos import Photo
 from trainer.contract.prompts import COLUMNS, PICTURES, Echo, Prompt, PromptRequest
 from trainer.contract.rows import PromptRow, TuneRow
-from trainer.contract.states import Progress
+from trainer.contract.states import ENDED, Progress
 from trainer.contract.tunes import Tune
 from trainer.files import read_json_lines
 from trainer.names import FORMATS
@@ -76,10 +76,18 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
         "url": f"{services.settings.base_url}/tunes/{tune_id}.json",
         "orig_images": [photo.url for photo in photos if photo.url],
         "photos": photos,
-        "progress": Progress.model_validate(row["progress"]),
+        "progress": progress_answer(services, row),
         "prompts": prompts,
     }
     return Tune.model_validate({**row, **computed})
+
+
+def progress_answer(services: Services, row: TuneRow | PromptRow) -> Progress:
+    """The progress of a tune or prompt; while the queue is on hold, its stage is the reason."""
+    progress = Progress.model_validate(row["progress"])
+    if services.store.hold and row["status"] not in ENDED:
+        progress.stage = services.store.hold
+    return progress
 
 
 def photo_answers(services: Services, row: TuneRow) -> list[Photo]:
@@ -123,7 +131,7 @@ def prompt_answer(services: Services, row: PromptRow) -> Prompt:
         "thumbnails": [link(folder / file) for file in (thumbs if small else row["files"])],
         "contact_sheet": link(folder / CONTACT_SHEET) if small and len(thumbs) > 1 else None,
         "preview": preview_link,
-        "progress": Progress.model_validate(row["progress"]),
+        "progress": progress_answer(services, row),
         "user_error": row["error"],
         "tunes": list(dict.fromkeys([*filter(None, [row["tune_id"]]), *(one[1] for one in row["named"] or [])])),
     }

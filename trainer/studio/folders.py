@@ -55,8 +55,10 @@ def adding_tunes(store: Store, outputs: Path) -> Iterator[list[Path]]:
 
 def raise_numbers(db: sqlite3.Connection, table: str, highest: int) -> None:
     """The next number of a table will lie above this one."""
-    known = db.execute("UPDATE sqlite_sequence SET seq = MAX(seq, ?) WHERE name = ?", (highest, table)).rowcount
-    if not known:
+    known = db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchone()
+    if known and known[0] < highest:
+        db.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = ?", (highest, table))
+    elif known is None:
         db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (table, highest))
 
 

@@ -11,7 +11,8 @@ from trainer.contract.fields import parse_request
 from trainer.contract.photos import ProgressCallback, Upload, no_progress
 from trainer.contract.prompts import PICTURES, Prompt, PromptRequest, prompt_of
 from trainer.contract.rows import PromptRow, TuneRow
-from trainer.files import UNCOMMITTED
+from trainer.disk import as_problems
+from trainer.files import UNCOMMITTED, discarded_on_error
 from trainer.library import bases
 from trainer.library.bases import Base, Bases
 from trainer.names import LORA_REFERENCE
@@ -56,7 +57,9 @@ def create_prompt(
     if known := find_by_idempotency_key(services, "prompts", key) or equal_prompt(services, place_id, digest):
         return prompt_answer(services, known)
     with (
+        as_problems(services.settings.outputs),
         inputs.fetch_inputs(services.settings, services.decoder, [request], None, progress) as pictures,
+        discarded_on_error() as moved,
         services.store.transaction(),
     ):
         if known := find_by_idempotency_key(services, "prompts", key) or equal_prompt(services, place_id, digest):
@@ -71,7 +74,7 @@ def create_prompt(
         prompt_id = services.store.add_prompt(values | idempotency_columns(key))
         if 0 in pictures:
             (pictures[0] / UNCOMMITTED).touch()
-            keep_pictures(services, prompt_id, pictures[0])
+            moved.append(keep_pictures(services, prompt_id, pictures[0]))
     services.store.changed.set()
     if pictures:
         (pictures_of(services, row_of(services, "prompts", prompt_id)) / UNCOMMITTED).unlink(missing_ok=True)

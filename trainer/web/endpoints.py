@@ -16,6 +16,7 @@ from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidReques
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import PICTURES, PromptRequest
 from trainer.contract.tunes import CheckRequest, Tune, TuneRequest
+from trainer.disk import DiskProblem
 from trainer.studio import models, settle
 from trainer.studio import prompts as prompt_verbs
 from trainer.studio import tunes as tune_verbs
@@ -256,6 +257,8 @@ def as_gradio_errors(endpoint: Endpoint) -> Endpoint:
             return await endpoint(*positional, **named)
         except (InvalidRequest, NotFound, Conflict, AnalysisUnavailable) as problem:
             raise gr.Error(str(problem), print_exception=False) from None
+        except DiskProblem as problem:
+            raise gr.Error(problem.as_refusal(), print_exception=False) from None
 
     return wrapped
 

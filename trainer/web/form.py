@@ -17,6 +17,7 @@ from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import ASPECT_RATIOS, SCHEDULERS
 from trainer.contract.tunes import CheckRequest
+from trainer.disk import DiskProblem
 from trainer.names import BRANCHES, DEFAULT_METHOD, DEMO_BRANCH, METHODS
 from trainer.studio import models, pack_verbs, settle, tunes
 from trainer.studio.rows import Services
@@ -199,7 +200,7 @@ class Form:
             return [verdicts, *self._show_errors({})]
         except InvalidRequest as invalid:
             return [gr.skip(), *self._show_errors(invalid.problems)]
-        except AnalysisUnavailable as problem:
+        except (AnalysisUnavailable, DiskProblem) as problem:
             return [gr.skip(), *self._show_errors({"images": [str(problem)]})]
 
     def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], list[Upload]]:
@@ -245,6 +246,8 @@ class Form:
             gr.Info(f"{tune.title} is queued", duration=4)
         except InvalidRequest as invalid:
             problems = invalid.problems
+        except DiskProblem as problem:
+            problems = {"images": [problem.as_refusal()]}
         return [*self._show_errors(problems), gr.skip() if problems else None]
 
     def _show_errors(self, problems: dict[str, list[str]]) -> list[object]:

@@ -112,7 +112,7 @@ def live_parts(services: Services, shown: tuple[str, str, str]) -> tuple[object,
     training = next((one.title for one in tunes if one.status == "training"), None)
     waits = f"waits until {training} is trained" if training else ""
     parts = (
-        html.current(tune, readings, snapshots, len(running) - 1 if running else 0, waits),
+        html.current(tune, readings, snapshots, len(running) - 1 if running else 0, waits, services.store.hold),
         html.trained_pictures(seen),
         html.earlier(tunes, {tune.id: details(services, tune.id) for tune in tunes}, waits),
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.disk import DiskProblem
 from trainer.files import remove, sweep
 from trainer.settings import Settings
 from trainer.studio.store import InUse, Store
@@ -24,14 +25,14 @@ def open_store(outputs: Path) -> Store:
     """The database of an outputs folder.
 
     If it cannot be opened, the process ends with a message: exit code 75 if another process uses the folder, 1 if the
-    database is damaged or of a newer version.
+    database is damaged, is of a newer version, or cannot be read or written.
     """
     try:
         return Store(outputs)
     except InUse as problem:
         print(f"Tunebooth: {problem}. Stop it, or give this one another --outputs.", file=sys.stderr)
         sys.exit(IN_USE_EXIT_CODE)
-    except RuntimeError as problem:
+    except (RuntimeError, DiskProblem) as problem:
         sys.exit(f"Tunebooth: {problem}.")
 
 

@@ -18,6 +18,7 @@ from trainer.contract.errors import AnalysisUnavailable, InvalidRequest, ModelCh
 from trainer.contract.photos import Photo
 from trainer.contract.rows import ExportRow, PromptRow, TuneRow
 from trainer.device import forget_peak, free_gib
+from trainer.disk import problem_of
 from trainer.files import discard, write_whole
 from trainer.library import bases, weights
 from trainer.library.bases import Base, Bases
@@ -66,9 +67,12 @@ class JobRunner:
         self._renderer = Renderer(settings, device, analyzer)
 
     def run(self, job: Job) -> None:
-        """Run a job, and record its result. Raises DeviceLost after a fatal error of the device."""
-        reporter = Reporter(self._settings, self._store, job, self._stopping, self._device)
+        """Run a job, and record its result.
+
+        Raises DiskProblem, then the job must wait; DeviceLost after a fatal error of the device.
+        """
         try:
+            reporter = Reporter(self._settings, self._store, job, self._stopping, self._device)
             if job.attempts >= MAX_ATTEMPTS:
                 raise RuntimeError(f"the app ended {job.attempts} times at this point; it is not tried again")
             if job.export_id is not None:
@@ -80,6 +84,8 @@ class JobRunner:
         except (JobInterrupted, Closed):
             self._requeue(job, reporter)
         except Exception as error:  # the edge of a job: it must end, also after an error of a library
+            if problem := problem_of(error, self._settings.outputs):
+                raise problem from error
             if fatal := device_error(error):
                 log.exception("job %s: fatal error of the device; the app restarts", job)
                 self._record_device_error(job, reporter, fatal)

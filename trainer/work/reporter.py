@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from trainer.clock import now, stamp
 from trainer.contract.rows import ProgressRow
-from trainer.files import read_json_lines
+from trainer.files import read_json_lines, write_whole
 from trainer.settings import Settings
 from trainer.studio.store import Job, Store
 
@@ -93,7 +93,7 @@ class Reporter:
         """Log the step that the run resumes from, and delete the lines of later steps, which are repeated."""
         if self._log.exists():
             kept = [line for line in read_json_lines(self._log) if line["step"] <= step]
-            self._log.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(self._log, "".join(json.dumps(line) + "\n" for line in kept))
         self._write({"step": step, "event": "resumed" if step else "started", "at": now()})
 
     def _store_progress(self) -> None:
