@@ -46,7 +46,9 @@ class Settings(BaseSettings):
     open: bool = Field(False, description="Open the page in the browser once it is up.")
     key: SecretStr | None = Field(None, description="API key. Made at first start where one is needed.")
     public_url: str | None = Field(None, description="Address that links in answers begin with.")
-    idempotency: bool = Field(True, description="The same title again answers the tune that has it.")
+    idempotency: Literal["off", "tunes", "all"] = Field(
+        "tunes", description="Whether a request that was sent before, title and all, answers what it made then."
+    )
     webhook_secret: SecretStr | None = Field(
         None, description="Signs callbacks (Standard Webhooks): base64, with or without whsec_ before it."
     )
@@ -62,6 +64,12 @@ class Settings(BaseSettings):
     max_body_mb: int = Field(1024, ge=1, description="Largest request, in megabytes.")
     max_megapixels: int = Field(100, ge=1, description="Largest photo, in millions of pixels.")
     decode_seconds: float = Field(20.0, gt=0, description="Time limit for decoding one photo.")
+
+    @field_validator("idempotency", mode="before")
+    @classmethod
+    def _was_a_switch(cls, value: object) -> object:
+        """Until version 0.1 it was true or false."""
+        return {"true": "tunes", "1": "tunes", "false": "off", "0": "off"}.get(str(value).lower(), value)
 
     @field_validator("webhook_secret")
     @classmethod
@@ -143,7 +151,9 @@ def read_settings(arguments: Sequence[str] | None = None, **overrides: object) -
     """
     if os.environ.get("SPACE_ID"):
         overrides = {"host": "0.0.0.0", "port": 7860, **overrides}  # noqa: S104
-    cli: object = list(arguments) if arguments is not None else None
+    cli: object = None
+    if arguments is not None:  # the option was a switch until version 0.1
+        cli = ["--idempotency=off" if argument == "--no-idempotency" else argument for argument in arguments]
     settings = Settings(_cli_parse_args=cli, **overrides)  # type: ignore[call-arg,arg-type]
     for folder in (settings.outputs, settings.models):
         folder.mkdir(parents=True, exist_ok=True)

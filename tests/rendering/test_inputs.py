@@ -22,7 +22,7 @@ from trainer.rendering import afterwards, draw
 from trainer.rendering import upscale as upscale_
 from trainer.rendering.renderer import Renderer
 from trainer.rendering.upscale import upscaler
-from trainer.studio import pack_verbs, prompt_rules, prompts, rows
+from trainer.studio import pack_verbs, prompts, rows
 
 pytest_plugins = ("tests.helpers.web", "tests.helpers.rendering")
 LEFT = (0, 0, 32, 64)  # half of a picture of 64 x 64 px
@@ -379,13 +379,13 @@ def test_each_bad_picture_is_refused_by_name_and_nothing_is_kept(
 
 def test_pictures_go_with_their_prompt(room: Room, tunes: dict[str, int], files: Path) -> None:
     done = room.render(tunes["sd15"], **from_(files, mask="left"))
-    kept = prompt_rules.pictures_of(room.services, tunes["sd15"], done.prompt.id)
+    kept = room.settings.outputs / "tunes" / str(tunes["sd15"]) / "inputs" / str(done.prompt.id)
     assert sorted(path.name for path in kept.iterdir()) == ["input_image.png", "mask_image.png"]
     copied = room.go(prompts.duplicate_prompt(room.services, done.prompt.id, {}))
     assert not unlike(copied.picture, done.picture)
     prompts.delete_prompt(room.services, done.prompt.id)
     assert not kept.exists() and not done.folder.exists()
-    assert prompt_rules.pictures_of(room.services, tunes["sd15"], copied.prompt.id).exists()
+    assert (room.settings.outputs / "tunes" / str(tunes["sd15"]) / "inputs" / str(copied.prompt.id)).exists()
 
 
 def test_without_a_picture_flags_of_pictures_do_nothing(room: Room, tunes: dict[str, int]) -> None:

@@ -163,7 +163,7 @@ def test_a_title_is_free_again_when_its_tune_is_deleted(client: TestClient) -> N
 def test_titles_may_repeat_where_that_is_set(services: Services) -> None:
     client = client_of(
         Services(
-            services.settings.model_copy(update={"idempotency": False}),
+            services.settings.model_copy(update={"idempotency": "off"}),
             services.store,
             services.decoder,
             services.analyzer,

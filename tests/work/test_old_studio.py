@@ -45,7 +45,20 @@ def test_it_answers_as_it_did(studio: Studio, told: dict[str, Any]) -> None:
     client = client_of(studio.services)
     assert len(told["answers"]["/tunes"]) == 6
     for path, answer in told["answers"].items():
-        assert steady(client.get(path).raise_for_status().json(), {studio.settings.base_url: "US"}) == answer, path
+        now = steady(client.get(path).raise_for_status().json(), {studio.settings.base_url: "US"})
+        assert now == where_posted(answer), path
+
+
+def where_posted(answer: Any) -> Any:
+    """An answer of version 0.1.0 with the links of prompts as they are since: below the tune that they belong to."""
+    if isinstance(answer, list):
+        return [where_posted(one) for one in answer]
+    if not isinstance(answer, dict):
+        return answer
+    told = {name: where_posted(value) for name, value in answer.items()}
+    if "num_images" in told:
+        told["url"] = told["url"].replace("/prompts/", f"/tunes/{told['tune_id']}/prompts/")
+    return told
 
 
 def test_its_links_still_lead_to_its_files(studio: Studio, told: dict[str, Any]) -> None:

@@ -70,6 +70,11 @@ def listed_once(settings: Settings) -> Bases:
     return cache(partial(list_bases, settings))
 
 
+def by_id(listed: Bases, base_id: int) -> Base | None:
+    """The base of this number."""
+    return next((base for base in listed() if base.id == base_id), None)
+
+
 def _put_on(lora: FoundModel, known: list[Base], settings: Settings) -> Base:
     """A LoRA file on the base that it names as its own, else on the default one of its branch."""
     number, ours = hashed_id(lora.name), lora.trained_here_on
@@ -114,7 +119,7 @@ def resolve(
         branch = branch or DEFAULT_BRANCH
         return _of_row(branch_file.base_rows(settings.presets, branch)[0], branch)
     listed = listed or listed_once(settings)
-    base = next((base for base in listed() if base.id == base_tune_id), None)
+    base = by_id(listed, base_tune_id)
     if base is None and earlier is not None:
         base = of_tune(settings, earlier, tunes, listed)
     if base is None:

@@ -14,8 +14,8 @@ from trainer.contract.tunes import Tune
 from trainer.files import read_json_lines
 from trainer.names import FORMATS
 from trainer.photos.intake import SAME_PICTURE
-from trainer.studio.links import MODEL_LINK_SECONDS, make_link
-from trainer.studio.rows import Services, tune_folder
+from trainer.studio.links import MODEL_LINK_SECONDS, link_path, make_link
+from trainer.studio.rows import Services, place_of, prompt_home, tune_folder
 
 SNAPSHOT_FILES = FORMATS["bundled"], FORMATS["kohya"]  # of a model in mid-run: with its new words, where it has some
 CONTACT_SHEET = "sheet.jpg"
@@ -69,7 +69,7 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
         kept = map(snapshot_of, sorted(tune_folder(services, tune_id).glob("checkpoints/step-??????"), reverse=True))
         models += [snapshot_link(services, model) for model in kept if model]
     photos = photo_answers(services, row)
-    prompts = [prompt_answer(services, p) for p in services.store.find("prompts", tune_id=tune_id, oldest_first=True)]
+    prompts = [prompt_answer(services, p) for p in reversed(services.store.prompts_under(tune_id))]
     computed = {
         "ckpt_url": models[0] if models else None,
         "ckpt_urls": models,
@@ -98,34 +98,34 @@ def photo_answers(services: Services, row: TuneRow) -> list[Photo]:
 
 
 def prompt_answer(services: Services, row: PromptRow) -> Prompt:
-    tune_id, prompt_id = row["tune_id"], row["id"]
+    prompt_id, place, home = row["id"], place_of(row), services.settings.outputs / prompt_home(row)
     wanted = row["attributes"]
-    folder = f"{tune_id}/prompts/{prompt_id}"
+    folder = home / "prompts" / str(prompt_id)
     beside = {name: wanted.get(name) or (False if name in FLAGS else None) for name in BESIDE}
     thumbs = [f"{Path(file).stem}.thumb.jpg" for file in row["files"]]
-    small = bool(thumbs) and (services.settings.outputs / "tunes" / folder / thumbs[0]).exists()  # older ones have none
-    preview = row["status"] == "rendering" and tune_folder(services, tune_id) / "previews" / f"{prompt_id}.jpg"
+    small = bool(thumbs) and (folder / thumbs[0]).exists()  # older ones have none
+
+    def link(file: Path) -> str:
+        return make_link(services.settings, link_path(services.settings, file))
+
+    preview = home / "previews" / f"{prompt_id}.jpg"
     preview_link = None
-    if preview and preview.exists():  # with the step: a browser would keep the first one
-        link = make_link(services.settings, f"{tune_id}/previews/{preview.name}")
-        preview_link = f"{link}&step={row['progress'].get('step')}"
+    if row["status"] == "rendering" and preview.exists():  # with the step: a browser would keep the first one
+        preview_link = f"{link(preview)}&step={row['progress'].get('step')}"
     inputs = {
-        name: make_link(services.settings, f"{tune_id}/inputs/{prompt_id}/{wanted[name]}") if name in wanted else None
+        name: link(home / "inputs" / str(prompt_id) / str(wanted[name])) if name in wanted else None
         for name in PICTURES
     }
     computed = {
-        "url": f"{services.settings.base_url}/prompts/{prompt_id}.json",
-        "images": [make_link(services.settings, f"{folder}/{file}") for file in row["files"]],
-        "thumbnails": [
-            make_link(services.settings, f"{folder}/{file}") for file in (thumbs if small else row["files"])
-        ],
-        "contact_sheet": (
-            make_link(services.settings, f"{folder}/{CONTACT_SHEET}") if small and len(thumbs) > 1 else None
-        ),
+        "tune_id": place,
+        "url": f"{services.settings.base_url}/tunes/{place}/prompts/{prompt_id}.json",
+        "images": [link(folder / file) for file in row["files"]],
+        "thumbnails": [link(folder / file) for file in (thumbs if small else row["files"])],
+        "contact_sheet": link(folder / CONTACT_SHEET) if small and len(thumbs) > 1 else None,
         "preview": preview_link,
         "progress": Progress.model_validate(row["progress"]),
         "user_error": row["error"],
-        "tunes": list(dict.fromkeys([tune_id, *(one[1] for one in row["named"] or [])])),
+        "tunes": list(dict.fromkeys([*filter(None, [row["tune_id"]]), *(one[1] for one in row["named"] or [])])),
     }
     echo = Echo.model_validate(row["kept"] | wanted).model_dump()
     return Prompt.model_validate({**row, **echo, **beside, **inputs, **computed})

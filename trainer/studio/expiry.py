@@ -11,6 +11,7 @@ from pathlib import Path
 from trainer.clock import Loop, now, stamp
 from trainer.contract.rows import TuneRow
 from trainer.settings import Settings
+from trainer.studio.rows import tunes_of
 from trainer.studio.store import Store
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def expire_tunes(settings: Settings, store: Store) -> None:
 def expire(settings: Settings, store: Store, tune: TuneRow) -> None:
     """Move a tune's files to the trash; one that is in use, or is the base of others, stays for now."""
     with store.transaction():
-        rendering = store.find("prompts", tune_id=tune["id"], status="rendering")
+        rendering = any(tune["id"] in tunes_of(prompt) for prompt in store.find("prompts", status="rendering"))
         if rendering or store.find("exports", tune_id=tune["id"], status="exporting") or store.dependents(tune["id"]):
             return
         store.end_prompts(tune["id"], "canceled")

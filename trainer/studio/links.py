@@ -11,10 +11,11 @@ from urllib.parse import quote, urlencode
 from trainer.settings import Settings
 
 MODEL_LINK_SECONDS = 24 * 3600
+BASES = "bases/"  # begins the path of a file of a prompt on a base
 
 
 def make_link(settings: Settings, path: str, lifetime_s: int | None = None) -> str:
-    """A link to `outputs/tunes/<path>`; with a lifetime it ends some time after it, else never.
+    """A link to a file by its `link_path`; with a lifetime it ends some time after it, else never.
 
     The end is rounded up to the hour, so that a page asked for twice names the same picture twice.
     """
@@ -29,9 +30,14 @@ def open_link(settings: Settings, path: str, expires: int, signature: str) -> Pa
         return None
     if expires and expires < time.time():
         return None
-    root = (settings.outputs / "tunes").resolve()
-    file = (root / path).resolve()
+    root = (settings.outputs / ("bases" if path.startswith(BASES) else "tunes")).resolve()
+    file = (root / path.removeprefix(BASES)).resolve()
     return file if file.is_relative_to(root) and file.is_file() else None
+
+
+def link_path(settings: Settings, file: Path) -> str:
+    """How a link names a file: below `outputs/tunes`, or as `bases/...`."""
+    return file.relative_to(settings.outputs).as_posix().removeprefix("tunes/")
 
 
 def _sign(settings: Settings, path: str, expires: int) -> str:

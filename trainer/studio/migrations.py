@@ -113,6 +113,7 @@ MIGRATIONS = [
     DELETE FROM jobs WHERE export_id IN (SELECT id FROM exports WHERE status NOT IN ('queued', 'exporting'));
 
     ALTER TABLE tunes ADD COLUMN body_digest TEXT;  -- sha256 of the parsed request; NULL: of an older version
+    CREATE INDEX tunes_body ON tunes (body_digest) WHERE body_digest IS NOT NULL;
     -- sha256 of the files of a finished model. path: in the tune's folder.
     CREATE TABLE checksums (
         tune_id INTEGER NOT NULL REFERENCES tunes (id) ON DELETE CASCADE,
@@ -217,17 +218,8 @@ MIGRATIONS = [
 def migrate(db: sqlite3.Connection, path: Path) -> None:
     """Bring a database to the newest schema, after a backup; check that it is whole.
 
-    path: of its file. Raises RuntimeError for a damaged database and for one of a newer version.
+    path: of its file. Raises RuntimeError for a damaged database and for one of a newer version, and sqlite3.Error.
     """
-    try:
-        _apply(db, path)
-    except sqlite3.OperationalError:
-        raise  # a full disk, for example
-    except sqlite3.DatabaseError as problem:
-        raise _damaged(path, str(problem)) from problem
-
-
-def _apply(db: sqlite3.Connection, path: Path) -> None:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
         raise RuntimeError(f"{path} was made by a newer version of Tunebooth; upgrade to open it")
@@ -242,11 +234,11 @@ def _apply(db: sqlite3.Connection, path: Path) -> None:
                 db.rollback()
             raise
     if broken := db.execute("PRAGMA foreign_key_check").fetchall():
-        raise _damaged(path, f"{len(broken)} rows name rows that are missing")
+        raise damaged(path, f"{len(broken)} rows name rows that are missing")
     db.execute("PRAGMA foreign_keys=ON")
     check = db.execute("PRAGMA integrity_check").fetchone()[0]
     if check != "ok":
-        raise _damaged(path, check)
+        raise damaged(path, check)
 
 
 def back_up(db: sqlite3.Connection, target: Path) -> None:
@@ -260,5 +252,6 @@ def back_up(db: sqlite3.Connection, target: Path) -> None:
     fsync(target.parent)
 
 
-def _damaged(path: Path, how: str) -> RuntimeError:
+def damaged(path: Path, how: str) -> RuntimeError:
+    """The error of a database that cannot be read."""
     return RuntimeError(f"{path} is damaged ({how}); restore a copy, or move it away to start with an empty database")

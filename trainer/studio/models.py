@@ -2,28 +2,63 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
+from trainer.clock import stamp
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound, words
+from trainer.contract.states import Progress
+from trainer.contract.tunes import Tune
 from trainer.library import bases
-from trainer.names import MODEL_TYPES
-from trainer.studio.answers import here
+from trainer.library.bases import Base
+from trainer.names import LORA_REFERENCE, MODEL_TYPES
+from trainer.studio.answers import here, prompt_answer
 from trainer.studio.links import MODEL_LINK_SECONDS, make_link
 from trainer.studio.rows import EARLIER_LISTED, Services, row_of, tune_row
 
 
-def list_base_tunes(services: Services, branch: str | None = None) -> list[dict[str, object]]:
+def list_base_tunes(
+    services: Services,
+    branch: str | None = None,
+    limit: int | None = None,
+    title: str | None = None,
+    model_type: str | None = None,
+) -> list[dict[str, object]]:
     """All base models, those of the models folder among them; `error` says why one cannot be used."""
-    return [
-        {
-            "id": base.id,
-            "title": base.title,
-            "branch": base.branch or None,
-            "repository": base.repository,
-            "error": base.error,
-            "stands_on": list(base.chain),
-        }
+    found = [
+        base_row(services, base) | {"repository": base.repository, "error": base.error, "stands_on": list(base.chain)}
         for base in bases.list_bases(services.settings)
-        if branch in (None, base.branch)
+        if branch in (None, base.branch) and title in (None, base.title)
     ]
+    return [row for row in found if model_type in (None, row["model_type"])][:limit]
+
+
+def base_row(services: Services, base: Base) -> dict[str, object]:
+    """What a base has of the keys of a tune. name: it has no class name."""
+    return {
+        "id": base.id,
+        "title": base.title,
+        "name": "",
+        "branch": base.branch or None,
+        "model_type": LORA_REFERENCE if base.model else None,
+        "token": None,
+        "url": f"{services.settings.base_url}/tunes/{base.id}.json",
+        "orig_images": [],
+    }
+
+
+def base_answer(services: Services, base: Base) -> Tune:
+    """A base in the shape of a tune, with the prompts that were posted on it."""
+    file = base.model or base.path or services.settings.presets / f"{base.branch}.toml"
+    since = stamp(datetime.fromtimestamp(file.stat().st_mtime, UTC)) if file.exists() else stamp(datetime.now(UTC))
+    prompts = [prompt_answer(services, row) for row in reversed(services.store.prompts_under(base.id))]
+    empty = dict.fromkeys(name for name, field in Tune.model_fields.items() if field.is_required())
+    return Tune.model_validate(
+        empty
+        | base_row(services, base)
+        | {"branch": base.branch, "ckpt_urls": [], "training_face_correct": False, "auto_extend": False}
+        | {"characteristics": {}, "created_at": since, "updated_at": since, "error": base.error, "warnings": []}
+        | {"status": "failed" if base.error else "trained", "progress": Progress(), "photos": [], "prompts": prompts}
+    )
 
 
 def model_link(services: Services, tune_id: int, format_: str | None = None) -> str | None:

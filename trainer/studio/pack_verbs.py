@@ -14,11 +14,12 @@ from trainer.contract.tunes import Tune
 from trainer.files import write_whole
 from trainer.library import bases
 from trainer.studio import pack_file, packs
+from trainer.studio.idempotency import IdempotencyKey
 from trainer.studio.pack_file import Pack
 from trainer.studio.prompt_rules import check_prompt
 from trainer.studio.prompts import create_prompt
 from trainer.studio.references import resolve
-from trainer.studio.rows import IdempotencyKey, Services, row_of, tune_folder, tunes_by_id
+from trainer.studio.rows import Services, row_of, tune_folder, tunes_by_id
 from trainer.studio.settle import token_for
 from trainer.studio.tunes import create_tune, get_tune
 

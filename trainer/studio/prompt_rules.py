@@ -11,10 +11,11 @@ from trainer.contract import parsed_text
 from trainer.contract.errors import InvalidRequest, nearest
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import COLUMNS, CONTROLS, HOSTED_CONTROLS, PICTURES, PromptRequest, attributes_of
+from trainer.contract.rows import PromptRow
 from trainer.names import LORA_REFERENCE
 from trainer.photos import inputs
 from trainer.studio.references import Named, as_row
-from trainer.studio.rows import Services, row_of, tune_folder
+from trainer.studio.rows import Services, prompt_home, row_of
 
 API_NUM_IMAGES = 8  # the hosted service's default; the page asks for 4
 
@@ -42,24 +43,25 @@ def check_prompt(services: Services, request: PromptRequest) -> None:
         raise InvalidRequest(problems)
 
 
-def keep_pictures(services: Services, prompt_id: int, folder: Path, target: Path) -> None:
-    """Move the pictures that a prompt starts from to where they stay, and note their names."""
+def keep_pictures(services: Services, prompt_id: int, folder: Path, target: Path | None = None) -> None:
+    """Move the pictures that a prompt starts from to where they stay, and note their names.
+
+    target: where that is for a tune that is just being made; None: in the folder of its tune or base.
+    """
+    row = row_of(services, "prompts", prompt_id)
     names = {path.stem: path.name for path in folder.iterdir()}
-    inputs.move_into_place(folder, target)
-    attributes = row_of(services, "prompts", prompt_id)["attributes"]
-    services.store.update("prompts", prompt_id, attributes=attributes | names)
+    inputs.move_into_place(folder, target or pictures_of(services, row))
+    services.store.update("prompts", prompt_id, attributes=row["attributes"] | names)
 
 
-def pictures_of(services: Services, tune_id: int, prompt_id: int) -> Path:
+def pictures_of(services: Services, row: PromptRow) -> Path:
     """Where the pictures are that a prompt starts from."""
-    return tune_folder(services, tune_id) / "inputs" / str(prompt_id)
+    return services.settings.outputs / prompt_home(row) / "inputs" / str(row["id"])
 
 
-def prompt_values(
-    services: Services, tune_id: int, request: PromptRequest, named: Sequence[Named]
-) -> dict[str, object]:
+def prompt_values(request: PromptRequest, named: Sequence[Named]) -> dict[str, object]:
+    """The columns of a prompt that its request decides."""
     return {
-        "tune_id": tune_id,
         **{name: getattr(request, name) for name in COLUMNS},
         "num_images": request.num_images or API_NUM_IMAGES,
         "attributes": attributes_of(request),

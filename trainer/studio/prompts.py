@@ -3,103 +3,89 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound
 from trainer.contract.fields import parse_request
-from trainer.contract.parsed_text import ParsedText
 from trainer.contract.photos import ProgressCallback, Upload, no_progress
 from trainer.contract.prompts import PICTURES, Prompt, PromptRequest, prompt_of
 from trainer.contract.rows import PromptRow, TuneRow
 from trainer.files import discard
 from trainer.library import bases
 from trainer.library.bases import Base, Bases
-from trainer.names import LORA_REFERENCE, MODEL_TYPES
+from trainer.names import LORA_REFERENCE
 from trainer.photos import inputs
 from trainer.studio import pack_file
 from trainer.studio.answers import prompt_answer
-from trainer.studio.prompt_rules import check_prompt, keep_pictures, pictures_of, prompt_values
-from trainer.studio.references import GONE, Named, resolve
-from trainer.studio.rows import (
-    STOP_SECONDS,
+from trainer.studio.idempotency import (
     IdempotencyKey,
-    Services,
+    body_digest,
+    equal_prompt,
     find_by_idempotency_key,
     idempotency_columns,
-    row_of,
-    tune_folder,
-    tune_row,
 )
+from trainer.studio.prompt_rules import check_prompt, keep_pictures, pictures_of, prompt_values
+from trainer.studio.references import GONE, Named, resolve
+from trainer.studio.rows import STOP_SECONDS, Services, place_of, prompt_home, row_of, tune_row
 
 
 def create_prompt(
     services: Services,
-    tune_id: int,
+    place_id: int,
     data: Mapping[str, object],
     progress: ProgressCallback = no_progress,
     key: IdempotencyKey | None = None,
     listed: Bases | None = None,
 ) -> Prompt:
-    """Queue a prompt on a tune that has, or is getting, a model. Raises NotFound, InvalidRequest.
+    """Queue a prompt on a tune that has, or is getting, a model, or on a base. Raises NotFound, InvalidRequest.
 
-    tune_id: the tune's, or that of a base with `<lora:NAME:WEIGHT>` or `<faceid:NAME:WEIGHT>` in the text. listed: all
-    bases, where the request has listed them already.
+    place_id: of the tune or base. listed: all bases, where the request has listed them already.
     """
     listed = listed or bases.listed_once(services.settings)
-    base, tune = None, tune_row(services, tune_id)
-    if tune is None:
-        base = next((base for base in listed() if base.id == tune_id), None)
-        if base is None:
-            raise NotFound(f"there is no tune {tune_id}")
+    place = tune_or_base(services, place_id, listed)
+    tune, branch = (None, place.branch) if isinstance(place, Base) else (place, place["branch"])
     request = parse_request(PromptRequest, data)
+    digest = body_digest(request)
     check_prompt(services, request)
-    if tune is not None:
-        named = resolve(services.store, listed, request.parsed, tune["branch"], tune)
-    else:
-        assert base is not None
-        tune, named = tune_on_base(services, base, request.parsed, listed)
-    if known := find_by_idempotency_key(services, "prompts", key):
+    named = resolve(services.store, listed, request.parsed, branch, tune)
+    if known := find_by_idempotency_key(services, "prompts", key) or equal_prompt(services, place_id, digest):
         return prompt_answer(services, known)
     with (
         inputs.fetch_inputs(services.settings, services.decoder, [request], None, progress) as pictures,
         services.store.transaction(),
     ):
-        if known := find_by_idempotency_key(services, "prompts", key):
-            return prompt_answer(services, known)
-        tune = row_of(services, "tunes", tune["id"])  # it may be gone by now
-        if tune["status"] in GONE:
-            raise InvalidRequest({"tune_id": [f"tune {tune['id']} is {tune['status']}; it has no model"]})
-        trained = MODEL_TYPES[tune["method"]].trains
-        asked = base.id if base and (not trained or root_id(services, tune) != base.id) else None
-        values = prompt_values(services, tune["id"], request, named) | {"base_id": asked}
+        if known := find_by_idempotency_key(services, "prompts", key) or equal_prompt(services, place_id, digest):
+            return prompt_answer(services, known)  # made by another request meanwhile
+        where: dict[str, object] = {"tune_id": place_id}
+        if tune is not None:
+            if (status := row_of(services, "tunes", place_id)["status"]) in GONE:
+                raise InvalidRequest({"tune_id": [f"tune {place_id} is {status}; it has no model"]})
+        else:
+            where = {"base_id": place_id, "lora_id": first_tune(services, named)}
+        values = where | prompt_values(request, named) | {"body_digest": digest}
         prompt_id = services.store.add_prompt(values | idempotency_columns(key))
         if 0 in pictures:
-            keep_pictures(services, prompt_id, pictures[0], pictures_of(services, tune["id"], prompt_id))
+            keep_pictures(services, prompt_id, pictures[0])
     services.store.changed.set()
     return get_prompt(services, prompt_id)
 
 
-def tune_on_base(services: Services, base: Base, parsed: ParsedText, listed: Bases) -> tuple[TuneRow, list[Named]]:
-    """The tune that a prompt on a base belongs to, the first LoRA that it names, else its face; and all of them.
-
-    Raises InvalidRequest.
-    """
+def tune_or_base(services: Services, place_id: int, listed: Bases) -> TuneRow | Base:
+    """The tune or the base of this number. Raises NotFound; InvalidRequest for a base that cannot be used."""
+    if tune := tune_row(services, place_id):
+        return tune
+    base = bases.by_id(listed, place_id)
+    if base is None:
+        raise NotFound(f"there is no tune {place_id}")
     if base.error:
         raise InvalidRequest({"tune_id": [f"{base.title}: {base.error}"]})
-    named = resolve(services.store, listed, parsed, base.branch, None)
+    return base
+
+
+def first_tune(services: Services, named: Sequence[Named]) -> int | None:
+    """The tune of the first LoRA that a prompt on a base names, else of its face."""
     in_order = sorted(named, key=lambda one: one.kind != LORA_REFERENCE)
-    tune = next((row for one in in_order if (row := tune_row(services, one.id))), None)
-    if tune is None:
-        message = f"a prompt on base {base.id} names a tune: <lora:ID:WEIGHT>, or <faceid:ID:WEIGHT>"
-        raise InvalidRequest({"text": [message]})
-    return tune, named
-
-
-def root_id(services: Services, tune: TuneRow) -> int:
-    """The base that the first tune of a lineage was trained on."""
-    while earlier := tune_row(services, tune["base_id"]):
-        tune = earlier
-    return int(tune["base_id"])
+    return next((one.id for one in in_order if tune_row(services, one.id)), None)
 
 
 def duplicate_prompt(
@@ -116,28 +102,26 @@ def duplicate_prompt(
         if name in data or f"{name}_url" in data:
             same = {field: value for field, value in same.items() if field not in (name, f"{name}_url")}
     same = {**still_good(row["kept"]), **same}
-    return create_prompt(services, row["base_id"] or row["tune_id"], pack_file.over(same, data), progress, key)
+    return create_prompt(services, place_of(row), pack_file.over(same, data), progress, key)
 
 
 def own_pictures(services: Services, row: PromptRow) -> dict[str, object]:
     """The pictures that a prompt starts from, as uploads in place of their addresses."""
-    folder = pictures_of(services, row["tune_id"], row["id"])
+    folder = pictures_of(services, row)
     found = {name: inputs.find(folder, name) for name in PICTURES}
     kept: dict[str, object] = {name: Upload(path.name, path) for name, path in found.items() if path}
     return kept | {f"{name}_url": None for name in kept}
 
 
-def delete_prompt(services: Services, prompt_id: int, tune_id: int | None = None) -> None:
+def delete_prompt(services: Services, prompt_id: int, place_id: int | None = None) -> None:
     """Remove a prompt and its pictures; one that renders is stopped first. Raises NotFound, Conflict.
 
-    tune_id: the tune that it must be of.
+    place_id: a tune or base that it must be listed under.
     """
     deadline = time.monotonic() + STOP_SECONDS
     while True:
         with services.store.transaction():
-            row = row_of(services, "prompts", prompt_id)
-            if tune_id not in (None, row["tune_id"]):
-                raise NotFound(f"tune {tune_id} has no prompt {prompt_id}")
+            row = _listed_under(row_of(services, "prompts", prompt_id), place_id)
             if row["status"] != "rendering":
                 services.store.delete("prompts", prompt_id)
                 break
@@ -145,23 +129,31 @@ def delete_prompt(services: Services, prompt_id: int, tune_id: int | None = None
         if time.monotonic() > deadline:
             raise Conflict(f"prompt {prompt_id} does not stop; try again later")
         time.sleep(0.1)
-    discard(tune_folder(services, row["tune_id"]) / "prompts" / str(prompt_id))
-    discard(pictures_of(services, row["tune_id"], prompt_id))
+    discard(services.settings.outputs / prompt_home(row) / "prompts" / str(prompt_id))
+    discard(pictures_of(services, row))
 
 
-def get_prompt(services: Services, prompt_id: int) -> Prompt:
-    """Raises NotFound."""
-    return prompt_answer(services, row_of(services, "prompts", prompt_id))
+def _listed_under(row: PromptRow, place_id: int | None) -> PromptRow:
+    """The row. Raises NotFound where it is not listed under a tune or base; None: under any."""
+    if place_id not in (None, row["tune_id"], row["base_id"], row["lora_id"]):
+        raise NotFound(f"tune {place_id} has no prompt {row['id']}")
+    return row
 
 
-def list_prompts(services: Services, tune_id: int | None = None, limit: int = 20, offset: int = 0) -> list[Prompt]:
-    """Newest first. Raises NotFound for an unknown tune."""
-    if tune_id is not None:
-        row_of(services, "tunes", tune_id)
-    return [
-        prompt_answer(services, row)
-        for row in services.store.find("prompts", tune_id=tune_id, limit=limit, offset=offset)
-    ]
+def get_prompt(services: Services, prompt_id: int, place_id: int | None = None) -> Prompt:
+    """place_id: a tune or base that it must be listed under. Raises NotFound."""
+    return prompt_answer(services, _listed_under(row_of(services, "prompts", prompt_id), place_id))
+
+
+def list_prompts(services: Services, place_id: int | None = None, limit: int = 20, offset: int = 0) -> list[Prompt]:
+    """Newest first. place_id: only those of a tune or base. Raises NotFound for an unknown one."""
+    if place_id is None:
+        rows = services.store.find("prompts", limit=limit, offset=offset)
+    else:
+        if tune_row(services, place_id) is None and not bases.by_id(bases.listed_once(services.settings), place_id):
+            raise NotFound(f"there is no tune {place_id}")
+        rows = services.store.prompts_under(place_id, limit, offset)
+    return [prompt_answer(services, row) for row in rows]
 
 
 def still_good(kept: Mapping[str, object]) -> dict[str, object]:

@@ -60,7 +60,7 @@ def resolve(store: Store, listed: Bases, parsed: ParsedText, branch: str | None,
     return found
 
 
-def of_row(store: Store, listed: Bases, prompt: PromptRow, tune: TuneRow, branch: str) -> list[Named]:
+def of_row(store: Store, listed: Bases, prompt: PromptRow, tune: TuneRow | None, branch: str) -> list[Named]:
     """The models of a prompt in the store. Raises InvalidRequest where it was never looked up, and cannot be now."""
     if prompt["named"] is None:
         return resolve(store, listed, prompt_of(prompt).parsed, branch, tune)

@@ -1,4 +1,4 @@
-"""What the verbs share: the services that they need, rows by id, and idempotency keys."""
+"""What the verbs share: the services that they need, rows by id, and the folders of rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
 
-from trainer.contract.errors import InvalidRequest, NotFound
+from trainer.contract.errors import NotFound
 from trainer.contract.rows import PromptRow, TuneRow
 from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.intake import Decoder
@@ -16,19 +16,6 @@ from trainer.studio.store import Store
 
 EARLIER_LISTED = 100  # tunes, in the page's list of bases
 STOP_SECONDS = 120.0  # a step of the largest model on the slowest card, and saving it
-
-
-@dataclass(frozen=True)
-class IdempotencyKey:
-    """The header `Idempotency-Key` of a request, and a digest of what it asked for."""
-
-    key: str
-    digest: str
-
-
-def idempotency_columns(key: IdempotencyKey | None) -> dict[str, str]:
-    """The columns that hold an idempotency key."""
-    return {"request_key": key.key, "request_digest": key.digest} if key else {}
 
 
 @dataclass(frozen=True)
@@ -50,27 +37,25 @@ def tune_folder(services: Services, tune_id: int) -> Path:
     return services.settings.outputs / "tunes" / str(tune_id)
 
 
+def prompt_home(row: PromptRow) -> str:
+    """The folder below outputs that has the files of a prompt: its tune's, else its base's."""
+    return f"bases/{row['base_id']}" if row["tune_id"] is None else f"tunes/{row['tune_id']}"
+
+
+def place_of(row: PromptRow) -> int:
+    """Where a prompt was posted: the number of a base or of a tune."""
+    place = row["base_id"] if row["tune_id"] is None else row["base_id"] or row["tune_id"]
+    assert place is not None, "the table has a check for it"
+    return place
+
+
+def tunes_of(row: PromptRow) -> set[int]:
+    """The tunes that a prompt is rendered with: its own, and those that its text names."""
+    return {row["tune_id"] or 0, *(number for _, number, _ in row["named"] or [])} - {0}
+
+
 def tune_row(services: Services, tune_id: int) -> TuneRow | None:
     return services.store.get("tunes", tune_id)
-
-
-@overload
-def find_by_idempotency_key(
-    services: Services, table: Literal["tunes"], key: IdempotencyKey | None
-) -> TuneRow | None: ...
-@overload
-def find_by_idempotency_key(
-    services: Services, table: Literal["prompts"], key: IdempotencyKey | None
-) -> PromptRow | None: ...
-def find_by_idempotency_key(
-    services: Services, table: Literal["tunes", "prompts"], key: IdempotencyKey | None
-) -> TuneRow | PromptRow | None:
-    """What an equal request of the same key has made. Raises InvalidRequest where that was another request."""
-    found = services.store.find(table, request_key=key.key, limit=1) if key else []
-    if found and key and found[0]["request_digest"] != key.digest:
-        message = f"was used for {table[:-1]} {found[0]['id']}, which was another request; take a new one"
-        raise InvalidRequest({"Idempotency-Key": [message]})
-    return found[0] if found else None
 
 
 @overload

@@ -18,7 +18,7 @@ from typing import Literal, TypedDict, Unpack, cast, overload
 
 from trainer.clock import now
 from trainer.contract.rows import CallbackRow, ExportRow, PromptRow, TuneRow
-from trainer.studio.migrations import migrate
+from trainer.studio.migrations import damaged, migrate
 
 Table = Literal["tunes", "prompts", "exports"]
 Row = TuneRow | PromptRow | ExportRow
@@ -42,6 +42,7 @@ class Query(TypedDict, total=False):
     status: str | None
     format: str | None
     request_key: str | None
+    body_digest: str | None
 
 
 class InUse(Exception):
@@ -50,10 +51,13 @@ class InUse(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work: a tune to train, one of its prompts to render, or one of its exports to make."""
+    """One piece of work: a tune to train, a prompt to render, or an export to make.
+
+    tune_id: None for a prompt on a base.
+    """
 
     id: int
-    tune_id: int
+    tune_id: int | None
     prompt_id: int | None
     attempts: int
     export_id: int | None = None
@@ -63,7 +67,10 @@ class Job:
         """The row that says what is to be done, and how it ends."""
         if self.export_id is not None:
             return "exports", self.export_id
-        return ("tunes", self.tune_id) if self.prompt_id is None else ("prompts", self.prompt_id)
+        if self.prompt_id is not None:
+            return "prompts", self.prompt_id
+        assert self.tune_id is not None, "the table has a check for it"
+        return "tunes", self.tune_id
 
 
 class Store:
@@ -84,7 +91,12 @@ class Store:
         self._local = threading.local()
         self._writing = threading.Lock()  # one writer at a time; waiting here is fair, SQLite's own busy wait is not
         self.changed = threading.Event()  # set when there may be something to do
-        migrate(self._db, self._path)
+        try:
+            migrate(self._db, self._path)
+        except sqlite3.OperationalError:
+            raise  # a full disk, for example
+        except sqlite3.DatabaseError as problem:
+            raise damaged(self._path, str(problem)) from problem
 
     def close(self) -> None:
         self._lock_file.close()
@@ -239,7 +251,7 @@ class Store:
             self.update(table, row_id, status=status, cancel=0, **values)
             db.execute("DELETE FROM jobs WHERE id = ?", (job.id,))
             if table == "tunes" and status != "trained":
-                self.end_prompts(job.tune_id, "canceled" if status == "canceled" else "failed")
+                self.end_prompts(row_id, "canceled" if status == "canceled" else "failed")
 
     def end_prompts(self, tune_id: int, status: str) -> None:
         with self.transaction() as db:
@@ -279,9 +291,13 @@ class Store:
 
     # Callbacks
 
-    def callbacks(self, tune_id: int) -> list[CallbackRow]:
-        """All of a tune and its prompts, newest first."""
-        found = self._db.execute("SELECT * FROM callbacks WHERE tune_id = ? ORDER BY id DESC", (tune_id,))
+    def callbacks(self, place_id: int) -> list[CallbackRow]:
+        """All of a tune or base and its prompts, newest first."""
+        found = self._db.execute(
+            "SELECT * FROM callbacks WHERE tune_id = ?1"
+            " OR prompt_id IN (SELECT id FROM prompts WHERE tune_id IS NULL AND base_id = ?1) ORDER BY id DESC",
+            (place_id,),
+        )
         return [cast(CallbackRow, dict(row)) for row in found]
 
     def due_callbacks(self, moment: str) -> list[CallbackRow]:
@@ -302,6 +318,14 @@ class Store:
         with self.transaction() as db:
             again = "UPDATE callbacks SET attempts = 0, arrived_at = NULL, due_at = ? WHERE tune_id = ?"
             return db.execute(again, (now(), tune_id)).rowcount
+
+    def prompts_under(self, place_id: int, limit: int = -1, offset: int = 0) -> list[PromptRow]:
+        """The prompts of a tune, those on bases whose first model it is, or those of a base; newest first."""
+        found = self._db.execute(
+            "SELECT * FROM prompts WHERE ?1 IN (tune_id, base_id, lora_id) ORDER BY id DESC LIMIT ?2 OFFSET ?3",
+            (place_id, limit, offset),
+        )
+        return [cast(PromptRow, _decode(row)) for row in found]
 
     def dependents(self, tune_id: int) -> list[TuneRow]:
         """The tunes that were, or are to be, trained on this one, and have not expired; oldest first."""

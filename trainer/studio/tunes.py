@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, Unpack
 
 from trainer.clock import stamp
 from trainer.config import kinds, train_config
@@ -25,19 +25,20 @@ from trainer.photos import inputs
 from trainer.photos.intake import intake
 from trainer.studio.answers import tune_answer
 from trainer.studio.expiry import expiry
-from trainer.studio.prompt_rules import check_prompt, keep_pictures, numbered, prompt_values
-from trainer.studio.references import NamedTune, resolve
-from trainer.studio.rows import (
-    STOP_SECONDS,
+from trainer.studio.idempotency import (
     IdempotencyKey,
-    Services,
+    body_digest,
+    equal_tune,
     find_by_idempotency_key,
     idempotency_columns,
-    row_of,
-    tune_folder,
-    tunes_by_id,
+    title_warnings,
 )
+from trainer.studio.models import base_answer
+from trainer.studio.prompt_rules import check_prompt, keep_pictures, numbered, prompt_values
+from trainer.studio.references import NamedTune, resolve
+from trainer.studio.rows import STOP_SECONDS, Services, row_of, tune_folder, tune_row, tunes_by_id, tunes_of
 from trainer.studio.settle import settle
+from trainer.studio.store import Query
 
 R = TypeVar("R", bound=Request)
 
@@ -50,7 +51,7 @@ def create_tune(
     key: IdempotencyKey | None = None,
     listed: Bases | None = None,
 ) -> tuple[Tune, bool]:
-    """Queue a tune; False beside it: it was there already, by its idempotency key or its title (setting `idempotency`).
+    """Queue a tune; False with it: an equal request has made it, by its idempotency key or its title.
 
     data: the tune parameters but `images`, whose files are the uploads. listed: all bases, where the request has listed
     them already. Raises InvalidRequest with all problems; nothing is kept then.
@@ -59,8 +60,9 @@ def create_tune(
     listed = listed or bases.listed_once(services.settings)
     if known := find_by_idempotency_key(services, "tunes", key):
         return tune_answer(services, known), False
-    if existing := same_title(services, request.title):
-        return existing, False
+    digest = body_digest(request, uploads)
+    if existing := equal_tune(services, request.title, digest):
+        return tune_answer(services, existing), False
     if len(request.prompts_attributes) > services.settings.max_prompts:
         problems["prompts_attributes"] = [f"must contain at most {services.settings.max_prompts} prompts"]
     values: TuneValues | None = None  # where they cannot be settled
@@ -91,11 +93,11 @@ def create_tune(
             if not MODEL_TYPES[values["method"]].trains:
                 photos, messages = services.analyzer.identify(work, photos, request.name, progress)
                 values["warnings"] = [*values["warnings"], *messages]
-                return _insert(services, request, values, work, photos, pictures, key, listed)
+                return _insert(services, request, values, work, photos, pictures, key, digest, listed)
             different = sum(not photo.dropped for photo in photos)
             if different != count:  # a photo that came twice is trained once
                 values = settle(services, request, different, listed)
-            return _insert(services, request, values, work, photos, pictures, key, listed)
+            return _insert(services, request, values, work, photos, pictures, key, digest, listed)
     except InvalidRequest as invalid:
         raise InvalidRequest(problems | invalid.problems) from None
 
@@ -162,42 +164,37 @@ def _parse(
 
 
 def get_tune(services: Services, tune_id: int) -> Tune:
-    """Raises NotFound."""
-    return tune_answer(services, row_of(services, "tunes", tune_id))
+    """A tune, or a base in its shape. Raises NotFound."""
+    row = tune_row(services, tune_id)
+    if row is None and (base := bases.by_id(bases.listed_once(services.settings), tune_id)):
+        return base_answer(services, base)
+    return tune_answer(services, row or row_of(services, "tunes", tune_id))
 
 
-def list_tunes(
-    services: Services,
-    limit: int = 20,
-    offset: int = 0,
-    before_id: int | None = None,
-    title: str | None = None,
-    branch: str | None = None,
-    model_type: str | None = None,
-) -> list[Tune]:
-    """Newest first."""
-    rows = services.store.find(
-        "tunes", limit=limit, offset=offset, before_id=before_id, title=title, branch=branch, model_type=model_type
-    )
-    return [tune_answer(services, row) for row in rows]
+def list_tunes(services: Services, **query: Unpack[Query]) -> list[Tune]:
+    """Newest first; 20 where the query has no `limit`."""
+    query.setdefault("limit", 20)
+    return [tune_answer(services, row) for row in services.store.find("tunes", **query)]
 
 
 def cancel_tune(services: Services, tune_id: int) -> Tune:
     """Stop a tune: at once while it waits, within one step while it trains. Raises NotFound, Conflict."""
-    row = row_of(services, "tunes", tune_id)
-    if row["status"] in ENDED:
-        raise Conflict(f"tune {tune_id} is {row['status']} already")
-    if not services.store.take_off_queue(tune_id):
-        services.store.update("tunes", tune_id, cancel=1)
-    return get_tune(services, tune_id)
+    with services.store.transaction():
+        row = row_of(services, "tunes", tune_id)
+        if row["status"] in ENDED:
+            raise Conflict(f"tune {tune_id} is {row['status']} already")
+        if not services.store.take_off_queue(tune_id):
+            services.store.update("tunes", tune_id, cancel=1)
+        return get_tune(services, tune_id)
 
 
 def resume_tune(services: Services, tune_id: int) -> Tune:
     """Queue a tune again that was canceled or has failed; it goes on from its state. Raises NotFound, Conflict."""
-    row = row_of(services, "tunes", tune_id)
-    if row["status"] not in ("canceled", "failed"):
-        raise Conflict(f"tune {tune_id} is {row['status']}; only a canceled or failed one can be resumed")
-    services.store.requeue_tune(tune_id)
+    with services.store.transaction():
+        row = row_of(services, "tunes", tune_id)
+        if row["status"] not in ("canceled", "failed"):
+            raise Conflict(f"tune {tune_id} is {row['status']}; only a canceled or failed one can be resumed")
+        services.store.requeue_tune(tune_id)
     services.store.changed.set()
     return get_tune(services, tune_id)
 
@@ -217,9 +214,6 @@ def change_tune(services: Services, tune_id: int, data: Mapping[str, object]) ->
             problems["name"] = [message]
         elif kinds.kind_of(name) != kinds.kind_of(row["name"]):
             problems["name"] = [f"{name} is trained with other settings than {row['name']}; make a new tune"]
-        holder = same_title(services, changes["title"]) if "title" in changes else None
-        if holder and holder.id != tune_id:
-            problems["title"] = [f"tune {holder.id} has this title"]
         if problems:
             raise InvalidRequest(problems)
         services.store.update("tunes", tune_id, **changes)
@@ -249,14 +243,16 @@ def delete_tune(services: Services, tune_id: int) -> None:
 
 
 def _busy(services: Services, tune_id: int) -> bool:
-    """Whether the worker is at the tune or at one of its prompts, which are then asked to stop."""
+    """Whether the worker is at the tune or at a prompt that uses it; its own prompts are asked to stop."""
     busy = False
     if row_of(services, "tunes", tune_id)["status"] == "training":
         services.store.update("tunes", tune_id, cancel=1)
         busy = True
-    for prompt in services.store.find("prompts", tune_id=tune_id, status="rendering"):
-        services.store.update("prompts", prompt["id"], cancel=1)
-        busy = True
+    for prompt in services.store.find("prompts", status="rendering"):
+        if prompt["tune_id"] == tune_id:
+            services.store.update("prompts", prompt["id"], cancel=1)
+            busy = True
+        busy = busy or tune_id in tunes_of(prompt)  # a prompt of another tune or of a base comes to its end
     return busy or bool(services.store.find("exports", tune_id=tune_id, status="exporting"))
 
 
@@ -267,9 +263,10 @@ def list_callbacks(services: Services, tune_id: int) -> list[Callback]:
 
 def send_callbacks_again(services: Services, tune_id: int) -> list[Callback]:
     """Post all callbacks of a tune and its prompts once more. Raises NotFound, Conflict."""
-    row_of(services, "tunes", tune_id)
-    if not services.store.send_callbacks_again(tune_id):
-        raise Conflict(f"tune {tune_id} has no callback to send: none was requested, or nothing has ended yet")
+    with services.store.transaction():
+        row_of(services, "tunes", tune_id)
+        if not services.store.send_callbacks_again(tune_id):
+            raise Conflict(f"tune {tune_id} has no callback to send: none was requested, or nothing has ended yet")
     return list_callbacks(services, tune_id)
 
 
@@ -281,6 +278,7 @@ def _insert(
     photos: list[Photo],
     pictures: Mapping[int, Path],
     key: IdempotencyKey | None,
+    digest: str,
     listed: Bases,
 ) -> tuple[Tune, bool]:
     if request.base_tune_id is not None or any(prompt.parsed.models for prompt in request.prompts_attributes):
@@ -288,12 +286,13 @@ def _insert(
     with services.store.transaction():
         if known := find_by_idempotency_key(services, "tunes", key):  # made by another request meanwhile
             return tune_answer(services, known), False
-        if existing := same_title(services, request.title):
-            return existing, False
+        if existing := equal_tune(services, request.title, digest):
+            return tune_answer(services, existing), False
         base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services), listed)
         if base.id != values["base_id"]:  # it was deleted while the photos came
             raise InvalidRequest({"base_tune_id": [f"{request.base_tune_id} is no base any more"]})
-        row = {**values, **idempotency_columns(key), "photos": [photo.model_dump() for photo in photos]}
+        row = {**values, **idempotency_columns(key), "body_digest": digest}
+        row |= {"photos": [photo.model_dump() for photo in photos]}
         if not MODEL_TYPES[values["method"]].trains:
             moment = datetime.now(UTC)
             tune_id = services.store.add_ready_tune(
@@ -306,10 +305,12 @@ def _insert(
             )
         else:
             tune_id = services.store.add_tune(row)
+        if messages := title_warnings(services, request.title, tune_id):
+            services.store.update("tunes", tune_id, warnings=[*values["warnings"], *messages])
         own = row_of(services, "tunes", tune_id)
         for number, prompt in enumerate(request.prompts_attributes):
             named = resolve(services.store, listed, prompt.parsed, own["branch"], own)
-            prompt_id = services.store.add_prompt(prompt_values(services, tune_id, prompt, named))
+            prompt_id = services.store.add_prompt({"tune_id": tune_id, **prompt_values(prompt, named)})
             if number in pictures:
                 keep_pictures(services, prompt_id, pictures[number], work / "inputs" / str(prompt_id))
         (work / "request.json").write_text(request.model_dump_json(exclude={"images"}, indent=1))
@@ -322,10 +323,3 @@ def _insert(
         fsync(target.parent)
     services.store.changed.set()
     return get_tune(services, tune_id), True
-
-
-def same_title(services: Services, title: str) -> Tune | None:
-    if not services.settings.idempotency:
-        return None
-    found = services.store.find("tunes", title=title, limit=1)
-    return tune_answer(services, found[0]) if found else None

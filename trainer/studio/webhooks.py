@@ -85,11 +85,13 @@ def attempt(services: Services, callback: CallbackRow) -> None:
 
 def entity(services: Services, callback: CallbackRow) -> dict[str, object]:
     """What is posted: as `GET` would answer it now, so that its links are fresh. Raises NotFound."""
-    if callback["kind"] == "tune":
-        return {"tune": tunes.get_tune(services, callback["tune_id"]).model_dump()}
     if (prompt_id := callback["prompt_id"]) is not None:
         return {"prompt": prompts.get_prompt(services, prompt_id).model_dump()}
-    return {"prompts": [prompt.model_dump() for prompt in tunes.get_tune(services, callback["tune_id"]).prompts]}
+    assert callback["tune_id"] is not None, "only a prompt can be without a tune"
+    tune = tunes.get_tune(services, callback["tune_id"])
+    if callback["kind"] == "tune":
+        return {"tune": tune.model_dump()}
+    return {"prompts": [prompt.model_dump() for prompt in tune.prompts if prompt.tune_id == tune.id]}
 
 
 def headers(services: Services, callback_id: int, body: bytes) -> dict[str, str]:

@@ -21,7 +21,8 @@ from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import PICTURES
 from trainer.files import PARTIAL
-from trainer.studio.rows import IdempotencyKey, Services
+from trainer.studio.idempotency import IdempotencyKey
+from trainer.studio.rows import Services
 
 MAX_FIELDS = 5000
 MAX_JSON_BYTES = 2**20

@@ -20,6 +20,7 @@ from trainer.studio import models, settle
 from trainer.studio import prompts as prompt_verbs
 from trainer.studio import tunes as tune_verbs
 from trainer.studio.rows import Services
+from trainer.studio.store import Query
 from trainer.web.progress import WATCH_SECONDS, busy, progress_callback
 
 Answer = dict[str, Any]  # Gradio shows this type to its clients
@@ -139,7 +140,8 @@ def tune_endpoints(services: Services) -> list[Endpoint]:
         model_type: str | None = None,
     ) -> list[Answer]:
         """Tunes, newest first."""
-        tunes = await run_in_threadpool(tune_verbs.list_tunes, services, limit, offset, None, title, branch, model_type)
+        wanted: Query = {"limit": limit, "offset": offset, "title": title, "branch": branch, "model_type": model_type}
+        tunes = await run_in_threadpool(functools.partial(tune_verbs.list_tunes, services, **wanted))
         return [tune.model_dump() for tune in tunes]
 
     @as_gradio_errors

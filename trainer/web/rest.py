@@ -72,7 +72,9 @@ def tune_routes(app: FastAPI, services: Services) -> None:
         model_type: str | None = None,
     ) -> list[Tune]:
         """Tunes, newest first."""
-        return tunes.list_tunes(services, limit, offset, before_id, title, branch, model_type)
+        return tunes.list_tunes(
+            services, limit=limit, offset=offset, before_id=before_id, title=title, branch=branch, model_type=model_type
+        )
 
     @app.get("/tunes/{tune_id}")
     def get_tune(tune_id: int) -> Tune:
@@ -151,7 +153,7 @@ def prompt_routes(app: FastAPI, services: Services) -> None:
 
     @app.post("/tunes/{tune_id}/prompts", status_code=201, openapi_extra=PROMPT_BODY)
     async def create_prompt(tune_id: int, request: Request) -> Prompt:
-        """Render a prompt with a tune; with its base's id where the text has `<lora:ID:WEIGHT>`."""
+        """Render a prompt with a tune, or on a base (see `/gallery/tunes`)."""
         async with sent(request, services, "prompt", len(PICTURES)) as data:
             key = await run_in_threadpool(read_idempotency_key, request, data, [])
             return await run_in_threadpool(prompts.create_prompt, services, tune_id, data, no_progress, key)
@@ -172,10 +174,7 @@ def prompt_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/tunes/{tune_id}/prompts/{prompt_id}")
     def get_tune_prompt(tune_id: int, prompt_id: int) -> Prompt:
-        prompt = prompts.get_prompt(services, prompt_id)
-        if prompt.tune_id != tune_id:
-            raise NotFound(f"tune {tune_id} has no prompt {prompt_id}")
-        return prompt
+        return prompts.get_prompt(services, prompt_id, tune_id)
 
 
 def prompt_change_routes(app: FastAPI, services: Services) -> None:
@@ -240,9 +239,14 @@ def list_routes(app: FastAPI, services: Services) -> None:
     """What a tune can start from."""
 
     @app.get("/gallery/tunes")
-    def list_base_tunes(branch: str | None = None) -> list[dict[str, object]]:
-        """Base models that a tune can start from."""
-        return models.list_base_tunes(services, branch)
+    def list_base_tunes(
+        branch: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=120)] | None = None,
+        title: str | None = None,
+        model_type: str | None = None,
+    ) -> list[dict[str, object]]:
+        """Base models that a tune can start from, and that prompts can be posted on."""
+        return models.list_base_tunes(services, branch, limit, title, model_type)
 
     @app.get("/presets")
     def list_presets() -> list[str]:

@@ -33,6 +33,7 @@ from trainer.settings import Settings
 from trainer.studio import references
 from trainer.studio.expiry import expiry
 from trainer.studio.references import Named
+from trainer.studio.rows import prompt_home
 from trainer.studio.store import Job, Store
 from trainer.training.train import train_tune
 from trainer.work.errors import OF_PICTURES, OF_TRAINING, explain
@@ -83,7 +84,7 @@ class JobRunner:
 
     def _train(self, job: Job, reporter: Reporter) -> None:
         forget_peak(self._device)
-        tune = self._must(self._store.get("tunes", job.tune_id))
+        tune = self._must(self._tune_row(job.target[1]))
         self._renderer.release()
         config = self._fitted(tune)
         tune = self._prepared(tune, config, reporter)
@@ -99,10 +100,10 @@ class JobRunner:
             self._requeue(job, reporter)
 
     def _requeue(self, job: Job, reporter: Reporter) -> None:
-        """End a tune that was stopped: for good where that was asked for, else until the next start."""
-        if self._stopping.is_set() and not self._store.cancel_wanted("tunes", job.tune_id):
+        """End a job that was stopped: for good where that was asked for, else until the next start."""
+        if self._stopping.is_set() and not self._store.cancel_wanted(*job.target):
             self._store.put_back(job)
-            log.info("tune %s is paused; it resumes at the next start", job.tune_id)
+            log.info("%s %s is paused; it resumes at the next start", job.target[0][:-1], job.target[1])
         else:
             self._store.finish(job, "canceled", eta=None, progress=reporter.progress)
 
@@ -163,15 +164,16 @@ class JobRunner:
         return plain(first[0], tune["characteristics"]) if first else f"{tune['token']} {tune['name']}"
 
     def _render(self, job: Job, prompt_id: int, reporter: Reporter) -> None:
-        prompt, tune = (
-            self._must(self._store.get("prompts", prompt_id)),
-            self._must(self._store.get("tunes", job.tune_id)),
-        )
+        prompt = self._must(self._store.get("prompts", prompt_id))
+        tune_id = prompt["tune_id"] or prompt["lora_id"]
+        tune = self._tune_row(tune_id) if tune_id else None  # None: on a base, with no tune's LoRA first
         try:
             models = self._to_render(prompt, tune, reporter)
-            folder = self._settings.outputs / "tunes" / str(tune["id"])
+            folder = self._settings.outputs / prompt_home(prompt)
+            folder.mkdir(parents=True, exist_ok=True)
+            characteristics = tune["characteristics"] if tune else {}
             inputs = folder / "inputs" / str(prompt_id)
-            plan = make_plan(prompt, tune["characteristics"], models.base.branch, inputs, self._settings.presets)
+            plan = make_plan(prompt, characteristics, models.base.branch, inputs, self._settings.presets)
             files, warnings = self._renderer.render_prompt(prompt_id, plan, models, folder, reporter)
         except Stopped:
             if self._store.cancel_wanted("prompts", prompt_id):
@@ -185,37 +187,50 @@ class JobRunner:
         ended = {"progress": reporter.progress, "trained_at": now()}
         self._store.finish(job, "rendered", files=files, warnings=warnings, **ended)
 
-    def _to_render(self, prompt: PromptRow, tune: TuneRow, reporter: Reporter) -> Models:
-        """What a prompt is rendered with."""
+    def _to_render(self, prompt: PromptRow, tune: TuneRow | None, reporter: Reporter) -> Models:
+        """What a prompt is rendered with. tune: its own, or on a base the first that it names; None: neither."""
         listed = bases.listed_once(self._settings)
-        named = references.of_row(self._store, listed, prompt, tune, tune["branch"])
-        model_type = MODEL_TYPES[tune["method"]]
-        weights_of = {(one.kind, one.id): one.weight for one in named}
-        own_model = self._settings.outputs / "tunes" / str(tune["id"]) / "model"
-        if not model_type.trains or prompt["base_id"]:
-            base = bases.resolve(
-                self._settings, prompt["base_id"] or tune["base_id"], tune["branch"], self._tune_row, listed
-            )
-        else:
-            base = bases.of_tune(self._settings, tune, self._tune_row, listed)
-        loras = [Lora(base.model, 1.0, base.title)] if base.model and base.model != own_model else []
-        asked = prompt["attributes"].get("lora_scale")
-        own_scale = weights_of.pop((LORA_REFERENCE, tune["id"]), asked if isinstance(asked, int | float) else 1.0)
-        if model_type.adapter:
-            loras.append(Lora(own_model, own_scale, tune["title"]))
-        elif model_type.whole_model and own_scale != 1.0:
-            reporter.warn(f"{tune['title']} is a whole model, which has one strength: {own_scale:g} is not used")
-        people = [tune["name"]]
+        base = self._base_of_prompt(prompt, tune, listed)
+        named = references.of_row(self._store, listed, prompt, tune, base.branch)
+        own = None if tune is None else self._settings.outputs / "tunes" / str(tune["id"]) / "model"
+        loras = [Lora(base.model, 1.0, base.title)] if base.model and base.model != own else []
+        face = next((one for one in named if one.kind == FACE_REFERENCE), None)
+        if tune is not None:
+            model_type = MODEL_TYPES[tune["method"]]
+            asked = prompt["attributes"].get("lora_scale")
+            scale = asked if isinstance(asked, int | float) else 1.0
+            scale = next((one.weight for one in named if (one.kind, one.id) == (LORA_REFERENCE, tune["id"])), scale)
+            if model_type.adapter:
+                model, title = self._lora(tune["id"], listed)
+                loras.append(Lora(model, scale, title))
+            elif model_type.whole_model and scale != 1.0:
+                reporter.warn(f"{tune['title']} is a whole model, which has one strength: {scale:g} is not used")
+            if face is None and model_type.reference == FACE_REFERENCE:
+                face = Named(FACE_REFERENCE, tune["id"], 1.0)
         for one in named:
-            if one.kind == LORA_REFERENCE and one.id != tune["id"]:
+            if one.kind == LORA_REFERENCE and (tune is None or one.id != tune["id"]):
                 model, title = self._lora(one.id, listed)
                 loras.append(Lora(model, one.weight, title))
-            people += [row["name"]] if (row := self._tune_row(one.id)) else []
-        face = next((one for one in named if one.kind == FACE_REFERENCE), None)
-        if face is None and model_type.reference == FACE_REFERENCE:
-            face = Named(FACE_REFERENCE, tune["id"], 1.0)
-        is_person = any(kinds.kind_of(name) == "person" for name in people)
-        return Models(tune["title"], base, loras, self._face(face, base, reporter) if face else None, is_person)
+        rows = [tune, *(self._tune_row(one.id) for one in named)]
+        is_person = any(kinds.kind_of(row["name"]) == "person" for row in rows if row)
+        title = tune["title"] if tune else base.title
+        return Models(title, base, loras, self._face(face, base, reporter) if face else None, is_person)
+
+    def _base_of_prompt(self, prompt: PromptRow, tune: TuneRow | None, listed: Bases) -> Base:
+        """What a prompt is rendered on: its tune's base, or the base that it was posted on.
+
+        A LoRA whose first base that is comes with what it was trained on, which may be a checkpoint derived from it.
+        """
+        if tune is not None and MODEL_TYPES[tune["method"]].trains and prompt["base_id"] in (None, self._root(tune)):
+            return bases.of_tune(self._settings, tune, self._tune_row, listed)
+        base_id, branch = prompt["base_id"] or (tune and tune["base_id"]), tune and tune["branch"]
+        return bases.resolve(self._settings, base_id, branch, self._tune_row, listed)
+
+    def _root(self, tune: TuneRow) -> int:
+        """The base that the first tune of a lineage was trained on."""
+        while earlier := self._tune_row(tune["base_id"]):
+            tune = earlier
+        return tune["base_id"]
 
     def _lora(self, lora_id: int, listed: Bases) -> tuple[Path, str]:
         """The LoRA of this number, a tune's or a file of the models folder, and what it is called."""
@@ -239,6 +254,7 @@ class JobRunner:
 
     def _export(self, job: Job, export_id: int) -> None:
         export = self._must(self._store.get("exports", export_id))
+        assert job.tune_id is not None, "an export has a tune"
         tune = self._must(self._tune_row(job.tune_id))
         base = bases.of_tune(self._settings, tune, self._tune_row)
         self._renderer.release()

@@ -30,12 +30,11 @@ class Reporter:
     def __init__(
         self, settings: Settings, store: Store, job: Job, stopping: threading.Event, device: torch.device
     ) -> None:
-        self._store = store
-        self._device = device
-        self._job = job
+        self._store, self._job = store, job
         self._stopping = stopping
+        self._device = device
         self._table, self._row = job.target
-        folder = settings.outputs / "tunes" / str(job.tune_id)
+        folder = settings.outputs / self._table / str(self._row)  # only tunes have one, and a log
         self._log = folder / "log.jsonl"
         self._board = tensorboard(folder / "tensorboard") if settings.tensorboard and self._table == "tunes" else None
         self._began = time.monotonic()
