@@ -1,16 +1,24 @@
-"""Folders that are either whole or not there at all, also after a power cut."""
+"""Files and folders that are either whole or not there at all, also after a power cut; and readers of broken ones."""
 
 from __future__ import annotations
 
-import json
+import logging
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+log = logging.getLogger("tunebooth.files")
+T = TypeVar("T")
+STEP = re.compile("step-[0-9]{6}")
+MOST_MESSAGE = 200  # characters of what a parser says
 PARTIAL = ".partial-"  # in the name of every folder that is not finished; swept at start
 
 
@@ -73,12 +81,96 @@ def sweep(root: Path) -> None:
             waste.unlink(missing_ok=True)
 
 
+class Unreadable(ValueError):
+    """A file that cannot be read, or whose content is not what it must be. The message names the file."""
+
+
+def unreadable(file: Path, problem: Exception) -> Unreadable:
+    """What a library says about a file, in one line: no folder of this machine is named."""
+    if isinstance(problem, OSError):
+        why = problem.strerror or type(problem).__name__
+    elif isinstance(problem, ValidationError):
+        first = problem.errors()[0]
+        why = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
+    else:
+        why = str(problem) or type(problem).__name__
+    return Unreadable(f"{printable(file.name)} cannot be read: {why[:MOST_MESSAGE]}")
+
+
+def read_bytes(file: Path) -> bytes:
+    """Raises FileNotFoundError where there is no file, Unreadable where it cannot be read."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise unreadable(file, problem) from None
+
+
+def read_text(file: Path) -> str:
+    """A text in UTF-8. Raises as `read_bytes`."""
+    try:
+        return read_bytes(file).decode("utf-8")
+    except UnicodeDecodeError:
+        raise Unreadable(f"{printable(file.name)} cannot be read: it is not text in UTF-8") from None
+
+
+def read_json(file: Path, content: TypeAdapter[T]) -> T:
+    """The content of a JSON file, with the types that it must have. Raises as `read_bytes`.
+
+    NaN, infinite numbers, lone surrogates and deep nesting are refused too: no answer can hold them.
+    """
+    try:
+        return content.validate_json(read_bytes(file), strict=True)
+    except ValidationError as problem:
+        raise unreadable(file, problem) from None
+
+
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that a crash cut off is left out."""
+    """The objects of a JSON-lines file; what is none, as a last line that a crash cut off, is left out.
+
+    Raises as `read_bytes`.
+    """
     lines = []
-    for text in file.read_text("utf-8").splitlines():
+    for text in read_bytes(file).splitlines():
         try:
-            lines.append(json.loads(text))
+            line = from_json(text, allow_inf_nan=False)
         except ValueError:
             continue
+        if isinstance(line, dict):
+            lines.append(line)
     return lines
+
+
+_logged: dict[Path, str] = {}  # what was said last about a file
+
+
+def warn_once(file: Path, message: str) -> None:
+    """Write a warning about a file into the log, where it was not the last one about it."""
+    if _logged.get(file) != message:
+        _logged[file] = message
+        log.warning("%s (in %s)", message, printable(str(file.parent)))
+
+
+def read_for_show(file: Path, read: Callable[[Path], T], nothing: T) -> T:
+    """What is only shown: `nothing` where there is no file, and also, with a warning in the log, where it is broken."""
+    try:
+        return read(file)
+    except FileNotFoundError:
+        return nothing
+    except Unreadable as problem:
+        warn_once(file, str(problem))
+        return nothing
+
+
+def printable(name: str) -> str:
+    """A name of a file as text that can be sent: bytes that are not UTF-8 are replaced."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def steps_in(folder: Path, suffix: str = "") -> list[Path]:
+    """What a run keeps by its steps, oldest first: `step-000123` and a suffix. None where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.name.endswith(suffix)]
+    return sorted(path for path in found if STEP.fullmatch(path.name.removesuffix(suffix)))

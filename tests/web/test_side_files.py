@@ -176,5 +176,3 @@ def test_a_broken_file_leaves_the_rest_as_it_is(house: House, kind: str, fault: 
         remove(file)
         file.write_bytes(good)
     assert problems == []
-
-

@@ -44,7 +44,11 @@ def loading_errors(base: Base) -> Iterator[None]:
         raise ValueError(f"{base.title} cannot be loaded: weights are missing from it") from problem
     except KeyError as problem:  # diffusers does not find one of those that it looks for by name
         raise ValueError(f"{base.title} cannot be loaded: {problem} is missing from it") from problem
-    except (RuntimeError, ValueError, SafetensorError, SingleFileComponentError) as problem:
+    # A configuration with values of other types than the libraries expect makes them raise the last three.
+    except (
+        RuntimeError, ValueError, SafetensorError, SingleFileComponentError, TypeError, AttributeError, LookupError,
+        ArithmeticError,
+    ) as problem:  # fmt: skip
         raise ValueError(f"{base.title} cannot be loaded: {problem}") from problem
 
 

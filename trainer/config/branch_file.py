@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-from trainer.config.toml_file import Table, read_toml
-from trainer.names import BRANCHES, METHODS
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from trainer.config.detection import Detection, detection
+from trainer.config.kinds import KINDS, OTHER_KIND, STYLE_KIND
+from trainer.config.toml_file import CHECKED, Table, read_toml
+from trainer.contract.errors import InvalidRequest
+from trainer.files import Unreadable, printable, warn_once
+from trainer.names import BRANCHES, DEFAULT_METHOD, METHODS
 
 PROGRAM = Path(__file__).parents[2] / "presets"  # a user's own folder may take its place
 FACTS = ("detect", "placeholder", "face_adapter", "base")  # what a family is, and not how a user wants it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class RenderConfig:
     """What a prompt gets that does not say: sampling steps, guidance, width and height in pixels."""
 
@@ -29,7 +36,7 @@ class RenderConfig:
     preview: str | None = None  # the hub repository of a tiny decoder (TAESD)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class BaseRow:
     """A base model by its number in the hosted service's gallery (0: it has none there)."""
 
@@ -41,20 +48,113 @@ class BaseRow:
     variant: str | None = None  # of its weight files: `fp16` where the repository has them twice
 
 
+class BranchFile(BaseModel):
+    """What must be right in the TOML of a branch before anything in it is used; values of words are checked later."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    token: str
+    model_type: str
+    placeholder: bool = False
+    warnings: list[str] = []
+    without: list[str] = []
+    why_not: dict[str, str] = {}
+    instead: dict[str, str] = {}
+    face_adapter: dict[str, str | int | float] | None = None
+
+
+def check_branch(table: Table) -> None:
+    """Raises ValueError for the TOML of a branch that cannot be used."""
+    BranchFile.model_validate(table)
+    for name, make in {"render": RenderConfig, "base": BaseRow, "control": ControlRow}.items():
+        given = table.get(name, {})
+        rows = {"render": [given], "base": given or []}.get(name) or list(dict(given).values())
+        for row in rows:
+            _check_row(name, row, make)
+    if "detect" in table:
+        detection(table["detect"])
+    for method in {DEFAULT_METHOD} | (table.keys() & set(METHODS)):
+        _check_method(method, table.get(method))
+
+
+def _check_row(name: str, row: object, make: Callable[..., object]) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"[{name}] must be a table")
+    try:
+        make(**row)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        raise ValueError(f"[{name}] {first['loc'][-1]}: {first['msg']}") from None
+
+
+def _check_method(method: str, table: object) -> None:
+    """The table of a model type: what is not a word of args."""
+    if not isinstance(table, dict):
+        raise ValueError(f"[{method}] must be a table")
+    for kind in table.keys() & {*KINDS, STYLE_KIND, OTHER_KIND}:
+        if not isinstance(table[kind], dict):
+            raise ValueError(f"[{method}.{kind}] must be a table")
+    rows, least = table.get("memory", []), table.get("least_gib", 0)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "below_gib" in row for row in rows):
+        raise ValueError(f"[[{method}.memory]] must be tables with below_gib")
+    if not all(type(number) in (int, float) for number in (least, *(row["below_gib"] for row in rows))):
+        raise ValueError(f"[{method}] least_gib and below_gib must be numbers")
+    if not all(type(row.get("resolution", 0)) is int for row in rows):
+        raise ValueError(f"[[{method}.memory]] resolution must be a whole number")
+
+
 def branch_table(folder: Path, branch: str) -> Table:
     """The TOML of a branch.
 
-    Where a user's own folder is of an older version, the program's TOML says what the family is.
+    Where a user's own folder is of an older version, the program's TOML says what the family is. Raises InvalidRequest
+    where one of them is broken: which values were meant is not guessed.
     """
-    tables = [read_toml(path / f"{branch}.toml") for path in (PROGRAM, folder) if (path / f"{branch}.toml").exists()]
+    tables = []
+    for path in (PROGRAM, folder):
+        try:
+            tables.append(read_toml(path / f"{branch}.toml", check_branch))
+        except FileNotFoundError:
+            continue
+        except Unreadable as problem:
+            raise InvalidRequest({"branch": [f"{branch} cannot be used: {problem}"]}) from None
     if not tables:
-        raise FileNotFoundError(f"there is no {branch}.toml in {folder}")
-    return {key: value for key, value in tables[0].items() if key in FACTS} | tables[-1]
+        raise InvalidRequest({"branch": [f"{branch} cannot be used: there is no {branch}.toml in the presets folder"]})
+    table = {key: value for key, value in tables[0].items() if key in FACTS} | tables[-1]
+    if not table.get("base"):
+        raise InvalidRequest({"branch": [f"{branch} cannot be used: {branch}.toml has no [[base]]"]})
+    return table
+
+
+def branch_problem(folder: Path, branch: str) -> str | None:
+    """Why a branch cannot be used; None: it can."""
+    try:
+        branch_table(folder, branch)
+    except InvalidRequest as invalid:
+        return "; ".join(invalid.problems["branch"])
+    return None
+
+
+def detections(folder: Path) -> dict[str, Detection]:
+    """The families that have files of their own, those left out whose TOML is broken.
+
+    The newest is first: it is asked before those that it resembles.
+    """
+    found = {}
+    for branch in reversed(BRANCHES):
+        if branch_problem(folder, branch) is None and (one := detection_of(folder, branch)):
+            found[branch] = one
+    return found
+
+
+def detection_of(folder: Path, branch: str) -> Detection | None:
+    """None for a family that has no files of its own."""
+    table = branch_table(folder, branch).get("detect")
+    return None if table is None else detection(table)
 
 
 def base_rows(folder: Path, branch: str) -> list[BaseRow]:
     """The base models that a branch may start from; the first one is its default."""
-    return [BaseRow(**row) for row in branch_table(folder, branch).get("base", [])]
+    return [BaseRow(**row) for row in branch_table(folder, branch)["base"]]
 
 
 def is_placeholder(folder: Path, branch: str) -> bool:
@@ -66,7 +166,7 @@ def render_config(folder: Path, branch: str) -> RenderConfig:
     return RenderConfig(**branch_table(folder, branch)["render"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class ControlRow:
     """The hub repository of a control model; the names are those of `BaseRow`."""
 
@@ -96,7 +196,13 @@ def branch_warnings(folder: Path, branch: str) -> list[str]:
 
 def list_presets(folder: Path) -> list[str]:
     """Every TOML in the folder that is not named after a branch: the project's presets and a user's own."""
-    return sorted(path.stem for path in folder.glob("*.toml") if path.stem not in BRANCHES)
+    names = []
+    for path in folder.glob("*.toml"):
+        if printable(path.name) != path.name:
+            warn_once(path, f"{printable(path.name)} is no preset: its name is not UTF-8; rename it")
+        elif path.stem not in BRANCHES:
+            names.append(path.stem)
+    return sorted(names)
 
 
 def model_types(folder: Path, branch: str) -> list[str]:

@@ -32,6 +32,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoSibling
+from pydantic import BaseModel, TypeAdapter
+
+from trainer.files import Unreadable, read_json
 
 ASK_SECONDS = 10.0  # for each answer about a repository; a download has the library's own limits
 DISK_MARGIN = 2**30  # bytes that a download leaves free
@@ -42,6 +45,16 @@ SMALL = (".json", ".txt", ".model")  # configurations and vocabularies
 WEIGHTS = {"model", "diffusion_pytorch_model"}  # the names that transformers and diffusers look for
 # From the names of all files, and a way to have one of them here, to the names of the wanted ones.
 Pick = Callable[[Collection[str], Callable[[str], Path]], list[str]]
+
+
+class _Shards(BaseModel):
+    """An index of weights: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
+SHARDS = TypeAdapter(_Shards)
+OBJECT = TypeAdapter(dict[str, object])
 
 
 class NotEnoughRoom(OSError):
@@ -174,8 +187,8 @@ def _names_in(folder: Path) -> set[str]:
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     for index in folder.glob("*/*.safetensors.index*.json"):
         try:
-            shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, TypeError, LookupError, AttributeError):
+            shards = set(read_json(index, SHARDS).weight_map.values())
+        except (OSError, Unreadable):
             raise _Lacking(f"has a broken {index.name}") from None
         names |= {f"{index.parent.name}/{shard}" for shard in shards}
     return names
@@ -188,8 +201,8 @@ def _shortened(names: Sequence[str]) -> str:
 def _parts(index: Path) -> list[str]:
     """The folders that a model_index.json names, but for those that are never used here."""
     try:
-        entries = dict(json.loads(index.read_text("utf-8")))
-    except (ValueError, TypeError):
+        entries = read_json(index, OBJECT)
+    except Unreadable:
         raise _Lacking(f"has a broken {INDEX}") from None
     # An entry is [library, class]; [null, null] stands for a part that this pipeline goes without.
     named = (name for name, entry in entries.items() if isinstance(entry, list) and entry and entry[0])

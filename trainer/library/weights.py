@@ -113,7 +113,10 @@ ARCFACE = Weights(
 
 def face_adapter(settings: Settings, branch: str) -> Weights:
     """What puts a face into pictures of a branch (IP-Adapter FaceID)."""
-    return Weights(**branch_file.branch_table(settings.presets, branch)["face_adapter"])
+    try:
+        return Weights(**branch_file.branch_table(settings.presets, branch)["face_adapter"])
+    except (LookupError, TypeError):
+        raise Unavailable(f"{branch}.toml does not say where its face adapter is: [face_adapter]") from None
 
 
 def find(settings: Settings, *wanted: Weights) -> Path | None:

@@ -16,7 +16,8 @@ from trainer.config.kinds import kind_of
 from trainer.config.train_config import TrainConfig
 from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
 from trainer.contract.photos import Face, Photo, ProgressCallback, no_progress
-from trainer.files import write_whole
+from trainer.contract.run_files import NAMES
+from trainer.files import Unreadable, printable, read_json, write_whole
 from trainer.library import weights
 from trainer.library.weights import Unavailable, Weights
 from trainer.names import IDENTITY_FILE
@@ -320,15 +321,22 @@ class PhotoAnalyzer:
 
 def begin_anew(dataset: Path) -> None:
     """Remove what an earlier preparation made, which did not come to its end, and keep what a user has put there."""
+    if dataset.exists() and not dataset.is_dir():
+        raise Unreadable("dataset in the tune's folder is a file, where a folder should be; move it away")
     dataset.mkdir(exist_ok=True)
     note = dataset / "preparing.json"  # what was there before the first preparation
     there = [file for kind in MADE for file in sorted((dataset / kind).rglob("*")) if file.is_file()]
+    names = {file: printable(str(file.relative_to(dataset))) for file in there}
     if not note.exists():
-        write_whole(note, json.dumps([str(file.relative_to(dataset)) for file in there]))
+        write_whole(note, json.dumps(list(names.values())))
         return
-    kept = set(json.loads(note.read_text("utf-8")))
-    for file in there:
-        if str(file.relative_to(dataset)) not in kept:
+    try:
+        kept = read_json(note, NAMES)
+    except Unreadable as problem:
+        message = "It names the masks of your own: delete dataset in the tune's folder, put them back and resume"
+        raise Unreadable(f"{problem}. {message}") from None
+    for file, name in names.items():
+        if name not in kept:
             file.unlink()
 
 

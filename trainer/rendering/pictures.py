@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
@@ -17,6 +18,7 @@ from typing import Literal
 
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
+from pydantic import TypeAdapter
 
 QUALITY = 95  # of JPEGs; small ones are for looking at
 SMALL_QUALITY = 85
@@ -24,6 +26,7 @@ THUMB, CELL, PREVIEW = 256, 512, 512  # pixels of the long side, at most
 GAP = 4  # pixels between the cells of a sheet
 PAPER = (255, 255, 255)  # what transparent pictures and sheets are drawn on
 COMMENT_ENCODING = b"UNICODE\0"  # the EXIF standard's mark of a UserComment in UTF-16
+FACTS = TypeAdapter(dict[str, object])
 MOST_EXIF = 65_533  # bytes, with its mark: a JPEG counts them in 16 bits
 
 
@@ -102,18 +105,15 @@ def quoted(value: str) -> str:
 
 def read_facts(file: Path) -> dict[str, object]:
     """The facts that `write` got of a picture. Raises ValueError for other pictures, OSError for other files."""
-    with Image.open(file) as image:
-        text = image.getexif().get(ExifTags.Base.ImageDescription) if image.format == "JPEG" else None
-        text = image.info.get("tunebooth") if image.format == "PNG" else text
     try:
-        facts = json.loads(text or "")
-    except (ValueError, RecursionError):
-        facts = None
-    if not isinstance(facts, dict):
+        with Image.open(file) as image:
+            text = image.getexif().get(ExifTags.Base.ImageDescription) if image.format == "JPEG" else None
+            text = image.info.get("tunebooth") if image.format == "PNG" else text
+        return FACTS.validate_json(text if isinstance(text, str) else "")
+    except (ValueError, SyntaxError, LookupError, TypeError, struct.error, Image.DecompressionBombError):
         raise ValueError(
             f"{file.name} does not say how it was made: it was not rendered here, or was saved by another program"
-        )
-    return facts
+        ) from None
 
 
 def preview_bytes(image: Image.Image) -> bytes:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from trainer.contract.photos import Photo
 from trainer.contract.prompts import COLUMNS, PICTURES, Echo, Prompt, PromptRequest
 from trainer.contract.rows import PromptRow, TuneRow
+from trainer.contract.run_files import SEEN, read_log
 from trainer.contract.states import Progress
 from trainer.contract.tunes import Tune
-from trainer.files import read_json_lines
+from trainer.files import read_for_show, read_json, steps_in
 from trainer.names import FORMATS
 from trainer.photos.intake import SAME_PICTURE
 from trainer.studio.links import MODEL_LINK_SECONDS, link_path, make_link
-from trainer.studio.rows import Services, place_of, prompt_home, tune_folder
+from trainer.studio.rows import Services, broken_warnings, place_of, prompt_home, tune_folder
 
 SNAPSHOT_FILES = FORMATS["bundled"], FORMATS["kohya"]  # of a model in mid-run: with its new words, where it has some
 CONTACT_SHEET = "sheet.jpg"
@@ -26,25 +29,23 @@ FLAGS = ("use_lpw", "film_grain", "hires_fix", "inpaint_faces", "face_correct", 
 
 def readings(services: Services, tune_id: int) -> list[dict[str, Any]]:
     """The log of a run: `step`, `loss` (mean of the last steps), `lr`, `peak_gib` and `seconds` of each line."""
-    log = tune_folder(services, tune_id) / "log.jsonl"
-    lines = read_json_lines(log) if log.exists() else []
+    lines = read_for_show(tune_folder(services, tune_id) / "log.jsonl", read_log, [])
     return [line for line in lines if "loss" in line]
 
 
 def trained_pictures(services: Services, tune_id: int) -> list[dict[str, Any]]:
     """The pictures as they are trained: `url`, `name`, `kind`, `caption`, `width`, `height` and `mask` of each."""
-    facts = tune_folder(services, tune_id) / "dataset" / "seen" / "seen.json"
-    try:
-        listed = json.loads(facts.read_text("utf-8"))
-    except FileNotFoundError:  # not made yet, or just being made again
-        listed = []
-    return [one | {"url": make_link(services.settings, f"{tune_id}/dataset/seen/{one['file']}")} for one in listed]
+    file = tune_folder(services, tune_id) / "dataset" / "seen" / "seen.json"
+    listed = read_for_show(file, partial(read_json, content=SEEN), [])  # none yet, or it is just being made again
+    return [
+        one.model_dump() | {"url": make_link(services.settings, f"{tune_id}/dataset/seen/{one.file}")} for one in listed
+    ]
 
 
 def saved_snapshots(services: Services, tune_id: int) -> list[dict[str, Any]]:
     """The previews of a run: `step`, `url`, and `model`, the link to the model of that moment where it is kept."""
     folder, found = tune_folder(services, tune_id), []
-    for picture in sorted((folder / "samples").glob("step-*.png")):
+    for picture in steps_in(folder / "samples", ".png"):
         model = snapshot_of(folder / "checkpoints" / picture.stem)
         found.append(
             {
@@ -66,7 +67,7 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
     tune_id = row["id"]
     models = [make_link(services.settings, f"{tune_id}/model/{f}", MODEL_LINK_SECONDS) for f in row["files"]]
     if models:
-        kept = map(snapshot_of, sorted(tune_folder(services, tune_id).glob("checkpoints/step-??????"), reverse=True))
+        kept = map(snapshot_of, reversed(steps_in(tune_folder(services, tune_id) / "checkpoints")))
         models += [snapshot_link(services, model) for model in kept if model]
     photos = photo_answers(services, row)
     prompts = [prompt_answer(services, p) for p in reversed(services.store.prompts_under(tune_id))]
@@ -78,6 +79,7 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
         "photos": photos,
         "progress": Progress.model_validate(row["progress"]),
         "prompts": prompts,
+        "warnings": row["warnings"] + broken_warnings(row),
     }
     return Tune.model_validate({**row, **computed})
 
@@ -98,6 +100,14 @@ def photo_answers(services: Services, row: TuneRow) -> list[Photo]:
 
 
 def prompt_answer(services: Services, row: PromptRow) -> Prompt:
+    try:
+        return _prompt_answer(services, row)
+    except ValidationError:  # attributes that no request could have had
+        broken = [*row.get("broken", []), "attributes"]
+        return _prompt_answer(services, {**row, "attributes": {}, "kept": {}, "broken": broken})
+
+
+def _prompt_answer(services: Services, row: PromptRow) -> Prompt:
     prompt_id, place, home = row["id"], place_of(row), services.settings.outputs / prompt_home(row)
     wanted = row["attributes"]
     folder = home / "prompts" / str(prompt_id)
@@ -125,6 +135,7 @@ def prompt_answer(services: Services, row: PromptRow) -> Prompt:
         "preview": preview_link,
         "progress": Progress.model_validate(row["progress"]),
         "user_error": row["error"],
+        "warnings": row["warnings"] + broken_warnings(row),
         "tunes": list(dict.fromkeys([*filter(None, [row["tune_id"]]), *(one[1] for one in row["named"] or [])])),
     }
     echo = Echo.model_validate(row["kept"] | wanted).model_dump()

@@ -53,6 +53,8 @@ def expire_tunes(settings: Settings, store: Store) -> None:
 
 def expire(settings: Settings, store: Store, tune: TuneRow) -> None:
     """Move a tune's files to the trash; one that is in use, or is the base of others, stays for now."""
+    trash = trash_of(settings)
+    trash.mkdir(exist_ok=True)  # first: what cannot be moved there must not expire
     with store.transaction():
         rendering = any(tune["id"] in tunes_of(prompt) for prompt in store.find("prompts", status="rendering"))
         if rendering or store.find("exports", tune_id=tune["id"], status="exporting") or store.dependents(tune["id"]):
@@ -63,8 +65,6 @@ def expire(settings: Settings, store: Store, tune: TuneRow) -> None:
         store.update("tunes", tune["id"], status="expired", files=[])
     folder = settings.outputs / "tunes" / str(tune["id"])
     if folder.exists():
-        trash = trash_of(settings)
-        trash.mkdir(exist_ok=True)
         folder.rename(trash / f"{tune['id']}-{int(time.time())}")
     log.info("tune %s has expired; its files are in %s for a week", tune["id"], trash_of(settings))
 

@@ -6,7 +6,6 @@ The web side and the worker meet here. Each thread has its own connection.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import sqlite3
 import threading
@@ -18,11 +17,10 @@ from typing import Literal, TypedDict, Unpack, cast, overload
 
 from trainer.clock import now
 from trainer.contract.rows import CallbackRow, ExportRow, PromptRow, TuneRow
+from trainer.studio.columns import Row, decode, encode
 from trainer.studio.migrations import damaged, migrate
 
 Table = Literal["tunes", "prompts", "exports"]
-Row = TuneRow | PromptRow | ExportRow
-JSON_COLUMNS = ("characteristics", "photos", "files", "progress", "warnings", "kept", "attributes", "named", "parsed")
 RUNNING: dict[Table, str] = {"tunes": "training", "prompts": "rendering", "exports": "exporting"}
 PAGE = ("limit", "offset", "before_id", "oldest_first")  # of a query: which of the rows that match
 
@@ -106,6 +104,7 @@ class Store:
         if not hasattr(self._local, "db"):
             db = sqlite3.connect(self._path, isolation_level=None, timeout=10)
             db.row_factory = sqlite3.Row
+            db.text_factory = lambda text: text.decode("utf-8", "replace")  # of a database that a disk has spoiled
             # WAL of SQLite 3.7.0 to 3.51.2 can corrupt the file when two connections race (sqlite.org/wal.html).
             safe_wal = sqlite3.sqlite_version_info >= (3, 51, 3)
             db.executescript(
@@ -156,7 +155,7 @@ class Store:
 
     def _insert(self, table: Table, values: Mapping[str, object]) -> int:
         moment = now()
-        row = _encode({**values, "status": "queued", "created_at": moment, "updated_at": moment})
+        row = encode({**values, "status": "queued", "created_at": moment, "updated_at": moment})
         idempotency_columns = ", ".join("?" * len(row))
         with self.transaction() as db:
             cursor = db.execute(
@@ -167,7 +166,7 @@ class Store:
 
     def update(self, table: Table, row_id: int, **values: object) -> None:
         """Change columns of one row; `updated_at` follows."""
-        row = _encode({**values, "updated_at": now()})
+        row = encode({**values, "updated_at": now()})
         with self.transaction() as db:
             db.execute(f"UPDATE {table} SET {', '.join(f'{k} = ?' for k in row)} WHERE id = ?", [*row.values(), row_id])
 
@@ -181,7 +180,7 @@ class Store:
         if not 0 < row_id < 2**63:  # SQLite has no such number
             return None
         row = self._db.execute(f"SELECT * FROM {table} WHERE id = ?", (row_id,)).fetchone()
-        return _decode(row) if row else None
+        return decode(row) if row else None
 
     @overload
     def find(self, table: Literal["tunes"], **query: Unpack[Query]) -> list[TuneRow]: ...
@@ -198,7 +197,7 @@ class Store:
         values = [*wanted.values(), *([before_id] if before_id is not None else []), limit, offset]
         order = "ASC" if query.get("oldest_first") else "DESC"
         rows = self._db.execute(f"SELECT * FROM {table} {where} ORDER BY id {order} LIMIT ? OFFSET ?", values)
-        return [_decode(row) for row in rows]
+        return [decode(row) for row in rows]
 
     def delete(self, table: Table, row_id: int) -> None:
         """Remove a tune with its prompts, or one prompt, and their jobs and callbacks."""
@@ -325,23 +324,14 @@ class Store:
             "SELECT * FROM prompts WHERE ?1 IN (tune_id, base_id, lora_id) ORDER BY id DESC LIMIT ?2 OFFSET ?3",
             (place_id, limit, offset),
         )
-        return [cast(PromptRow, _decode(row)) for row in found]
+        return [cast(PromptRow, decode(row)) for row in found]
 
     def dependents(self, tune_id: int) -> list[TuneRow]:
         """The tunes that were, or are to be, trained on this one, and have not expired; oldest first."""
         found = self._db.execute(
             "SELECT * FROM tunes WHERE base_id = ? AND status != 'expired' ORDER BY id", (tune_id,)
         )
-        return [cast(TuneRow, _decode(row)) for row in found]
+        return [cast(TuneRow, decode(row)) for row in found]
 
     def queue_length(self) -> int:
         return int(self._db.execute("SELECT COUNT(*) FROM jobs").fetchone()[0])
-
-
-def _encode(values: Mapping[str, object]) -> dict[str, object]:
-    return {key: json.dumps(value) if key in JSON_COLUMNS else value for key, value in values.items()}
-
-
-def _decode(row: sqlite3.Row) -> Row:
-    decoded = {key: json.loads(row[key]) if key in JSON_COLUMNS else row[key] for key in row.keys()}  # noqa: SIM118
-    return cast(Row, decoded)

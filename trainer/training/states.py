@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field, TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config.train_config import TrainConfig
-from trainer.files import discard, whole_folder
+from trainer.files import discard, read_for_show, read_json, steps_in, whole_folder
 
 STATES_KEPT = 2
 SCHEMA = 2
@@ -23,6 +25,19 @@ SINCE = {
     "token_share": 0.0,
 }  # fmt: skip
 Parameters = dict[str, torch.Tensor]
+
+
+class Manifest(BaseModel):
+    """What `manifest.json` says of a state."""
+
+    schema_: int = Field(alias="schema")
+    step: int
+    sha256: str
+    halvings: int = Field(0, ge=0)
+    config: dict[str, object]
+
+
+MANIFEST = TypeAdapter(Manifest)
 
 
 class Diverged(Exception):
@@ -73,8 +88,8 @@ def save(
         facts |= {"torch": torch.__version__, "config": config.model_dump(mode="json")}
         (folder / "manifest.json").write_text(json.dumps(facts))
     # What lies beyond this step could not be resumed from; kept, it would push out the states that can.
-    whole = [folder for folder in sorted(states.glob("step-??????")) if folder.name <= f"step-{step:06d}"]
-    for folder in states.glob("step-??????"):
+    whole = [folder for folder in steps_in(states) if folder.name <= f"step-{step:06d}"]
+    for folder in steps_in(states):
         if folder not in whole[-STATES_KEPT:]:
             discard(folder)
 
@@ -87,11 +102,11 @@ def resume(
     Returns its step and how often the learning rate had been halved; None where there is no such state.
     """
     wanted = config.model_dump(mode="json")
-    for folder in sorted(states.glob("step-??????"), reverse=True):
+    for folder in reversed(steps_in(states)):
         file, facts = folder / "state.safetensors", manifest(folder)
         expected = {"schema": SCHEMA, "step": int(folder.name.removeprefix("step-"))}
         same_run = expected.items() <= facts.items() and SINCE | facts.get("config", {}) == wanted
-        if not same_run or not file.exists() or facts.get("sha256") != sha256(file):
+        if not same_run or not file.is_file() or facts.get("sha256") != sha256(file):
             continue
         with safe_open(file, "pt") as tensors, torch.no_grad():
             moments: dict[str, list[str]] = {}
@@ -111,11 +126,9 @@ def resume(
 
 def manifest(folder: Path) -> dict[str, Any]:
     """What a state says about itself; nothing where that cannot be read."""
-    try:
-        facts = json.loads((folder / "manifest.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+    file = folder / "manifest.json"
+    facts = read_for_show(file, partial(read_json, content=MANIFEST), None)
+    return {} if facts is None else facts.model_dump(exclude={"schema_"}) | {"schema": facts.schema_}
 
 
 def sha256(file: Path) -> str:

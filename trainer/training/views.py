@@ -119,8 +119,7 @@ def show(branch: Branch, opened: Opened, resolution: int, config: TrainConfig, t
 
 def read(picture: Picture, folder: Path) -> Opened:
     """A picture with its masks, which are in `folder/masks`; class pictures have none."""
-    with Image.open(picture.path) as file:
-        image = file.convert("RGB")
+    image = open_picture(picture.path, "RGB")
     if picture.kind == "class":
         return Opened(picture, image, {})
     files = {kind: mask_file(folder, picture, kind) for kind in MASKS}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from gradio.components import Component
 
 from trainer.config import branch_file, looks
 from trainer.config.kinds import default_caption
-from trainer.contract.errors import AnalysisUnavailable, InvalidRequest, NotFound
+from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import ASPECT_RATIOS, CONTROLS, PICTURES, SCHEDULERS
 from trainer.contract.tunes import CheckRequest
+from trainer.files import read_for_show
 from trainer.names import BRANCHES, DEFAULT_METHOD, DEMO_BRANCH, METHODS
 from trainer.studio import models, pack_verbs, prompts, settle, tunes
 from trainer.studio.rows import Services
@@ -54,14 +55,14 @@ def picture_fields(services: Services) -> dict[str, Component]:
         write("seed", "Seed", "42")
     with gr.Row():
         choose("aspect_ratio", "Aspect ratio", ASPECT_RATIOS, "base's own")
-        choose("style", "Style", looks.styles(folder))
+        choose("style", "Style", look_names(looks.styles, folder))
     with gr.Row():
         for name, label in (("steps", "Sampling steps"), ("cfg_scale", "cfg_scale"), ("w", "Width"), ("h", "Height")):
             write(name, label)
     write("negative_prompt", "Negative prompt")
     with gr.Row():
         choose("scheduler", "Scheduler", SCHEDULERS, "base's own")
-        choose("color_grading", "Film", looks.film_looks(folder))
+        choose("color_grading", "Film", look_names(looks.film_looks, folder))
     for row in (
         (("super_resolution", "Enlarge"), ("hires_fix", "and add detail"), ("film_grain", "Film grain")),
         (("inpaint_faces", "Redraw faces"), ("face_correct", "Restore faces"), ("use_lpw", "Weights (word:1.2)")),
@@ -71,6 +72,11 @@ def picture_fields(services: Services) -> dict[str, Component]:
                 fields[name] = gr.Checkbox(label=label, min_width=110)
     assert tuple(fields) == PROMPT_FIELDS
     return fields
+
+
+def look_names(read: Callable[[Path], Mapping[str, object]], folder: Path) -> list[str]:
+    """The names of styles or film looks; none where their TOML is broken, which the log says."""
+    return list(read_for_show(folder / "looks", lambda _: read(folder), {}))
 
 
 class PromptForm:
@@ -220,7 +226,11 @@ class Form:
         """The settings of a pack, put into the form, where they can be changed."""
         if not slug:
             return [gr.skip() for _ in PACK_FIELDS]
-        pack = pack_verbs.get_pack(self._services, slug)
+        try:
+            pack = pack_verbs.get_pack(self._services, slug)
+        except (Conflict, NotFound) as problem:  # its file was changed since the list was made
+            gr.Warning(str(problem))
+            return [gr.skip() for _ in PACK_FIELDS]
         return [pack[name] or (0 if name == "base_tune_id" else "") for name in PACK_FIELDS]
 
     @property
@@ -306,7 +316,7 @@ class Form:
         self, paths: list[str] | None, name: str, token: str, branch: str, rows: list[list[str]], automatic: str
     ) -> tuple[list[list[str]], str]:
         """A row for each photo: what was written there, else the text file that came along, else the automatic one."""
-        token = (token or "").strip() or branch_file.default_token(self._services.settings.presets, branch)
+        token = (token or "").strip() or token_of(self._services.settings.presets, branch) or ""
         now = default_caption(token, name.strip()) if (name or "").strip() else ""
         written = {photo: caption for photo, caption in rows or [] if caption and caption != automatic}
         files = [Path(path) for path in paths or []]
@@ -329,10 +339,15 @@ class Form:
 
 def usual_tokens(presets: Path) -> str:
     """The token of a tune that names none, and of the branches where it is another: `ohwx (sd15: sks)`."""
-    tokens = {branch: branch_file.default_token(presets, branch) for branch in BRANCHES}
-    usual = tokens[DEMO_BRANCH]
-    others = ", ".join(f"{branch}: {token}" for branch, token in tokens.items() if token != usual)
+    tokens = {branch: token_of(presets, branch) for branch in BRANCHES}
+    usual = tokens[DEMO_BRANCH] or ""
+    others = ", ".join(f"{branch}: {token}" for branch, token in tokens.items() if token and token != usual)
     return f"{usual} ({others})" if others else usual
+
+
+def token_of(presets: Path, branch: str) -> str | None:
+    """The token of a branch; None where its TOML is broken: Create says so."""
+    return None if branch_file.branch_problem(presets, branch) else branch_file.default_token(presets, branch)
 
 
 def with_captions(uploads: list[Upload], rows: list[list[str]], automatic: str, folder: Path) -> list[Upload]:

@@ -17,8 +17,9 @@ from trainer.config.train_config import TrainConfig
 from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
 from trainer.contract.photos import Photo
 from trainer.contract.rows import ExportRow, PromptRow, TuneRow
+from trainer.contract.run_files import ASKED, VERDICTS
 from trainer.device import forget_peak, free_gib
-from trainer.files import discard, write_whole
+from trainer.files import Unreadable, discard, read_json, unreadable, write_whole
 from trainer.library import bases, weights
 from trainer.library.bases import Base, Bases
 from trainer.library.weights import Unavailable
@@ -74,7 +75,7 @@ class JobRunner:
                 self._train(job, reporter)
             else:
                 self._render(job, job.prompt_id, reporter)
-        except (InvalidRequest, AnalysisUnavailable, Unavailable) as problem:
+        except (InvalidRequest, AnalysisUnavailable, Unavailable, Unreadable) as problem:
             self._store.finish(job, "failed", error=str(problem))
         except (JobInterrupted, Closed):
             self._requeue(job, reporter)
@@ -112,7 +113,7 @@ class JobRunner:
         folder = self._settings.outputs / "tunes" / str(tune["id"])
         done = folder / "dataset" / "prepared.json"
         if done.exists():
-            self._store.update("tunes", tune["id"], photos=json.loads(done.read_text("utf-8")))
+            self._store.update("tunes", tune["id"], photos=verdicts(prepared(done, tune)))
             return self._must(self._store.get("tunes", tune["id"]))
         begin_anew(done.parent)
 
@@ -151,7 +152,7 @@ class JobRunner:
                 f"{branch} needs a card with {least:g} GiB of free memory; there are {free:.1f} GiB. Close what else"
                 " uses the card, or train a smaller branch"
             )
-        asked = json.loads((folder / "request.json").read_text("utf-8"))["args"]
+        asked = asked_args(folder / "request.json")
         config = resolve.fit(
             self._settings.presets, config, branch=branch, model_type=method, asked=asked, free_gib=free
         )
@@ -271,7 +272,32 @@ class JobRunner:
     @staticmethod
     def _must(row: R | None) -> R:
         assert row is not None, "a job's rows go with it"
+        if columns := row.get("broken"):
+            raise Unreadable(f"the database is damaged: {' and '.join(columns)} cannot be read. Send the request again")
         return row
+
+
+def prepared(file: Path, tune: TuneRow) -> list[Photo]:
+    """The verdicts on a tune's photos, of `dataset/prepared.json`. Raises Unreadable."""
+    try:
+        photos = read_json(file, VERDICTS)
+    except FileNotFoundError as problem:
+        raise unreadable(file, problem) from None
+    except Unreadable as problem:
+        raise Unreadable(f"{problem}. Delete it, and resume: the photos are analyzed again") from None
+    if [photo.file for photo in photos] != [photo["file"] for photo in tune["photos"]]:
+        message = "prepared.json is not about the photos of this tune. Delete it, and resume: they are analyzed again"
+        raise Unreadable(message)
+    return photos
+
+
+def asked_args(file: Path) -> str | None:
+    """What a request had in args, of `request.json`. Raises Unreadable."""
+    try:
+        return read_json(file, ASKED).args
+    except (FileNotFoundError, Unreadable) as problem:
+        why = f"{problem}" if isinstance(problem, Unreadable) else "request.json is missing"
+        raise Unreadable(f"{why}. It holds what was asked for in args: put it back, or create the tune again") from None
 
 
 def verdicts(photos: list[Photo]) -> list[dict[str, object]]:
