@@ -7,7 +7,7 @@ import logging
 from trainer.settings import command_line
 from trainer.web.guard import Guard
 from trainer.web.listen import listen
-from trainer.work.assembly import Studio, open_store
+from trainer.work.assembly import Studio, check_secrets, open_store
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
     settings = command_line()
     listening = listen(settings.host, settings.port)
     settings = settings.model_copy(update={"port": listening.getsockname()[1]})
+    check_secrets(settings)
     store = open_store(settings.outputs)
     import uvicorn  # after the port is taken: a browser that is early waits instead of being refused
 

@@ -170,7 +170,19 @@ def printable(name: str) -> str:
 
 def steps_in(folder: Path, suffix: str = "") -> list[Path]:
     """What a run keeps by its steps, oldest first: `step-000123` and a suffix. None where there is no such folder."""
-    if not folder.is_dir():
+    try:
+        found = [path for path in folder.iterdir() if path.name.endswith(suffix)]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in folder.iterdir() if path.name.endswith(suffix)]
+    except OSError as problem:
+        warn_once(folder, str(unreadable(folder, problem)))
+        return []
     return sorted(path for path in found if STEP.fullmatch(path.name.removesuffix(suffix)))
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; one that cannot be looked at is not."""
+    try:
+        return path.exists()
+    except OSError:  # no permission, or a name that is too long
+        return False

@@ -127,6 +127,12 @@ class Settings(BaseSettings):
         return digest_of(key), key
 
 
+    def check_secrets(self) -> None:
+        """Raises RuntimeError where the file of a secret is there and cannot be read."""
+        for name in (".key", ".link-secret"):
+            _kept_secret(self.outputs / name)
+
+
 def digest_of(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 

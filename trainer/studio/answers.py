@@ -14,7 +14,7 @@ from trainer.contract.rows import PromptRow, TuneRow
 from trainer.contract.run_files import SEEN, read_log
 from trainer.contract.states import Progress
 from trainer.contract.tunes import Tune
-from trainer.files import read_for_show, read_json, steps_in
+from trainer.files import is_there, read_for_show, read_json, steps_in
 from trainer.names import FORMATS
 from trainer.photos.intake import SAME_PICTURE
 from trainer.studio.links import MODEL_LINK_SECONDS, link_path, make_link
@@ -113,14 +113,14 @@ def _prompt_answer(services: Services, row: PromptRow) -> Prompt:
     folder = home / "prompts" / str(prompt_id)
     beside = {name: wanted.get(name) or (False if name in FLAGS else None) for name in BESIDE}
     thumbs = [f"{Path(file).stem}.thumb.jpg" for file in row["files"]]
-    small = bool(thumbs) and (folder / thumbs[0]).exists()  # older ones have none
+    small = bool(thumbs) and is_there(folder / thumbs[0])  # older ones have none
 
     def link(file: Path) -> str:
         return make_link(services.settings, link_path(services.settings, file))
 
     preview = home / "previews" / f"{prompt_id}.jpg"
     preview_link = None
-    if row["status"] == "rendering" and preview.exists():  # with the step: a browser would keep the first one
+    if row["status"] == "rendering" and is_there(preview):  # with the step: a browser would keep the first one
         preview_link = f"{link(preview)}&step={row['progress'].get('step')}"
     inputs = {
         name: link(home / "inputs" / str(prompt_id) / str(wanted[name])) if name in wanted else None
@@ -144,7 +144,7 @@ def _prompt_answer(services: Services, row: PromptRow) -> Prompt:
 
 def snapshot_of(folder: Path) -> Path | None:
     """The file to hand out of a model in mid-run; None where it is not there (any more)."""
-    return next((folder / name for name in SNAPSHOT_FILES if (folder / name).exists()), None)
+    return next((folder / name for name in SNAPSHOT_FILES if is_there(folder / name)), None)
 
 
 def here(row: TuneRow) -> dict[str, str]:

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 IN_USE_EXIT_CODE = 75  # EX_TEMPFAIL: another process has this outputs folder
 
 
+def check_secrets(settings: Settings) -> None:
+    """End the process with a message where the key or the secret of links cannot be read."""
+    try:
+        settings.check_secrets()
+    except RuntimeError as problem:
+        sys.exit(f"Tunebooth: {problem}.")
+
+
 def open_store(outputs: Path) -> Store:
     """The database of an outputs folder.
 
