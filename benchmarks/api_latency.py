@@ -1,9 +1,8 @@
-"""How fast the API answers while a tune trains, and what a watching page costs the training.
+"""Latency of the API while a tune trains, and the cost of an open page for the training.
 
 Starts the app, queues a long tune on branch fast, then measures over HTTP on loopback:
-POST /tunes with four small PNGs, idle and training, POST /tunes with five photos of some 300 kB (decoded and checked),
-GET /tunes/ID, and the training's steps per second
-with and without the page's own requests, in ten interleaved rounds.
+POST /tunes with four small PNGs, idle and training; POST /tunes with five photos of about 300 kB (decoded and checked);
+GET /tunes/ID; and the training's steps per second with and without the page's own requests, in ten interleaved rounds.
 Run: `uv run python -m benchmarks.api_latency`
 """
 
@@ -62,7 +61,7 @@ def free_port() -> int:
 
 
 def start(outputs: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """The app in a process of its own, with a folder of its own."""
+    """Start the app in a separate process with its own folder; returns process and URL."""
     port = free_port()
     command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--outputs", str(outputs)]
     environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
@@ -90,7 +89,7 @@ def post(client: httpx.Client, title: str, photos: list[bytes], **fields: str) -
 
 
 def idle_posts(client: httpx.Client, count: int) -> list[float]:
-    """Seconds of POST /tunes while nothing else is done: each tune fails at once, for its base is not here."""
+    """Seconds of POST /tunes without other work: each tune fails at once, because its base is missing."""
     small, taken = [small_png(number) for number in range(4)], []
     for number in range(count + 1):
         seconds, tune = post(client, f"idle {number}", small, branch="sd15", model_type="lora")
@@ -102,7 +101,7 @@ def idle_posts(client: httpx.Client, count: int) -> list[float]:
 
 
 def steps_per_second(log: Path, seconds: float) -> float:
-    """Pace of the training from now on, from the times in its own log."""
+    """Speed of the training from now on, from the times in its log."""
     before = len(log.read_text().splitlines())
     time.sleep(seconds)
     lines = [json.loads(line) for line in log.read_text().splitlines()[before - 1 :]]
@@ -112,7 +111,7 @@ def steps_per_second(log: Path, seconds: float) -> float:
 
 
 class Watcher:
-    """A page that is looked at: its timer's request once a second, as the browser sends it."""
+    """An open page: its timer's request once a second, as the browser sends it."""
 
     def __init__(self, url: str) -> None:
         self._client = httpx.Client(base_url=url)
@@ -173,19 +172,19 @@ def main() -> None:
             app.terminate()
             app.wait(60)
 
-    def told(label: str, times: list[float]) -> None:
+    def print_times(label: str, times: list[float]) -> None:
         ranked = sorted(times)
         worst = ranked[int(0.99 * (len(ranked) - 1))]
         print(f"{label}: median {1000 * statistics.median(times):.1f} ms, 99th percentile {1000 * worst:.1f} ms")
 
-    told("GET /tunes/ID while training", gets)
-    told("POST /tunes with four small PNGs, idle", idle)
-    told("POST /tunes with four small PNGs while training", smalls)
-    told("POST /tunes with five photos while training", posts)
-    told("one look of the page", watcher.times)
+    print_times("GET /tunes/ID while training", gets)
+    print_times("POST /tunes with four small PNGs, idle", idle)
+    print_times("POST /tunes with four small PNGs while training", smalls)
+    print_times("POST /tunes with five photos while training", posts)
+    print_times("one request of the page", watcher.times)
     pace, slower = statistics.median(alone), statistics.median(watched)
-    print(f"training: {pace:.2f} steps/s alone, {slower:.2f} steps/s with a watching page")
-    print(f"lost to a watching page: {100 * (1 - slower / pace):.1f} %")
+    print(f"training: {pace:.2f} steps/s alone, {slower:.2f} steps/s with an open page")
+    print(f"lost to an open page: {100 * (1 - slower / pace):.1f} %")
 
 
 if __name__ == "__main__":

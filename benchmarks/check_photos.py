@@ -1,8 +1,8 @@
-"""How long twenty 12-megapixel photos of people take to be checked, and what is made of photos, to be looked at.
+"""Time to check twenty 12-megapixel photos of people; optionally a sheet of the results for visual inspection.
 
-The photos are those of people beside the repository, enlarged to 4000 x 3000 and grained like a phone's. The first
-check is cold: the looking child starts with it (decoders start with the app). The next ones are what a user waits for
-who has dropped photos on the page, which starts that child.
+The photos are those of people next to the repository, enlarged to 4000 x 3000, with grain like a phone's. The first
+check is cold: it starts the child process that analyzes photos (decoders start with the app). The next ones are the
+waiting time of a user who dropped photos on the page, which starts that process.
 Run: `uv run python -m benchmarks.check_photos` or `... --sheet sheet.png` for the closeups and masks of ten photos.
 """
 
@@ -42,7 +42,7 @@ CELL = 240
 
 @contextmanager
 def studio(folder: Path) -> Iterator[Services]:
-    """The verbs with fresh children and the weights beside the repository."""
+    """The services with new child processes and the weights next to the repository."""
     settings = read_settings(outputs=folder / "outputs", models=folder / "models", weights=SHARED / "weights")
     store, decoder, analyzer = Store(settings.outputs), Decoder(settings), PhotoAnalyzer(settings)
     yield Services(settings, store, decoder, analyzer)
@@ -51,7 +51,7 @@ def studio(folder: Path) -> Iterator[Services]:
 
 
 def large_photos(folder: Path, count: int) -> list[Upload]:
-    """Photos as a phone takes them: 12 megapixels, grain, JPEG q92."""
+    """Photos like a phone's: 12 megapixels, grain, JPEG q92."""
     sources = sorted(path for name in ("person_a", "person_b", "single", "group") for path in (FACES / name).iterdir())
     grain = np.random.default_rng(0).normal(0, 4, (SIZE[1], SIZE[0], 1)).astype(np.float32)
     made = []
@@ -66,7 +66,7 @@ def large_photos(folder: Path, count: int) -> list[Upload]:
 
 
 def children_mb() -> int:
-    """Memory of all children of this process, in MB."""
+    """Memory of all child processes, in MB."""
     return round(sum(child.memory_info().rss for child in psutil.Process().children(recursive=True)) / 2**20)
 
 

@@ -1,7 +1,7 @@
-"""How much memory of a card a training step of a whole model takes, computed from the shapes of the full-size models.
+"""GPU memory of a training step of a whole model, computed from the shapes of the full-size models.
 
-Nothing is measured here: weights, gradients and the optimizer's state are counted on the meta device, activations are
-written down. Where the text encoders are not trained they are gone by then, and the VAE is in ordinary memory.
+Nothing is measured: weights, gradients and the optimizer's state are counted on the meta device, activations are
+constants below. Text encoders that are not trained have been freed, and the VAE is in the CPU's memory.
 Prints a table in GiB. Run: `uv run python -m benchmarks.checkpoint_memory`
 """
 
@@ -25,15 +25,15 @@ CONFIGS: dict[str, dict[str, Any]] = {"sd15": sd15.CONFIG, "sdxl1": sdxl1.CONFIG
 TITLES = {"sd15": "SD 1.5", "sdxl1": "SDXL", "flux1": "FLUX.1"}
 SIDES = {"sd15": 512, "sdxl1": 1024, "flux1": 512}  # of the sample, in pixels
 TRAINED_ENCODERS = {"sd15": ["text_encoder"], "sdxl1": ["text_encoder", "text_encoder_2"], "flux1": []}
-FROZEN = "token_embedding"  # in the name of a weight that stays as it is
+FROZEN = "token_embedding"  # in the name of a weight that is not trained
 FLOAT32, BFLOAT16 = 4, 2  # bytes of a number
-WORKSPACE_GIB = 0.5  # of cuDNN and cuBLAS, and the card's own context
+WORKSPACE_GIB = 0.5  # of cuDNN and cuBLAS, and the GPU's context
 
 # GiB of one sample of SIDES: (at least, at most), with gradient checkpointing and without.
 # At least: performance.md §1.4, counted there for adapters in bfloat16 on attention (and FLUX's feed-forward).
-# At most: tensors that a forward pass on the meta device saves where every weight is trained and norms compute in
-# float32, as autocast has it on a card; attention saves queries, keys, values and result. Checkpointed: what that pass
-# saves, and twice the block of §1.4.
+# At most: tensors that a forward pass on the meta device saves when every weight is trained and norms compute in
+# float32, as with autocast on a GPU; attention saves queries, keys, values and result. Checkpointed: what that pass
+# saves, plus twice the block of §1.4.
 ACTIVATIONS_GIB = {
     "sd15": {True: (0.13, 0.3), False: (0.79, 1.2)},
     "sdxl1": {True: (0.81, 1.9), False: (5.6, 8.1)},
@@ -43,12 +43,12 @@ ACTIVATIONS_GIB = {
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train the whole of a family's model."""
+    """One way to train a family's whole model."""
 
     branch: str
     optimizer: str
     number_bytes: int  # of a trained weight: FLOAT32 or BFLOAT16
-    encoders: bool = False  # whether text encoders are trained, too
+    encoders: bool = False  # whether text encoders are trained too
 
     @property
     def title(self) -> str:
@@ -59,23 +59,23 @@ class Case:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that a step holds beside activations and workspace."""
+    """Bytes that a step holds in addition to activations and workspace."""
 
-    weights: int  # that are trained
-    frozen: int  # beside them
+    weights: int  # trained
+    frozen: int  # frozen weights
     state: int  # of the optimizer
     casts: int  # autocast's copies of float32 weights in bfloat16, from the forward pass on
     all_gradients: int
-    largest_gradient: int  # the only one there is, where each is freed as soon as it is whole
-    update: int  # what Adafactor computes one weight's update in
+    largest_gradient: int  # the only one in memory where each is freed as soon as it is complete
+    update: int  # Adafactor's buffers for one weight's update
     releases: bool  # whether the last pass frees gradients
 
     def span(self, activations: tuple[float, float], several: bool) -> tuple[float, float]:
-        """Bytes at least and at most, for activations of so many.
+        """Bytes (at least, at most) with these activations.
 
-        several: a step has more than one forward and backward pass, as with class pictures in a micro-batch of their
-        own: what one pass leaves is held during the next. At least: the fuller of two moments, the end of the last
-        forward pass and that of the last backward pass. At most: all at once, which no moment is.
+        several: a step has more than one forward and backward pass, as with class pictures in a separate micro-batch;
+        gradients of one pass are held during the next. At least: the larger of two points in time, the end of the
+        last forward pass and of the last backward pass. At most: everything at once, which does not happen.
         """
         least, most = activations
         gradients = self.largest_gradient if self.releases and not several else self.all_gradients
@@ -107,7 +107,7 @@ def shapes_of(branch: str, part: str) -> nn.Module:
 
 
 def split(case: Case) -> tuple[list[Tensor], list[Tensor]]:
-    """Every weight that is trained, and those frozen beside them, on the meta device; see `methods.checkpoint`."""
+    """The trained and the frozen weights, on the meta device; see `methods.checkpoint`."""
     denoiser = "transformer" if case.branch == "flux1" else "unet"
     parts = [denoiser, *(TRAINED_ENCODERS[case.branch] if case.encoders else [])]
     named = [one for part in parts for one in shapes_of(case.branch, part).named_parameters()]
@@ -116,7 +116,7 @@ def split(case: Case) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def state_bytes(weights: Iterable[Tensor], optimizer: str) -> int:
-    """What an optimizer of `trainer.training.optimizers` keeps of float32 weights, or Adafactor of any."""
+    """Bytes of the optimizer's state: AdamW for float32 weights, Adafactor for any."""
     kept = 0
     for weight in weights:
         if optimizer == "adamw":
@@ -125,13 +125,13 @@ def state_bytes(weights: Iterable[Tensor], optimizer: str) -> int:
             moments = weight.shape[0] + weight.shape[1:].numel()
         else:
             moments = weight.numel()
-        kept += moments + 1  # and the number of its step
+        kept += moments + 1  # and the step
     return kept * FLOAT32
 
 
 def held(trained: list[Tensor], frozen: list[Tensor], case: Case) -> Held:
     count, largest = numbers(trained), max(weight.numel() for weight in trained)
-    # The update itself; where it is rounded, 32 random bits and one for what is finite, beside.
+    # The update itself; with rounding also 32 random bits and a byte for isfinite.
     update = largest * (FLOAT32 if case.number_bytes == FLOAT32 else FLOAT32 + 4 + 1)
     return Held(
         weights=count * case.number_bytes,
@@ -157,7 +157,7 @@ def span_gib(case: Case, checkpointing: bool, several: bool = False) -> tuple[fl
 
 
 def table() -> str:
-    """Every case, in GiB, as Markdown."""
+    """All cases in GiB, as Markdown."""
     parts = ("trained", "M weights", "weights", "frozen", "state", "casts", "gradients: all", "largest", "one update")
     heads = (*parts, "one pass, checkpointed", "not", "several passes, checkpointed", "not")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]

@@ -1,8 +1,8 @@
-"""What the loop costs beside the mathematics: its time per step over a bare torch loop's, on the same tiny model.
+"""Overhead of the training loop: its time per step divided by a bare torch loop's, on the same tiny model.
 
-Both train the same PEFT adapters of branch fast's UNet with fused AdamW, clipping and the same schedule, in turns, in
-one process; ours with progress, log and the look for a cancel in every step. Saving states is left out of both.
-Prints the ratio of the two minima over the rounds last. Run: `uv run python -m benchmarks.overhead`
+Both train the same PEFT adapters of branch fast's UNet with fused AdamW, clipping and the same schedule, alternately
+in one process; ours with progress, log and a check for cancel in every step. Neither saves states. The last line is
+the ratio of the two minima over the rounds. Run: `uv run python -m benchmarks.overhead`
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ WARM_UP_STEPS = 3
 
 
 class Stopwatch:
-    """The worker's own reporter, and the moments at which steps ended."""
+    """The worker's own reporter, which also records the times when steps end."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
-        self.moments: list[float] = []
+        self.step_times: list[float] = []
 
     def stage(self, stage: str) -> None:
         self._reporter.stage(stage)
 
     def step(self, step: int, steps: int, loss: float | None = None, lr: float | None = None) -> bool:
         keep_going = self._reporter.step(step, steps, loss, lr)
-        self.moments.append(time.perf_counter())
+        self.step_times.append(time.perf_counter())
         return keep_going
 
     def saved(self, step: int) -> None: ...
@@ -57,10 +57,10 @@ class Stopwatch:
 
 
 def ours(branch: Any, data: Dataset, config: TrainConfig, reporter: Reporter, states: Path) -> float:
-    """Seconds per step of `loop.train`, from the end of the warm-up to before the last step, which saves."""
+    """Seconds per step of `loop.train`, after the warm-up and without the last step, which saves."""
     watch = Stopwatch(reporter)
     loop.train(branch, attach(branch, config), data, config, watch, states)
-    inner = watch.moments[WARM_UP_STEPS : config.steps]
+    inner = watch.step_times[WARM_UP_STEPS : config.steps]
     return (inner[-1] - inner[0]) / (len(inner) - 1)
 
 
@@ -72,11 +72,11 @@ def bare(branch: Any, data: Dataset, config: TrainConfig) -> float:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: loop.lr_scale(step, config))
     generator = torch.Generator().manual_seed(config.seed)
     assert data.cond is not None
-    hidden = torch.cat([said["encoder_hidden_states"] for said in data.cond])
+    hidden = torch.cat([cond["encoder_hidden_states"] for cond in data.cond])
     views = [sample.views[0] for sample in data.samples]
     means, stds = torch.cat([view.mean for view in views]), torch.cat([view.std for view in views])
-    said = torch.tensor([data.captions.index(sample.picture.caption) for sample in data.samples])
-    moments = []
+    caption_index = torch.tensor([data.captions.index(sample.picture.caption) for sample in data.samples])
+    step_times = []
     for _ in range(config.steps - 1):
         rows = torch.randint(len(views), (config.batch,), generator=generator)
         mean, std = means[rows], stds[rows]
@@ -84,7 +84,7 @@ def bare(branch: Any, data: Dataset, config: TrainConfig) -> float:
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(1000, (config.batch,), generator=generator)
         noisy = branch.noise_scheduler.add_noise(latents, noise, timesteps)
-        predicted = branch.denoiser(noisy, timesteps, hidden[said[rows]], return_dict=False)[0]
+        predicted = branch.denoiser(noisy, timesteps, hidden[caption_index[rows]], return_dict=False)[0]
         velocity = branch.noise_scheduler.get_velocity(latents, noise, timesteps)
         loss = ((predicted.float() - velocity) ** 2).mean(dim=(1, 2, 3)).mean()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -92,13 +92,13 @@ def bare(branch: Any, data: Dataset, config: TrainConfig) -> float:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        moments.append(time.perf_counter())
-    inner = moments[WARM_UP_STEPS:]
+        step_times.append(time.perf_counter())
+    inner = step_times[WARM_UP_STEPS:]
     return (inner[-1] - inner[0]) / (len(inner) - 1)
 
 
 def attach(branch: Any, config: TrainConfig) -> list[Group]:
-    """Fresh adapters, in place of those of the round before."""
+    """New adapters; they replace those of the round before."""
     if hasattr(branch.denoiser, "peft_config"):
         branch.pipeline.unload_lora_weights()
     return lora.attach(branch, config)

@@ -1,4 +1,4 @@
-"""The photos of ten subjects beside the repository, as the measures of branch fast see them."""
+"""The photos of ten subjects next to the repository, as the measurements of branch fast use them."""
 
 from __future__ import annotations
 

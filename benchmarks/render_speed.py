@@ -1,27 +1,27 @@
-"""How long rendering takes and where the time goes: with LoRAs, fused, compiled, in batches; swapping LoRAs, previews.
+"""Rendering time by phase: with LoRAs, fused, compiled, in batches; swapping LoRAs, previews.
 
-Every figure comes from `renderer.Renderer` itself, with the family's own Branch and LoRAs that `methods.lora` has saved
-(the branch's default configuration, random weights). Models:
+Every figure comes from `renderer.Renderer` itself, with the family's own Branch and LoRAs saved by `methods.lora` (the
+branch's default configuration, random weights). Models:
 
     --branch fast       the trained base of the package (the default)
     --random-weights    another branch's full-size model from its published CONFIG, with random weights on the device
-    --tiny              another branch's model with the same blocks, but thin (tests/helpers/tiny.py), from a folder
+    --tiny              another branch's model with the same blocks, few channels (tests/helpers/tiny.py), from a folder
 
 Further options:
 
-    --images N          pictures of a prompt, 4 by default; all of them are drawn at once where there is room
+    --images N          pictures of a prompt, 4 by default; drawn at once where there is room
     --batches N ...     pictures at once in the rows on batches, 1 2 4 8 by default
-    --runs N            each figure is a median of so many runs, 5 by default, after one that is not counted
+    --runs N            each figure is the median of so many runs, 5 by default, after one warm-up run
     --steps N           of sampling; by default the branch's
     --size N            side of the pictures in pixels; by default the branch's
-    --compile WORD ...  `whole`: the denoiser in one; `blocks`: its repeated blocks alone; `lora`: in one, with a LoRA
-                        beside the weights; `none`. By default the first three
-    --device WORD       cuda or cpu; by default the card, where there is one
-    --note TEXT         a sentence on the machine, as on what else ran there
-    --out FILE          write the Markdown there, not to the standard output
+    --compile WORD ...  `whole`: the denoiser; `blocks`: only its repeated blocks; `lora`: the denoiser with an unfused
+                        LoRA; `none`. By default the first three
+    --device WORD       cuda or cpu; by default the GPU, where there is one
+    --note TEXT         a sentence on the machine, for example on other load
+    --out FILE          write the Markdown to this file, not to the standard output
 
-Each run has a text of its own, so that each one is encoded. Compilers' caches are off: what is told of compiling is the
-first time on a machine. A compiled denoiser pays off from N* = T_compile / (t_eager - t_compiled) pictures on.
+Each run has a different text, so that each one is encoded. Compilers' caches are off: compile times are those of a
+first run on a machine. A compiled denoiser pays off from N* = T_compile / (t_eager - t_compiled) pictures on.
 Run: `uv run python -m benchmarks.render_speed`
 """
 
@@ -76,15 +76,15 @@ FAMILIES: dict[str, Any] = {
     "flux1": (flux1.CONFIG, Flux1, tiny.make_tiny_flux1),
 }
 PHASES = ("loading", "text", "denoising", "decoding", "saving")
-STAGES = {"loading": "loading", "rendering": "denoising", "saving": "saving"}  # what the Renderer reports -> phase
+STAGES = {"loading": "loading", "rendering": "denoising", "saving": "saving"}  # stage of the Renderer -> phase
 TEXT = "a red dog on a sofa"
-UP_DEVIATION = 0.01  # of the LoRAs' random weights: they change the picture, and it stays one
-RECOMPILED = 1  # pictures of the prompt that a compiled denoiser has not seen the shape of
-ALWAYS = 1e9  # share of the time for previews: one in each step
+UP_DEVIATION = 0.01  # of the LoRAs' random weights: small enough that the result is still a picture
+RECOMPILED = 1  # pictures of a prompt whose shape is new to the compiled denoiser
+ALWAYS = 1e9  # share of the time for previews: one preview in each step
 
 
 class Clock:
-    """Seconds of a run by phase. It is the Renderer's report, too, and waits for the device at each change."""
+    """Measures seconds of a run by phase. It is also the Renderer's report, and waits for the device at each change."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -96,16 +96,16 @@ class Clock:
         self._phase, self._inside, self._since = "loading", False, time.perf_counter()
 
     def change(self, phase: str) -> str:
-        """From now on it is this phase; returns the one before."""
+        """Start this phase; returns the one before."""
         synchronize(self._device)
-        moment = time.perf_counter()
-        self.seconds[self._phase] += moment - self._since
-        before, self._phase, self._since = self._phase, phase, moment
+        now = time.perf_counter()
+        self.seconds[self._phase] += now - self._since
+        before, self._phase, self._since = self._phase, phase, now
         return before
 
     @contextmanager
     def inside(self, phase: str) -> Iterator[None]:
-        """A phase within another; what lies within that again belongs to it."""
+        """A phase within another; phases inside it count as this one."""
         if self._inside:
             yield
             return
@@ -141,11 +141,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Figure:
-    """What was measured of one way to render: seconds of each run by phase, the run before them not among them."""
+    """Measurements of one way to render: seconds of each run by phase, without the warm-up run."""
 
     images: int
     steps: int
-    first: float  # seconds of the run that is not counted
+    first: float  # seconds of the warm-up run
     runs: list[dict[str, float]]
 
     @property
@@ -178,7 +178,7 @@ class JobRunner:
         self.settings: Settings = read_settings(outputs=folder / "outputs", models=folder / "models")
         self.defaults = branch_file.render_config(self.settings.presets, self.name)
         self.steps: int = options.steps or self.defaults.steps
-        self.branch: Branch | None = None  # what the Renderer has loaded
+        self.branch: Branch | None = None  # loaded by the Renderer
         self._side: int | None = options.size
         self._runs: int = options.runs
         self._prompts = 0
@@ -192,8 +192,8 @@ class JobRunner:
         self._renderer = Renderer(self.settings, device, PhotoAnalyzer(self.settings))
 
     def load(self, base: Base, device: torch.device, cache: Path) -> Branch:
-        """What the Renderer loads its base with: `load_branch`, or random weights; and the clock is put on it."""
-        self.branch = None  # the card may have no room for two
+        """Replaces the Renderer's `load_branch`; may use random weights, and adds the clock."""
+        self.branch = None  # the GPU may have no room for two
         branch = self._make() if self._random else load_branch(base, device, cache)
         self.branch = branch
         for owner, call, phase in (
@@ -204,8 +204,8 @@ class JobRunner:
             setattr(owner, call, self.clock.timed(getattr(owner, call), phase))
         return branch
 
-    def anew(self) -> None:
-        """Forget what is loaded, and what was done to it."""
+    def reset(self) -> None:
+        """Unload everything, including changes such as fused LoRAs."""
         self._renderer.release()
         self.branch = None
         torch.compiler.reset()
@@ -229,12 +229,12 @@ class JobRunner:
         return dict(self.clock.seconds)
 
     def figure(self, images: int, loras: Sequence[Lora] = ()) -> Figure:
-        """Measure a way to render."""
+        """Measure one way to render."""
         first = sum(self.render(images, loras).values())
         return Figure(images, self.steps, first, [self.render(images, loras) for _ in range(self._runs)])
 
     def make_loras(self, folder: Path, count: int) -> list[Lora]:
-        """LoRAs of the branch's default configuration with random weights, saved as those of tunes are."""
+        """LoRAs of the branch's default configuration with random weights, saved as a tune's are."""
         config = resolve.resolve(
             self.settings.presets, branch=self.name, model_type="lora", preset=None, name="dog", photos=4, steps=None,
             args="",
@@ -257,9 +257,9 @@ class JobRunner:
         return made
 
     def _make(self) -> Branch:
-        """The family's own Branch over the full-size modules of its CONFIG, of random weights, on the device.
+        """The family's own Branch with full-size modules from its CONFIG, with random weights, on the device.
 
-        Tokenizers are those of the tiny model: what is encoded is as long, whatever it says.
+        Tokenizers are those of the tiny model: encoded texts have the same length.
         """
         configs, kind, make_tiny = FAMILIES[self.name]
         dtype = loading.compute_dtype(self.device)
@@ -306,21 +306,21 @@ class JobRunner:
         return made.requires_grad_(False).eval()
 
     def tiny_decoder(self, _repository: str, device: torch.device) -> Any:
-        """The decoder of previews with random weights; diffusers' defaults are the published configuration (TAESD)."""
-        assert self.branch is not None, "it comes after the base"
+        """The preview decoder with random weights; diffusers' defaults are the published configuration (TAESD)."""
+        assert self.branch is not None, "it is loaded after the base"
         vae: Any = self.branch.vae
         decoder = diffusers.AutoencoderTiny(latent_channels=vae.config.latent_channels)
         return decoder.eval().requires_grad_(False).to(device)
 
 
 def measure_compiled(bench: JobRunner, word: str, images: int, loras: Sequence[Lora]) -> tuple[str, str]:
-    """The table's row of a compiled denoiser, and what is to be said of compiling it."""
-    bench.anew()
+    """The table's row of a compiled denoiser, and a note on compiling it."""
+    bench.reset()
     used = list(loras[:1]) if word == "lora" else []
-    eager = bench.figure(images, used)  # once more: the pace of a machine changes with the hours
+    eager = bench.figure(images, used)  # once more: a machine's speed changes with time
     assert bench.branch is not None, "it was rendered with just now"
     denoiser: Any = bench.branch.denoiser
-    label = {"whole": "compiled", "blocks": "compiled blocks", "lora": "compiled, one LoRA beside"}[word]
+    label = {"whole": "compiled", "blocks": "compiled blocks", "lora": "compiled, one unfused LoRA"}[word]
     if word == "blocks":
         denoiser.compile_repeated_blocks()
     else:
@@ -331,22 +331,22 @@ def measure_compiled(bench: JobRunner, word: str, images: int, loras: Sequence[L
     pays = f"pays off from N* = {math.ceil(took / gain)} pictures on" if gain > 0 else "never pays off"
     first = sum(bench.render(RECOMPILED, used).values())
     again = first - sum(bench.render(RECOMPILED, used).values())
-    told = (
+    note = (
         f"- {label}: compiling took {took:.1f} s; {eager.seconds / images:.3f} s a picture became "
         f"{figure.seconds / images:.3f} s ({eager.seconds / figure.seconds:.2f} times as fast), which {pays}. "
         f"Another number of pictures ({RECOMPILED}) takes {again:.1f} s more the first time."
     )
-    return figure.row(label), told
+    return figure.row(label), note
 
 
 def measure_swap(bench: JobRunner, loras: Sequence[Lora], runs: int) -> str:
-    """What changing the LoRA between two prompts of one picture each costs."""
-    bench.anew()
+    """Cost of changing the LoRA between two prompts of one picture each."""
+    bench.reset()
     for one in loras:
         bench.render(1, [one])
     stays = [bench.render(1, loras[-1:]) for _ in range(runs)]
     swapped = [bench.render(1, [loras[number % 2]]) for number in range(runs)]
-    load, kept = (statistics.median(run["loading"] for run in told) for told in (swapped, stays))
+    load, kept = (statistics.median(run["loading"] for run in group) for group in (swapped, stays))
     whole = statistics.median(sum(run.values()) for run in swapped)
     return (
         f"- swapping a LoRA between two prompts: {1000 * load:.0f} ms before the text is encoded, {1000 * kept:.0f} ms "
@@ -355,10 +355,10 @@ def measure_swap(bench: JobRunner, loras: Sequence[Lora], runs: int) -> str:
 
 
 def measure_preview(bench: JobRunner, images: int) -> str:
-    """What previews cost, as they are limited, and one in each step."""
+    """Cost of previews, with their time limit and with one in each step."""
     if not bench.defaults.preview:
         return f"- previews: {bench.name} has none."
-    bench.anew()
+    bench.reset()
     show = bench.clock.timed(Preview.show, "preview")
     with (
         mock.patch.object(renderer, "load_tiny_decoder", bench.tiny_decoder),
@@ -370,7 +370,7 @@ def measure_preview(bench: JobRunner, images: int) -> str:
     cost = always.of("preview") / bench.steps
     return (
         f"- previews ({bench.defaults.preview}, random weights): {1000 * cost:.1f} ms each, which is "
-        f"{100 * cost / (always.of('denoising') / bench.steps):.0f} % of a step; as they are limited, "
+        f"{100 * cost / (always.of('denoising') / bench.steps):.0f} % of a step; with their time limit, "
         f"{100 * limited.of('preview') / limited.seconds:.2f} % of the time (at most {100 * Preview.SHARE:g} %)."
     )
 
@@ -380,7 +380,7 @@ def measure(options: argparse.Namespace, device: torch.device, folder: Path) -> 
     bench = JobRunner(options, device, folder)
     images: int = options.images
     rows: list[str] = []
-    told: list[str] = []
+    notes: list[str] = []
 
     def add(row: str) -> None:
         rows.append(row)
@@ -391,30 +391,30 @@ def measure(options: argparse.Namespace, device: torch.device, folder: Path) -> 
         mock.patch.object(renderer, "load_tiny_decoder", lambda *_: None),
     ):
         loras = bench.make_loras(folder, 2)
-        bench.anew()
+        bench.reset()
         add(bench.figure(images).row("no LoRA"))
-        add(bench.figure(images, loras).row("two LoRAs beside the weights"))
-        add(bench.figure(images, loras[:1]).row("one LoRA beside the weights"))
+        add(bench.figure(images, loras).row("two unfused LoRAs"))
+        add(bench.figure(images, loras[:1]).row("one unfused LoRA"))
         assert bench.branch is not None, "it was rendered with just now"
         lora.merge(bench.branch.pipeline)
         add(bench.figure(images).row("the one LoRA fused"))
-        bench.anew()
+        bench.reset()
         for batch in options.batches:
             add(bench.figure(batch).row(f"batch {batch}"))
-        told.append(measure_swap(bench, loras, options.runs))
-        told.append(measure_preview(bench, images))
+        notes.append(measure_swap(bench, loras, options.runs))
+        notes.append(measure_preview(bench, images))
         peak = peak_gib(device)
         for word in options.compile:
             if word != "none":
-                row, said = measure_compiled(bench, word, images, loras)
+                row, note = measure_compiled(bench, word, images, loras)
                 add(row)
-                told.append(said)
-        bench.anew()
-    return summary(options, bench, device, peak, rows, told)
+                notes.append(note)
+        bench.reset()
+    return summary(options, bench, device, peak, rows, notes)
 
 
 def machine(device: torch.device) -> str:
-    """What it ran on, in words."""
+    """Description of the machine."""
     cores = f"{os.cpu_count()} cores"
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -430,9 +430,9 @@ def summary(
     device: torch.device,
     peak: float,
     rows: Sequence[str],
-    told: Sequence[str],
+    notes: Sequence[str],
 ) -> str:
-    """The Markdown."""
+    """The report as Markdown."""
     model = "the base of the package" if bench.name == "fast" else "full size" if options.random_weights else "tiny"
     side = options.size or f"{bench.defaults.w} x {bench.defaults.h}"
     versions = ", ".join(f"{one.__name__} {one.__version__}" for one in (torch, diffusers, transformers, peft))
@@ -443,14 +443,14 @@ def summary(
         f"`python -m benchmarks.render_speed --branch {bench.name}`, {datetime.now(UTC):%Y-%m-%d}. {machine(device)},",
         f"Python {platform.python_version()}, {versions}; {dtype}. {options.note}".rstrip(),
         "",
-        f"{side} px, {bench.steps} steps; medians of {options.runs} runs after one that is not counted. Memory before"
+        f"{side} px, {bench.steps} steps; medians of {options.runs} runs after one warm-up run. Memory before"
         f" anything was compiled: {peak:.2f} GiB at most.",
         "",
         "| | pictures | s | least s | s a picture | ms a step | loading, % | text, % | denoising, % | decoding, % |"
         " saving, % |",
         "|---|" + "---:|" * 10,
     ]
-    return "\n".join([*head, *rows, "", *told, ""])
+    return "\n".join([*head, *rows, "", *notes, ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -458,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--branch", choices=["fast", *FAMILIES], default="fast")
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--random-weights", action="store_true", help="the full-size model")
-    model.add_argument("--tiny", action="store_true", help="a thin model with the same blocks")
+    model.add_argument("--tiny", action="store_true", help="a model with the same blocks and few channels")
     parser.add_argument("--images", type=int, default=4, help="pictures of a prompt, 1 to 8")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--runs", type=int, default=5)
@@ -466,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, help="pixels of a side")
     choices = ["whole", "blocks", "lora", "none"]
     parser.add_argument("--compile", nargs="+", choices=choices, default=choices[:-1])
-    parser.add_argument("--device", help="cuda or cpu; by default the card, where there is one")
+    parser.add_argument("--device", help="cuda or cpu; by default the GPU, where there is one")
     parser.add_argument("--note", default="", help="a sentence on the machine")
     parser.add_argument("--out", type=Path, help="write the Markdown to this file")
     options = parser.parse_args(arguments)

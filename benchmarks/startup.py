@@ -1,6 +1,6 @@
-"""How soon the app answers: `/health` and the page after the process start, beside what `import gradio` takes.
+"""Startup time of the app: seconds to `/health` and to the page, compared with `import gradio`.
 
-In turns, in one run, because a machine's disk cache and its neighbours change. Minima over the rounds.
+Measured alternately in one run, because disk cache and other load change. Minima over the rounds.
 Run: `uv run python -m benchmarks.startup`
 """
 

@@ -1,14 +1,14 @@
-"""How long a training step takes, beside the time that its arithmetic alone would take.
+"""Time of a training step, compared with the time that its arithmetic alone would take.
 
-It times `loop.step_once` itself, with the family's own Branch, the adapters of `methods.lora` and the optimizer of
-`loop.train`, on random latents and text conditions of the real shapes. Models have random weights, made on the device:
+It measures `loop.step_once` itself, with the family's own Branch, the adapters of `methods.lora` and the optimizer of
+`loop.train`, on random latents and text conditions of the real shapes. Models have random weights on the device:
 
     --random-weights    the full-size model of the branch's CONFIG; VAE and text encoders are not needed for a step
-    --tiny              as many layers of the same kinds, but a few channels wide (the default where there is no card)
+    --tiny              the same layers with few channels (the default without a GPU)
 
-The text encoders are not trained. A step has as many operators in a tiny model as in the full-size one, on the same
-device. It needs what trains, and no more: torch, diffusers, transformers, peft, safetensors, numpy, pillow, pydantic,
-psutil, huggingface_hub; none of what serves the page.
+The text encoders are not trained. On the same device, a step has as many operators in a tiny model as in the full-size
+one. It needs only the libraries for training: torch, diffusers, transformers, peft, safetensors, numpy, pillow,
+pydantic, psutil, huggingface_hub; not those of the page.
 Run: `uv run python -m benchmarks.train_speed --branch flux1 --resolution 512 --batch 1 --random-weights`
 """
 
@@ -49,12 +49,12 @@ from trainer.training.views import Picture, Sample, View
 
 PRESETS = Path(__file__).parent.parent / "presets"
 CONFIGS = {"sd15": sd15.CONFIG, "sdxl1": sdxl1.CONFIG, "flux1": flux1.CONFIG}
-EPOCH = 4  # steps that see each picture once
+EPOCH = 4  # steps in an epoch
 CLIP_TOKENS = 77
-T5_TOKENS = 512  # of FluxPipeline.encode_prompt, unless it is told otherwise
+T5_TOKENS = 512  # default of FluxPipeline.encode_prompt
 
-# What a tiny model has in place of the widths of the real one. The numbers of layers and blocks stay, and so does which
-# blocks are as wide as the one before. Heads are multiples of 8 wide, as FlashAttention wants them.
+# Widths of a tiny model. The numbers of layers and blocks stay the same, and so do the blocks that are as wide as the
+# one before. Head sizes are multiples of 8, as FlashAttention requires.
 TINY: dict[str, dict[str, Any]] = {
     "sd15": {
         "block_out_channels": [16, 32, 64, 64],
@@ -82,18 +82,18 @@ TINY: dict[str, dict[str, Any]] = {
 # Part of the card's name -> TFLOP/s that dense bf16 matrix products reach, TB/s of its memory.
 CARDS = {
     "H200": (790.0, 4.3),
-    "H100 80GB HBM3": (790.0, 3.0),  # SXM; the one on PCIe is slower
+    "H100 80GB HBM3": (790.0, 3.0),  # SXM; the PCIe version is slower
     "RTX 4090": (165.0, 1.0),
     "A100": (280.0, 1.6),
 }
 
-# Operators that start nothing on the device, beside those that only look at memory in another way.
+# Operators that start no kernel, in addition to views.
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one sample's forward pass takes: FLOP of attention (QK and PV) and of everything else."""
+    """FLOP of one sample's forward pass: of attention (QK and PV) and of everything else."""
 
     attention: float
     rest: float
@@ -103,10 +103,10 @@ class Work:
         return self.attention + self.rest
 
     def step(self, checkpointing: bool) -> float:
-        """FLOP of forward and backward pass through frozen weights; the adapters themselves are left out.
+        """FLOP of forward and backward pass through frozen weights, without the adapters themselves.
 
-        Frozen weights need no gradient, so that the way back takes what the way forward took; that of attention takes
-        2.5 times as much, as it computes QK anew (FlashAttention-2, Dao 2023, arXiv 2307.08691).
+        Frozen weights need no gradient, so the backward pass costs as much as the forward pass; attention's costs 2.5
+        times as much, because it computes QK again (FlashAttention-2, Dao 2023, arXiv 2307.08691).
         """
         again = self.forward if checkpointing else 0.0
         return self.forward + self.rest + 2.5 * self.attention + again
@@ -114,14 +114,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Peak:
-    """What a device can do at best."""
+    """Peak performance of a device."""
 
     flops: float  # per second
     bandwidth: float  # bytes per second
 
 
 class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operators that reach the dispatcher, those of the backward pass among them."""
+    """Counts the operators that reach the dispatcher, also in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -137,20 +137,20 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def kernels(self) -> int:
-        """Without those that compute nothing: views and allocations."""
+        """Operators without views and allocations, which compute nothing."""
         return sum(count for operator, count in self.calls.items() if computes(operator))
 
 
 def computes(operator: Any) -> bool:
-    views = any(told.alias_info is not None and not told.alias_info.is_write for told in operator._schema.returns)
+    views = any(one.alias_info is not None and not one.alias_info.is_write for one in operator._schema.returns)
     space, _, name = operator._schema.name.partition("::")
     return not views and name not in ALLOCATIONS and space != "profiler"
 
 
 def make_branch(name: str, tiny: bool, place: torch.device, device: torch.device, dtype: torch.dtype) -> Branch:
-    """The family's own Branch, over a denoiser of random weights at `place`, and nothing where other parts would be.
+    """The family's own Branch with only a denoiser, which has random weights at `place`.
 
-    place is the device, or else `meta`: its tensors have shapes only.
+    place: the device, or `meta`, whose tensors have only shapes.
     """
     configs, kind = CONFIGS[name], "transformer" if name == "flux1" else "unet"
     settings = configs[f"{kind}/config.json"] | (TINY[name] if tiny else {})
@@ -181,7 +181,7 @@ def make_branch(name: str, tiny: bool, place: torch.device, device: torch.device
 
 
 def condition_shapes(name: str, denoiser: Any) -> dict[str, tuple[int, ...]]:
-    """What `encode_prompts` of the family returns for one caption."""
+    """Shapes of what the family's `encode_prompts` returns for one caption."""
     config = denoiser.config
     if name == "sd15":
         return {"encoder_hidden_states": (1, CLIP_TOKENS, config.cross_attention_dim)}
@@ -195,13 +195,13 @@ def condition_shapes(name: str, denoiser: Any) -> dict[str, tuple[int, ...]]:
 
 
 def random_data(name: str, branch: Branch, config: TrainConfig, place: torch.device) -> Dataset:
-    """A dataset of random latents at `place`, a caption for each picture, and the masks that are asked for."""
+    """A dataset of random latents at `place`, with a caption for each picture, and the configured masks."""
     side, denoiser = config.resolution[0], branch.denoiser
     if side % branch.size_multiple:
         raise InvalidRequest({"resolution": [f"{name} trains multiples of {branch.size_multiple} pixels, not {side}"]})
     height = side // branch.latent_scale
-    told: Any = denoiser.config
-    channels = told.in_channels // 4 if name == "flux1" else told.in_channels  # FLUX packs two by two latents
+    settings: Any = denoiser.config
+    channels = settings.in_channels // 4 if name == "flux1" else settings.in_channels  # FLUX packs two by two latents
     shape = (1, channels, height, height)
 
     def picture(number: int, kind: Any) -> Sample:
@@ -224,7 +224,7 @@ def random_data(name: str, branch: Branch, config: TrainConfig, place: torch.dev
 
 
 def count_work(name: str, resolution: int, tiny: bool = False) -> Work:
-    """The FLOP of one sample's forward pass, counted on shapes alone."""
+    """The FLOP of one sample's forward pass, counted from shapes."""
     meta, cpu = torch.device("meta"), torch.device("cpu")
     branch = make_branch(name, tiny, meta, cpu, torch.float32)
     config = configure(name, resolution, 1, None, "", cpu)
@@ -236,7 +236,7 @@ def count_work(name: str, resolution: int, tiny: bool = False) -> Work:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         branch.loss(view.mean, data.cond[0] | view.size, noise, times, config, None)
     flops = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
-    # Without a device of its own, attention is two batched products; no layer of these models is one.
+    # On meta, attention is two batched products; no layer of these models uses them.
     attention = sum(count for operator, count in flops.items() if "bmm" in operator or "attention" in operator)
     return Work(attention, sum(flops.values()) - attention)
 
@@ -244,7 +244,7 @@ def count_work(name: str, resolution: int, tiny: bool = False) -> Work:
 def configure(
     name: str, resolution: int, batch: int, preset: str | None, args: str, device: torch.device
 ) -> TrainConfig:
-    """What the product would train with on this device. Raises InvalidRequest."""
+    """The configuration that the app would use on this device. Raises InvalidRequest."""
     given = f"resolution={resolution} batch={batch} text_encoder_lr=0 {args}"
     config = resolve.resolve(
         PRESETS, branch=name, model_type="lora", preset=preset, name="person", photos=EPOCH * batch, steps=None,
@@ -255,7 +255,7 @@ def configure(
 
 
 def peak_of(device: torch.device, tflops: float | None, bandwidth: float | None) -> Peak:
-    """What was said; else the card's row of the table, or what a CPU reaches now. Raises InvalidRequest."""
+    """The given values; else the GPU's row in the table, or a measurement on the CPU. Raises InvalidRequest."""
     if tflops and bandwidth:
         return Peak(tflops * 1e12, bandwidth * 1e12)
     if device.type == "cuda":
@@ -274,7 +274,7 @@ def peak_of(device: torch.device, tflops: float | None, bandwidth: float | None)
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds, with all of what was started on the device."""
+    """Seconds until all started work on the device is done."""
     synchronize(device)
     began = time.perf_counter()
     run()
@@ -288,7 +288,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def host_sync(step: Callable[[], Any]) -> str | None:
-    """Where a step waits for the card, if it does."""
+    """The line where a step waits for the GPU; None: it does not."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -301,7 +301,7 @@ def host_sync(step: Callable[[], Any]) -> str | None:
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Everything that is written. Raises InvalidRequest."""
+    """All measurements. Raises InvalidRequest."""
     name, tiny = options.branch, not options.random_weights
     peak = peak_of(device, options.peak_tflops, options.bandwidth)
     config = configure(name, options.resolution, options.batch, options.preset, options.args, device)
@@ -312,7 +312,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     weights = sum(weight.nbytes for weight in branch.denoiser.parameters())
     torch.manual_seed(0)
     data = random_data(name, branch, config, device)
-    # As train.py and loop.train do it.
+    # As in train.py and loop.train.
     groups = lora.attach(branch, config)
     branch.denoiser.to(device)
     if config.gradient_checkpointing:
@@ -345,11 +345,11 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     on_card = device.type == "cuda"
     running = timed(run, device) / options.steps if on_card else None
     if done % EPOCH == 0:
-        step()  # the first of an epoch, which shuffles
+        step()  # the first step of an epoch shuffles
     with Operators() as operators:
         step()
     if not torch.isfinite(values := torch.stack(losses).cpu()).all():
-        raise ArithmeticError("a loss or a gradient was not a finite number: what was timed is no training")
+        raise ArithmeticError("a loss or a gradient was not a finite number: the measured steps are not valid training")
     waits = host_sync(step) if on_card else None
 
     samples = [len(one.latents) for one in data.batches(branch, 0)]
@@ -397,7 +397,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 
 def summary(facts: dict[str, Any]) -> str:
-    """What was measured, to be read by people."""
+    """A readable summary of the measurements."""
     seconds = {key: f"{1000 * value:.1f}" for key, value in facts["seconds"].items()}
     checkpointing = "with" if facts["gradient_checkpointing"] else "without"
     lines = [
@@ -407,7 +407,7 @@ def summary(facts: dict[str, Any]) -> str:
         f"step: median {seconds['median']} ms, min {seconds['min']}, max {seconds['max']}, of {facts['steps']} steps",
     ]
     if facts["seconds_unwatched"] is not None:
-        lines.append(f"step, where nobody waits in between: mean {1000 * facts['seconds_unwatched']:.1f} ms")
+        lines.append(f"step, without waiting in between: mean {1000 * facts['seconds_unwatched']:.1f} ms")
     lines += [
         f"floor: {1000 * facts['floor']:.3f} ms, of which the step takes {facts['times_floor']:.2f} times as much "
         f"({facts['step_tflop']:.3g} TFLOP at {facts['peak_tflops']:.3g} TFLOP/s, {facts['bandwidth_tb']:.3g} TB/s)",
@@ -426,13 +426,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, required=True)
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--random-weights", action="store_true", help="the full-size model")
-    model.add_argument("--tiny", action="store_true", help="a model as deep, but a few channels wide")
+    model.add_argument("--tiny", action="store_true", help="a model with the same depth and few channels")
     parser.add_argument("--preset")
     parser.add_argument("--args", default="", help="words of `args`: rank=16 targets=attention ...")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--warm-up", type=int, default=20)
-    parser.add_argument("--device", help="cuda or cpu; by default the card, where there is one")
-    parser.add_argument("--peak-tflops", type=float, help="that matrix products reach on the device")
+    parser.add_argument("--device", help="cuda or cpu; by default the GPU, where there is one")
+    parser.add_argument("--peak-tflops", type=float, help="TFLOP/s that matrix products reach on the device")
     parser.add_argument("--bandwidth", type=float, help="of the device's memory, TB/s")
     parser.add_argument("--json", type=Path, help="write everything to this file too")
     options = parser.parse_args(arguments)

@@ -75,7 +75,7 @@ BROAD_HANDLERS = {
     "trainer.clock.Loop._run": "one failure of what a looping thread does",
     "trainer.photos.subprocess_worker.SubprocessWorker._running": "the imports of a child process",
     "trainer.photos.decode.decode": "decoders of files from strangers, in the decoding child",
-    "trainer.photos.analysis.breaking": "what the looking child raised",
+    "trainer.photos.analysis.naming": "what the child process raised",
     "trainer.studio.webhooks.WebhookSender._post": "one callback, in a thread of its own",
     "trainer.web.guard.Guard._run_inner": "an app that cannot be loaded or begun, in threads: /health says so",
     "trainer.web.mcp.tool.called": "a tool that fails: its client is not told what is in the log",
@@ -168,7 +168,7 @@ def test_imports_go_down() -> None:
     assert up == []
 
 
-def test_web_knows_the_verbs_and_what_lies_below_them() -> None:
+def test_web_imports_the_services_and_what_is_below_them() -> None:
     known = {room(name) for module in TREES if room(module) == "web" for name in ours(module)}
     assert known <= {"web", "studio", "contract", "config", "ground"}
 
@@ -257,7 +257,7 @@ def test_packages_hold_no_logic() -> None:
 # Types and exceptions
 
 
-def test_types_are_told() -> None:
+def test_the_package_ships_its_types() -> None:
     named = [module for module, text in SOURCES.items() for _ in re.findall(r"\bAny\b", text)]
     assert 0 < len(named) < MOST_ANY, Counter(named).most_common(10)
 
@@ -316,7 +316,7 @@ def literals(text: str) -> list[str]:
     return [node.value for node in found if isinstance(node.value, str)]
 
 
-def test_families_and_model_types_are_named_at_home_only() -> None:
+def test_families_and_model_types_are_named_in_their_rooms_only() -> None:
     names = {*BRANCHES, *METHODS}
     found = {
         f"{module}: {name}"

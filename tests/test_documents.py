@@ -264,7 +264,7 @@ def test_the_small_models_are_those_of_the_code() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_old_words_are_gone(name: str) -> None:
+def test_old_words_are_not_used(name: str) -> None:
     text = prose(TEXTS[name])
     found = {
         match[0]: instead
@@ -296,7 +296,7 @@ def test_the_changelog_has_a_release() -> None:
     assert any(heading.startswith(f"{version} - ") for heading in headings)
 
 
-def test_each_change_tells_before_and_now() -> None:
+def test_each_change_names_before_and_now() -> None:
     text = TEXTS["CHANGELOG.md"]
     unreleased = text[text.index("## Unreleased") : text.index("\n## 0.")]
     changed = re.search(r"### Changed\n(.*?)(?=\n### |\Z)", unreleased, re.DOTALL)

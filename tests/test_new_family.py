@@ -174,7 +174,7 @@ def sampled() -> dict[str, Any]:
     }
 
 
-def test_the_loss_of_a_text_does_not_depend_on_the_texts_beside_it(tiny_zimage: Path, tmp_path: Path) -> None:
+def test_the_loss_of_a_text_does_not_depend_on_the_other_texts(tiny_zimage: Path, tmp_path: Path) -> None:
     branch = branch_of(tiny_zimage, tmp_path)
     latents, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     times, config = torch.tensor([0.2, 0.7]), config_of()

@@ -126,7 +126,6 @@ class Settings(BaseSettings):
         _write_secret(path, digest_of(key).hex())
         return digest_of(key), key
 
-
     def check_secrets(self) -> None:
         """Raises RuntimeError where the file of a secret is there and cannot be read."""
         for name in (".key", ".link-secret"):

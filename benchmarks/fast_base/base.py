@@ -21,9 +21,9 @@ from benchmarks.fast_base.fit import fit
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
-# Velocities (Salimans & Ho 2022) over the linear schedule (Ho et al. 2020). What a caption tells, the colour and place
-# of a thing of some 60 latents, is open only where the noise has over 60 times the variance of the signal: 36 % of this
-# schedule, and 8 % of the cosine one. It is made to end in pure noise, where sampling starts (Lin et al. 2023).
+# Velocities (Salimans & Ho 2022) over the linear schedule (Ho et al. 2020). Captions give the colour and place of
+# things of about 60 latents; these are open only where the noise has over 60 times the variance of the signal: 36 %
+# of this schedule, 8 % of the cosine one. It ends in pure noise, where sampling starts (Lin et al. 2023).
 SCHEDULE = {
     "beta_schedule": "linear",
     "beta_start": 0.0001,
@@ -31,12 +31,12 @@ SCHEDULE = {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
-    "steps_offset": 1,  # unused by this spacing, and asked for by the pipeline
+    "steps_offset": 1,  # unused with this spacing, but the pipeline needs it
     "clip_sample": False,
 }
 
 
-# What a caption may tell, and the values that each may have. A thing that is shown close has that for its size.
+# Facts in captions, with their possible values. The size of a thing that is shown close is "close".
 FACTS: dict[str, list[str]] = {
     "noun": list(scenes.NOUNS),
     "colour": list(scenes.COLOURS),
@@ -47,19 +47,19 @@ FACTS: dict[str, list[str]] = {
     "ground colour": ["", *scenes.COLOURS],
     "light": list(dict.fromkeys(scenes.LIGHTS)),
     "style": ["", *scenes.STYLES],
-    "role": ["thing", "other", "ground", "light"],  # what the token itself speaks of
+    "role": ["thing", "other", "ground", "light"],  # what the token describes
     "name": list(string.ascii_lowercase),  # letters of a made-up name
 }
 WEIGHTS = {"size": 0.5, "material": 0.5, "role": 0.5, "name": 0.15}  # of the facts' codes; else 1
 CODE_SCALE = 3.0
-COPIES = 4  # of the tokens that tell; the more there are, the more of the UNet's attention they have from the start
-RIDGE = 20.0  # keeps the reading apart of nearly as many codes as they have dimensions from amplifying what is amiss
-GRID = 4  # bumps along a side that tell a place
-BUMP = 0.2  # their width, as a share of the side
+COPIES = 4  # of the tokens with facts; more copies get more of the UNet's attention from the start
+RIDGE = 20.0  # for decoding: there are nearly as many codes as dimensions, and errors would be amplified
+GRID = 4  # bumps along a side that encode a place
+BUMP = 0.2  # width of a bump, as a share of the side
 
 
 def make_tokenizer(captions: Sequence[str], length: int, folder: Path) -> CLIPTokenizer:
-    """A byte-pair tokenizer in CLIP's files: each word of the captions is one token, any other is spelled."""
+    """A byte-pair tokenizer in CLIP's format: each word of the captions is one token, others are spelled."""
     alphabet = [*string.ascii_lowercase, *string.digits, *string.punctuation]
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -107,8 +107,8 @@ def make_modules(text: dict[str, Any], unet: dict[str, Any], words: int, side: i
         encoder_hid_dim=text["width"],  # a linear layer, trained with the text encoder
         encoder_hid_dim_type="text_proj",
         resnet_time_scale_shift="scale_shift",
-        # The caption as a whole is added to the time embedding as well: colours and grounds are learned from there
-        # long before cross-attention finds its words.
+        # The pooled caption is also added to the time embedding: it teaches colours and grounds long before
+        # cross-attention does.
         addition_embed_type="text",
         addition_embed_type_num_heads=text["heads"],
     )
@@ -124,7 +124,7 @@ def embed(tokenizer: CLIPTokenizer, encoder: Any, captions: Sequence[str], devic
 
 
 def make_codes(width: int) -> dict[str, Tensor]:
-    """A vector for each value of each fact, (values, width): random ones, but near for places that are near."""
+    """Fact -> a vector for each value, (values, width): random, but similar for places that are near."""
     generator = torch.Generator().manual_seed(0)
     codes = {fact: torch.randn(len(values), width, generator=generator) for fact, values in FACTS.items()}
     middles = torch.tensor([scenes.PLACES[place] for place in FACTS["place"]])
@@ -137,7 +137,7 @@ def make_codes(width: int) -> dict[str, Tensor]:
 
 
 def facts_of(scene: scenes.Scene, name: str = "") -> list[dict[str, str]]:
-    """What each of the last tokens tells: of the main thing, of the other, of the ground, of the light."""
+    """Facts of each of the last tokens: of the main thing, the other thing, the ground, the light."""
     size = "close" if scene.close else scene.size
     thing = {"noun": scene.noun, "colour": scene.colour, "place": scene.place, "size": size}
     other = dict(zip(("noun", "colour", "place"), scene.other, strict=True)) if scene.other else {}
@@ -149,10 +149,10 @@ def facts_of(scene: scenes.Scene, name: str = "") -> list[dict[str, str]]:
     ]
 
 
-def encode_facts(codes: dict[str, Tensor], told: list[dict[str, str]]) -> Tensor:
-    """The sum of the codes of what each token tells, (tokens, width). Of a name, each letter counts."""
-    tokens = torch.zeros(len(told), codes["role"].shape[1])
-    for token, facts in zip(tokens, told, strict=True):
+def encode_facts(codes: dict[str, Tensor], token_facts: list[dict[str, str]]) -> Tensor:
+    """The sum of the codes of each token's facts, (tokens, width). A name has a code for each letter."""
+    tokens = torch.zeros(len(token_facts), codes["role"].shape[1])
+    for token, facts in zip(tokens, token_facts, strict=True):
         for fact, value in facts.items():
             for one in value if fact == "name" else [value]:
                 token += codes[fact][FACTS[fact].index(one)]
@@ -169,11 +169,11 @@ def train_words(
     folder: Path,
     device: torch.device,
 ) -> None:
-    """Teach the text encoder, and the layer of the UNet that takes its words, to tell what captions say.
+    """Train the text encoder, and the layer of the UNet that takes its output, to encode the facts of captions.
 
-    The last tokens, which have seen all others and are padding but in the longest captions, become the sums of the
-    codes of what is told: all of a thing is in one token, so the UNet finds its colour where it finds its place. All
-    other tokens become zero. The error of the UNet would take hours to teach that.
+    The last tokens see all others, and are padding except in the longest captions. They become the sums of the codes of
+    facts: one token has all facts of a thing, so the UNet finds its colour and place together. All other tokens become
+    zero. Training this with the UNet's error would take hours.
     """
     codes = make_codes(projection.out_features)
     targets = torch.stack([encode_facts(codes, facts_of(scene)) for scene in shown])
@@ -181,7 +181,7 @@ def train_words(
     silent = torch.zeros(recipe["batch"], tokenizer.model_max_length - COPIES * slots, targets.shape[2])
     letters = codes["name"]
 
-    def told(captions: Sequence[str]) -> Tensor:
+    def project(captions: Sequence[str]) -> Tensor:
         hidden: Tensor = projection(embed(tokenizer, encoder, captions, device))
         return hidden
 
@@ -199,18 +199,18 @@ def train_words(
             captions.append(scenes.caption(words, shown[index], name=name))
             target[row, 0] += sum((letters[FACTS["name"].index(letter)] for letter in name), torch.zeros(()))
         wanted = torch.cat([silent, target.repeat(1, COPIES, 1)], dim=1).to(device)
-        return (told(captions) - wanted).square().mean() / CODE_SCALE**2
+        return (project(captions) - wanted).square().mean() / CODE_SCALE**2
 
     def judge() -> dict[str, float]:
-        """Share of unseen scenes whose facts are read back from the tokens, by ridge regression on the codes."""
+        """Share of unseen scenes whose facts are decoded from the tokens (ridge regression on the codes)."""
         rng = np.random.default_rng(seed)
         unseen = [scenes.decide(rng, for_measure=True) for _ in range(recipe["judged"])]
         captions = [scenes.caption(rng, scene, everything=True) for scene in unseen]
-        tokens = told(captions)[:, -slots:].cpu()
+        tokens = project(captions)[:, -slots:].cpu()
         right = {}
         for slot, facts in enumerate(zip(*[facts_of(scene) for scene in unseen], strict=True)):
             names = [fact for fact in facts[0] if fact != "name"]
-            if all(facts):  # not every scene has another thing
+            if all(facts):  # not every scene has a second thing
                 table = torch.cat([codes[fact] for fact in names])
                 shares = tokens[:, slot] @ table.T @ torch.linalg.inv(table @ table.T + RIDGE * torch.eye(len(table)))
                 parts = shares.split([len(codes[fact]) for fact in names], dim=1)
@@ -227,7 +227,7 @@ def word_generator(generator: torch.Generator) -> np.random.Generator:
 
 
 def near(place: str, side: int, weight: float) -> Tensor:
-    """(1, H, W): `weight` in the disc of a quarter of the side around a place, 1 elsewhere; brought to mean 1."""
+    """(1, H, W): `weight` in the disc of a quarter of the side around a place, 1 elsewhere; scaled to mean 1."""
     x, y = scenes.PLACES[place]
     across = (torch.arange(side) + 0.5) / side
     there = torch.hypot(across[None, :] - x, across[:, None] - y) < 0.25
@@ -245,7 +245,7 @@ def train_base(
     device: torch.device,
     judge: Callable[[StableDiffusionPipeline], dict[str, float]],
 ) -> StableDiffusionPipeline:
-    """Train on latents (N, 4, H, W) of scenes, and return the pipeline; `judge` measures one while it is trained."""
+    """Train on latents (N, 4, H, W) of scenes, and return the pipeline; `judge` measures it during training."""
     rng = np.random.default_rng(seed)
     captions = [scenes.caption(rng, scene) for scene in shown]
     tokenizer = make_tokenizer(captions, settings["text_encoder"]["length"], folder / "tokenizer")
@@ -271,11 +271,11 @@ def train_base(
     places = {place: near(place, latents.shape[-1], settings["base"]["thing_weight"]) for place in scenes.PLACES}
 
     def loss(recipe: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """Squared error of the velocity, which counts more around the main thing; a caption is told in new words each
-        time, and sometimes not at all."""
+        """Squared error of the velocity, with more weight around the main thing. Captions are worded differently each
+        time, and sometimes dropped."""
         picked = torch.randint(len(latents), (recipe["batch"],), generator=generator)
         words = word_generator(generator)
-        told = [
+        captions = [
             ""
             if words.random() < recipe["caption_dropout"]
             else scenes.caption(words, shown[index], name=scenes.made_up(words, recipe["names"]))
@@ -286,7 +286,7 @@ def train_base(
         late = torch.rand(len(clean), generator=generator) ** recipe["early"]
         times = (len(schedule.alphas_cumprod) * late).long().to(device)
         noisy, target = schedule.add_noise(clean, noise, times), schedule.get_velocity(clean, noise, times)
-        predicted = unet(noisy, times, embed(tokenizer, encoder, told, device), return_dict=False)[0]
+        predicted = unet(noisy, times, embed(tokenizer, encoder, captions, device), return_dict=False)[0]
         weight = torch.stack([places[shown[index].place] for index in picked.tolist()]).to(device)
         return ((predicted - target).square() * weight).mean()
 

@@ -1,4 +1,4 @@
-"""One optimizer loop for both stages: seeded by the step, so it goes on after a break as if there had been none."""
+"""One optimizer loop for both stages: seeded by the step, so a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def fit(
 ) -> None:
     """Train `modules` and leave the moving average of their weights in them.
 
-    settings: `lr` is that of all modules but those that have their own, NAME_lr. loss(generator) draws a batch and
-    returns its loss; judge() measures the averaged weights at every save. State and log go to `folder`, and a state
-    that lies there is gone on from.
+    settings: `lr` is for all modules without their own, NAME_lr. loss(generator) draws a batch and returns its loss;
+    judge() measures the averaged weights at every save. State and log are in `folder`; training resumes from a state
+    there.
     """
     weights = dict(modules.named_parameters())
     groups = [
@@ -57,7 +57,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         done += 1
         losses.append(value.detach())
-        with torch.no_grad():  # the average forgets the beginning quickly, and the end slowly
+        with torch.no_grad():  # a short average at the beginning, a long one later
             keep = min(settings["ema"], (1 + done) / (10 + done))
             torch._foreach_lerp_(list(average.values()), list(weights.values()), 1 - keep)
         if done % settings["save_every"] == 0 or done == settings["steps"]:
@@ -95,7 +95,7 @@ def rate(step: int, warmup: int, steps: int) -> float:
 
 
 def note(folder: Path, stage: str, step: int, seconds: float, facts: dict[str, float]) -> None:
-    """Append a line to the log, and show it."""
+    """Append a line to the log, and print it."""
     rounded = {key: round(value, 4) for key, value in facts.items()}
     line = json.dumps({"stage": stage, "step": step, "seconds": round(seconds, 1), **rounded})
     print(line, flush=True)

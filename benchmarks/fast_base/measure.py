@@ -1,9 +1,9 @@
-"""What the base can do, judged from pixels alone: the colour and place of the main thing, and the VAE's PSNR on photos.
+"""Quality of the base, measured from pixels: colour and place of the main thing, and the VAE's PSNR on photos.
 
     uv run python -m benchmarks.fast_base.measure              # the base in the repository
     uv run python -m benchmarks.fast_base.measure FOLDER
 
-The measure's own ceiling, its score on drawn pictures of the same captions, is printed beside it.
+The score on drawn pictures of the same captions is printed too: it is the upper limit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BASE = Path(__file__).parents[2] / "trainer/branches/fast_base"
 SEED = 2026
 STEPS = 20
 GUIDANCE = 3.0
-DISC = 0.2  # radius of the disc in which the thing is looked for, as a share of the side
+DISC = 0.2  # radius of the disc where the thing is expected, as a share of the side
 BRIGHTNESS = (0.55, 0.7, 0.85, 1.0, 1.15)  # shades of a named colour
 LAB_WEIGHTS = np.array([0.4, 1.0, 1.0])  # light and shade change lightness more than hue
 
@@ -49,7 +49,7 @@ NAME_OF_SHADE = np.array([NAMES.index(name) for name, _ in SHADES])
 
 
 def name_colours(picture: Pixels) -> NDArray[np.int64]:
-    """Index in COLOURS of the colour of each pixel, (H, W): that of the nearest shade."""
+    """Index in COLOURS of each pixel, (H, W), by the nearest shade."""
     lab = to_lab(picture.astype(np.float32) / 255) * LAB_WEIGHTS
     return NAME_OF_SHADE[((lab[:, :, None] - SHADES_LAB) ** 2).sum(axis=-1).argmin(axis=-1)]
 
@@ -61,28 +61,28 @@ def disc(place: str, side: int) -> NDArray[np.bool_]:
 
 
 def colour_right(picture: Pixels, scene: Scene) -> bool:
-    """Whether, of all colours, the told one is most peculiar to the told place: share there minus share elsewhere."""
+    """Whether the caption's colour has the largest excess at the caption's place: share there minus share elsewhere."""
     named, there = name_colours(picture), disc(scene.place, len(picture))
     excess = [np.mean(named[there] == index) - np.mean(named[~there] == index) for index in range(len(NAMES))]
     return NAMES[int(np.argmax(excess))] == scene.colour
 
 
 def place_right(picture: Pixels, scene: Scene) -> bool:
-    """Whether, of all places, the told one has most of the told colour, and some at all."""
+    """Whether the caption's place has the largest share of the caption's colour, and more than 0.1."""
     found = name_colours(picture) == NAMES.index(scene.colour)
     shares = {place: float(found[disc(place, len(picture))].mean()) for place in PLACES}
     return max(shares, key=lambda place: shares[place]) == scene.place and shares[scene.place] > 0.1
 
 
 def score(pictures: Sequence[Pixels], shown: Sequence[Scene]) -> dict[str, float]:
-    """Shares of pictures whose colour, whose place, and whose both are right."""
+    """Shares of pictures with the right colour, the right place, and both."""
     marks = [(colour_right(p, scene), place_right(p, scene)) for p, scene in zip(pictures, shown, strict=True)]
     colour, place = np.mean(marks, axis=0)
     return {"colour": float(colour), "place": float(place), "both": float(np.mean([a and b for a, b in marks]))}
 
 
 def held_back(count: int, seed: int = SEED) -> list[tuple[str, Scene]]:
-    """Captions, and their scenes, of combinations of thing, colour and place that training has never seen."""
+    """Captions and scenes with combinations of thing, colour and place that are not in the training data."""
     rng = np.random.default_rng(seed)
     chosen = [scenes.decide(rng, for_measure=True) for _ in range(count)]
     return [(scenes.caption(rng, scene, everything=True), scene) for scene in chosen]
@@ -110,12 +110,12 @@ def main() -> None:
     options = parser.parse_args()
     pipeline = StableDiffusionPipeline.from_pretrained(options.base, dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    told = held_back(options.captions)
-    shown = [scene for _, scene in told]
+    unseen = held_back(options.captions)
+    shown = [scene for _, scene in unseen]
 
     textures = Textures(SEED)
     drawn = [scenes.render(np.random.default_rng(SEED + i), scene, textures, 64) for i, scene in enumerate(shown)]
-    rendered = render(pipeline, [caption for caption, _ in told], options.steps, options.guidance)
+    rendered = render(pipeline, [caption for caption, _ in unseen], options.steps, options.guidance)
     print(f"{'':28} colour  place  both")
     for name, pictures in (("drawn (the ceiling)", drawn), ("rendered", rendered)):
         print(f"{name:28}" + "".join(f"{value:7.1%}" for value in score(pictures, shown).values()))

@@ -1,6 +1,6 @@
-"""Captioned scenes: what is drawn, in which colour and material, where, on what, in which light and style.
+"""Captioned scenes: thing, colour, material, place, ground, light and style.
 
-A scene is first decided (`decide`), then told (`tell`) and drawn (`render`), so that the words are true of the picture.
+A scene is first decided (`decide`), then described (`caption`) and drawn (`render`), so captions match pictures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from benchmarks.fast_base.textures import SUPERSAMPLING, Floats, Pixels, Textures, dead_leaves, pattern
 
-# Names that people use, and their colours: red, green, blue in [0, 1].
+# Common names of colours -> red, green, blue in [0, 1].
 COLOURS = {
     "red": (0.80, 0.10, 0.10),
     "orange": (0.95, 0.50, 0.08),
@@ -31,7 +31,7 @@ COLOURS = {
     "white": (0.94, 0.94, 0.93),
 }
 
-# Middle of the main object, as shares of width and height.
+# Centre of the main thing, as shares of width and height.
 PLACES = {
     "on the left": (0.25, 0.52),
     "on the right": (0.75, 0.52),
@@ -64,7 +64,7 @@ LIGHTS = ("", "", "", "in bright sunlight", "in warm light", "in cold light", "i
 FRAMES = ("", "", "a photo of", "a photo of", "a picture of", "a snapshot of")
 STYLES = ("a pencil sketch of", "a watercolour of", "pixel art of", "a blurred photo of", "a black and white photo of")
 
-# Grounds, as they are told, and the colours that the main thing must not have there.
+# Grounds, as in captions -> colours that the main thing must not have there.
 GROUNDS: dict[str, tuple[str, ...]] = {
     "in front of a {} wall": (),
     "on a {} background": (),
@@ -89,7 +89,7 @@ GROUNDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. Empty words: nothing is said, and chance decides."""
+    """The content of a picture. An empty text is not in captions, and is drawn at random."""
 
     noun: str  # a key of NOUNS
     colour: str
@@ -105,12 +105,12 @@ class Scene:
 
 
 def held_back(noun: str, colour: str, place: str) -> bool:
-    """Whether a combination is kept out of training, to measure by: one in twenty."""
+    """Whether a combination is kept out of training, for measuring: one in twenty."""
     return zlib.crc32(f"{noun}/{colour}/{place}".encode()) % 20 == 0
 
 
 def decide(rng: np.random.Generator, for_measure: bool = False) -> Scene:
-    """A scene: of a combination that is held back for measuring, or of one that is not."""
+    """A scene with a combination for measuring, or for training."""
     while True:
         ground = choose(rng, tuple(GROUNDS))
         ground_colour = choose(rng, tuple(COLOURS)) if "{}" in ground else ""
@@ -146,39 +146,39 @@ def choose(rng: np.random.Generator, words: tuple[str, ...]) -> str:
 
 
 def made_up(rng: np.random.Generator, chance: float) -> str:
-    """A made-up name such as the token of a tune, or, mostly, none."""
+    """A made-up name such as the token of a tune, or usually none."""
     if rng.random() >= chance:
         return ""
     return "".join(rng.choice(list(string.ascii_lowercase), size=rng.integers(3, 6)))
 
 
 def caption(rng: np.random.Generator, scene: Scene, everything: bool = False, name: str = "") -> str:
-    """A caption of the scene: all of it, or, one time in three, with things left out, as people do.
+    """A caption of the scene: complete, or, one time in three, with parts left out, as people do.
 
-    everything: leave nothing out. name: of the main thing; it stands before the noun.
+    everything: leave nothing out. name: of the main thing; it is before the noun.
     """
     full = rng.random() < 2 / 3
 
-    def said(chance: float) -> bool:
+    def include(chance: float) -> bool:
         return everything or full or rng.random() < chance
 
     noun = scene.noun if everything else choose(rng, NOUNS[scene.noun])
     noun = f"{name} {noun}".strip()
-    colour = scene.colour if said(0.85) else ""
+    colour = scene.colour if include(0.85) else ""
     if scene.noun in PEOPLE:
         worn = choose(rng, ("in {}", "in a {} shirt", "wearing {}")).format(colour) if colour else ""
-        thing = f"{scene.size if said(0.5) else ''} {noun} {worn}"
+        thing = f"{scene.size if include(0.5) else ''} {noun} {worn}"
     else:
-        thing = f"{scene.size if said(0.7) else ''} {colour} {scene.material if said(0.8) else ''} {noun}"
-    frame = "a close-up of" if scene.close and said(0.7) else scene.style or choose(rng, FRAMES)
-    where = scene.place if said(0.1 if scene.close else 0.75) else ""
-    ground = scene.ground.format(scene.ground_colour) if said(0.7) else ""
+        thing = f"{scene.size if include(0.7) else ''} {colour} {scene.material if include(0.8) else ''} {noun}"
+    frame = "a close-up of" if scene.close and include(0.7) else scene.style or choose(rng, FRAMES)
+    where = scene.place if include(0.1 if scene.close else 0.75) else ""
+    ground = scene.ground.format(scene.ground_colour) if include(0.7) else ""
     other = ""
-    if scene.other and said(0.6):
+    if scene.other and include(0.6):
         other_noun, other_colour, other_place = scene.other
         other = f"and {article(f'{other_colour} {other_noun}')} {other_place}"
-    light = scene.light if said(0.6) else ""
-    middle = article(thing) if said(0.8) else thing
+    light = scene.light if include(0.6) else ""
+    middle = article(thing) if include(0.8) else thing
     parts = [where, ground] if rng.random() < 0.6 else [ground, where]
     joint = ", " if rng.random() < 0.3 else " "
     return " ".join(f"{frame} {joint.join([f'{middle}', *(part for part in parts if part)])} {other} {light}".split())
@@ -210,7 +210,7 @@ def render(rng: np.random.Generator, scene: Scene, textures: Textures, side: int
 
 
 def paint(rng: np.random.Generator, name: str) -> Floats:
-    """A shade of a colour that still has its name."""
+    """A random shade of a named colour."""
     colour = np.array(COLOURS[name]) * rng.uniform(0.88, 1.1) + rng.normal(scale=0.025, size=3)
     return np.clip(colour, 0.02, 0.98).astype(np.float32)
 
@@ -227,10 +227,10 @@ def draw_thing(
     material: str,
     box: tuple[float, float, float],
 ) -> None:
-    """Draw a thing over `picture` (H, W, 3), in place. box: middle x, y and half of its longer side, in pixels."""
+    """Draw a thing over `picture` (H, W, 3), in place. box: centre x, y and half of its longer side, in pixels."""
     big = len(picture)
     x, y, half = box
-    # Nearly upright, nearly in proportion, either way round.
+    # Nearly upright, nearly in proportion, possibly mirrored.
     angle, mirror, stretch = rng.normal(scale=0.12), rng.choice([-1, 1]), rng.uniform(0.88, 1.12, size=2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.diag(
         [mirror * stretch[0], stretch[1]]
@@ -280,7 +280,7 @@ def draw_thing(
 def draw_part(
     draw: ImageDraw.ImageDraw, kind: str, n: list[float], role: int, turn: Floats, x: float, y: float, half: float
 ) -> None:
-    """One part of a thing into the map of paints. See things.toml."""
+    """Draw one part of a thing into the map of paints. See things.toml."""
 
     def placed(points: Floats) -> list[tuple[float, float]]:
         return [(x + px, y + py) for px, py in (points @ turn.T) * half]
@@ -321,8 +321,8 @@ def grain(rng: np.random.Generator, textures: Textures, material: str, big: int)
 
 
 def draw_ground(rng: np.random.Generator, scene: Scene, textures: Textures, big: int) -> Floats:
-    """What lies behind the things, (big, big, 3)."""
-    told, horizon = scene.ground, int(big * rng.uniform(0.3, 0.7))
+    """The background, (big, big, 3)."""
+    ground, horizon = scene.ground, int(big * rng.uniform(0.3, 0.7))
 
     def area(colour: tuple[float, float, float] | Floats, roughness: float) -> Floats:
         return textures.surface(rng, big, big, np.asarray(colour, np.float32), roughness)
@@ -333,56 +333,56 @@ def draw_ground(rng: np.random.Generator, scene: Scene, textures: Textures, big:
 
     if scene.ground_colour:
         base = paint(rng, scene.ground_colour)
-        if "carpet" in told:
+        if "carpet" in ground:
             return area(base, 0.12) * (1 + 0.15 * pattern(rng, big, big))[..., None]
         return area(base, rng.uniform(0, 0.08))
     wood = textures.surface(rng, big, big, np.array((0.60, 0.40, 0.23), np.float32) * rng.uniform(0.6, 1.2), 0.08)
     sky = area((0.55, 0.74, 0.95), 0.02) + 0.08 * textures.cut(rng, big, big)[..., None].clip(0)
     grass = area(np.array((0.26, 0.46, 0.16)) * rng.uniform(0.7, 1.3), 0.22)
     wall = area(np.array((0.82, 0.80, 0.76)) * rng.uniform(0.6, 1.15), 0.03)
-    if "wooden" in told:
+    if "wooden" in ground:
         planks = 1 + 0.08 * np.sign(np.sin(np.mgrid[0:big, 0:big][int(rng.integers(2))] / rng.uniform(3, 9)))
         wood *= planks.astype(np.float32)[..., None]
-        return wood if "floor" in told or rng.random() < 0.4 else above(wall, wood)
-    if told == "on grass":
+        return wood if "floor" in ground or rng.random() < 0.4 else above(wall, wood)
+    if ground == "on grass":
         return grass
-    if "meadow" in told:
+    if "meadow" in ground:
         return above(sky, grass)
-    if "beach" in told:
+    if "beach" in ground:
         sea = area((0.20, 0.48, 0.66), 0.06)
         sea[: horizon // 2] = sky[: horizon // 2]
         return above(sea, area((0.86, 0.76, 0.56), 0.05))
-    if "snow" in told:
+    if "snow" in ground:
         return above(area((0.72, 0.80, 0.88), 0.02), area((0.93, 0.94, 0.97), 0.03))
-    if "street" in told:
+    if "street" in ground:
         return above(
             area((0.62, 0.60, 0.58), 0.1) * (1 + 0.3 * pattern(rng, big, big))[..., None], area((0.36,) * 3, 0.06)
         )
-    if "forest" in told:
+    if "forest" in ground:
         trunks = 1 - 0.5 * (np.sin(np.mgrid[0:big, 0:big][1] / rng.uniform(3, 9) + textures.cut(rng, big, big)) > 0.6)
         return above(
             area((0.22, 0.36, 0.16), 0.3) * trunks.astype(np.float32)[..., None], area((0.27, 0.25, 0.13), 0.2)
         )
-    if "brick" in told:
+    if "brick" in ground:
         yy, xx = np.mgrid[0:big, 0:big]
         h = int(rng.uniform(8, 14))
         joints = (yy % h < 1.5) | ((xx + (yy // h % 2) * h) % (2 * h) < 1.5)
         bricks = area((0.60, 0.26, 0.18), 0.12)
         bricks[joints] = (0.75, 0.72, 0.68)
         return bricks
-    if "tiled" in told:
+    if "tiled" in ground:
         return area((0.72, 0.73, 0.74), 0.03) * (1 + 0.22 * checks(rng, big))[..., None]
-    if "room" in told:
+    if "room" in ground:
         room = above(wall, wood)
         left = int(rng.uniform(0, 0.7) * big)
         room[: horizon // 2, left : left + big // 4] = (0.75, 0.86, 0.95)  # a window
         return room
-    if told == "at night":
+    if ground == "at night":
         lights = (textures.cut(rng, big, big) > 2.4)[..., None] * np.array((0.9, 0.8, 0.4), np.float32)
         return area((0.05, 0.06, 0.13), 0.2) + lights
-    if "water" in told:
+    if "water" in ground:
         return area((0.16, 0.36, 0.46), 0.14)
-    if "leaves" in told:
+    if "leaves" in ground:
         leaves = dead_leaves(rng, textures, big // SUPERSAMPLING)
         colours = np.array((0.45, 0.50, 0.20)) * rng.uniform(0.6, 1.4, size=3)
         big_leaves = np.asarray(Image.fromarray(leaves).convert("L").resize((big, big)), np.float32) / 255
@@ -398,20 +398,20 @@ def checks(rng: np.random.Generator, big: int) -> Floats:
     return np.where((yy // tile + xx // tile) % 2, 1, -1).astype(np.float32)
 
 
-def lit(rng: np.random.Generator, told: str, big: int) -> Floats:
+def lit(rng: np.random.Generator, phrase: str, big: int) -> Floats:
     """Brightness and tint of the light, (big, big, 3) around 1."""
     ramp = np.linspace(-1, 1, big, dtype=np.float32)
     light = np.ones((big, big, 3), np.float32) * rng.uniform(0.88, 1.08)
-    if told == "in the dark":
+    if phrase == "in the dark":
         return light * 0.7
-    if told == "in warm light":
+    if phrase == "in warm light":
         return light * np.array((1.06, 0.97, 0.82), np.float32)
-    if told == "in cold light":
+    if phrase == "in cold light":
         return light * np.array((0.86, 0.96, 1.06), np.float32)
-    if told == "in bright sunlight":
+    if phrase == "in bright sunlight":
         return light * 1.15
-    if "from the" in told:
-        return light * (1 + (-0.35 if "left" in told else 0.35) * ramp)[None, :, None]
+    if "from the" in phrase:
+        return light * (1 + (-0.35 if "left" in phrase else 0.35) * ramp)[None, :, None]
     return light * (1 + rng.normal(scale=0.08) * ramp)[:, None, None]
 
 

@@ -1,4 +1,4 @@
-"""Surfaces and dead leaves: what photos are like before anything in them has a name.
+"""Surfaces and dead leaves: pictures with the statistics of photos, but without objects.
 
 Natural pictures have spectra near 1/f and occluding parts of every size; the dead leaves model has both (Lee, Mumford &
 Huang 2001, "Occlusion models for natural images"). The VAE is trained on these pictures alone.
@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-Floats = NDArray[Any]  # float32, or float64 for a moment
+Floats = NDArray[Any]  # float32, or float64 in between
 Pixels = NDArray[np.uint8]
 
 BANK_SIDE = 256
-SUPERSAMPLING = 2  # drawn this much larger and shrunk, as a lens and a sensor would
+SUPERSAMPLING = 2  # drawn larger by this factor and shrunk, like a lens and a sensor
 
 
 class Textures:
-    """A bank of noise fields, from which surfaces are cut. Fields are (256, 256), mean 0, deviation 1, and wrap."""
+    """A bank of noise fields, from which surfaces are cut. Fields are (256, 256), mean 0, deviation 1, periodic."""
 
     def __init__(self, seed: int, count: int = 96) -> None:
         rng = np.random.default_rng(seed)
@@ -28,7 +28,7 @@ class Textures:
 
     @staticmethod
     def _field(rng: np.random.Generator) -> Floats:
-        """Noise of spectrum 1/f^a, stretched along some direction: a from 0.4 (grain, gravel) to 2.2 (cloud)."""
+        """Noise of spectrum 1/f^a, stretched in a random direction: a from 0.4 (grain, gravel) to 2.2 (cloud)."""
         fy, fx = np.meshgrid(np.fft.fftfreq(BANK_SIDE), np.fft.fftfreq(BANK_SIDE), indexing="ij")
         angle, stretch = rng.uniform(0, np.pi), 2 ** rng.choice([0, 0, 0, 1, 2, 3]) * 1.0
         along = (fx * np.cos(angle) + fy * np.sin(angle)) * np.sqrt(stretch)
@@ -39,7 +39,7 @@ class Textures:
         return ((field - field.mean()) / field.std()).astype(np.float32)
 
     def cut(self, rng: np.random.Generator, height: int, width: int) -> Floats:
-        """A piece of some field, (height, width)."""
+        """A piece of a random field, (height, width)."""
         field = self._fields[rng.integers(len(self._fields))]
         top, left = rng.integers(BANK_SIDE, size=2)
         rows, columns = (top + np.arange(height)) % BANK_SIDE, (left + np.arange(width)) % BANK_SIDE
@@ -47,12 +47,12 @@ class Textures:
         return piece if rng.random() < 0.5 else piece[:, ::-1]
 
     def surface(self, rng: np.random.Generator, height: int, width: int, colour: Floats, roughness: float) -> Floats:
-        """A piece of some material, (height, width, 3) in [0, 1]: `colour` lit unevenly, `roughness` deviation."""
+        """A piece of a material, (height, width, 3) in [0, 1]: `colour` with uneven light; roughness: its deviation."""
         shade = roughness * self.cut(rng, height, width)
         if rng.random() < 0.15:
             shade = shade + roughness * pattern(rng, height, width)
         picture = colour * (1.0 + shade)[..., None]
-        if rng.random() < 0.3:  # rust, stains, petals: the hue changes as well
+        if rng.random() < 0.3:  # rust, stains, petals: the hue changes too
             picture += 0.3 * roughness * self.cut(rng, height, width)[..., None] * rng.normal(size=3)
         return picture.astype(np.float32)
 
@@ -76,7 +76,7 @@ def pattern(rng: np.random.Generator, height: int, width: int) -> Floats:
 
 
 def natural_colours(rng: np.random.Generator, count: int) -> Floats:
-    """Colours that go together, (count, 3) in [0, 1]: photos have little chroma, and few hues at a time."""
+    """Colours that match, (count, 3) in [0, 1]: photos have little chroma and few hues."""
     light = rng.beta(1.1, 1.1, size=(count, 1))
     hues = rng.normal(size=(rng.integers(1, 4), 3))
     hues -= hues.mean(axis=1, keepdims=True)
@@ -92,7 +92,7 @@ def dead_leaves(rng: np.random.Generator, textures: Textures, side: int) -> Pixe
     colours = natural_colours(rng, most + 1)
     roughness = 0.25 * rng.beta(1, 2)
     picture = textures.surface(rng, big, big, colours[-1], roughness)
-    # Density of radii r^-3 between the smallest and the whole side; large ones first, or they would hide all others.
+    # Density of radii r^-3 between the smallest and the whole side; large ones first, else they hide all others.
     share = rng.random(most)
     radii = np.sort(1.0 / np.sqrt(share / smallest**2 + (1 - share) / (0.6 * big) ** 2))[::-1]
     if rng.random() < 0.5:
@@ -104,14 +104,14 @@ def dead_leaves(rng: np.random.Generator, textures: Textures, side: int) -> Pixe
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 2.0) * SUPERSAMPLING))
     small = np.asarray(image.resize((side, side), Image.Resampling.LANCZOS), np.float32)
-    small += rng.normal(scale=4.0 * rng.beta(1, 3), size=small.shape)  # the sensor's own noise
+    small += rng.normal(scale=4.0 * rng.beta(1, 3), size=small.shape)  # sensor noise
     return np.clip(small, 0, 255).astype(np.uint8)
 
 
 def stamp(
     rng: np.random.Generator, textures: Textures, picture: Floats, radius: float, colour: Floats, roughness: float
 ) -> None:
-    """Lay one part over `picture` (H, W, 3), in place, with a sharp or a soft edge, and often with a shadow."""
+    """Draw one part over `picture` (H, W, 3), in place, with a sharp or a soft edge, and often with a shadow."""
     big = len(picture)
     x, y = rng.uniform(-0.1, 1.1, size=2) * big
     reach = int(radius * 1.5) + 3
@@ -132,7 +132,7 @@ def stamp(
     if rng.random() < 0.3:
         mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 0.25 * radius + 0.6)))
     part = picture[y0:y1, x0:x1]
-    if rng.random() < 0.4:  # a shadow beside it
+    if rng.random() < 0.4:  # a shadow at its side
         soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(0.15 * radius + 1)), np.float32) / 255
         part *= 1 - rng.uniform(0.1, 0.6) * np.roll(soft, rng.integers(-3, 4, size=2), axis=(0, 1))[..., None]
     cover = np.asarray(mask, np.float32)[..., None] / 255
@@ -149,7 +149,7 @@ ANGLES_4 = np.array([0.15, 0.35, 0.65, 0.85]) * 2 * np.pi
 
 
 def light(rng: np.random.Generator, side: int) -> Floats:
-    """Brightness of the light on a scene, (side, side) around 1: from one side, or a pool in the dark."""
+    """Brightness of the light on a scene, (side, side) around 1: from one side, or a bright spot in the dark."""
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side - 0.5
     slope = rng.normal(size=2) * 0.35
     fall = 1 + slope[0] * y + slope[1] * x

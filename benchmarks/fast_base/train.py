@@ -1,8 +1,8 @@
 """Make the base of branch fast: draw pictures, train the VAE, then the text encoder and the UNet; write the folder.
 
-    uv run python -m benchmarks.fast_base.train WORK     # goes on where WORK holds a state; the base is WORK/base
+    uv run python -m benchmarks.fast_base.train WORK     # resumes from a state in WORK; the base is WORK/base
 
-Everything is drawn and seeded here: no photo and no foreign weight is involved.
+All data is drawn here from seeds: no photos and no pretrained weights are used.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ def main() -> None:
     shown = [scenes.decide(np.random.default_rng((seed, number))) for number in range(len(pictures))]
     latents = encoded(work / "latents.npy", autoencoder, pictures, device)
 
-    told = measure.held_back(settings["base"]["judged"], seed)
+    unseen = measure.held_back(settings["base"]["judged"], seed)
 
     def judge(pipeline: Any) -> dict[str, float]:
-        rendered = measure.render(pipeline, [caption for caption, _ in told], measure.STEPS, measure.GUIDANCE)
-        return measure.score(rendered, [scene for _, scene in told])
+        rendered = measure.render(pipeline, [caption for caption, _ in unseen], measure.STEPS, measure.GUIDANCE)
+        return measure.score(rendered, [scene for _, scene in unseen])
 
     pipeline = base.train_base(latents, shown, autoencoder, settings, seed, work, device, judge)
     write(pipeline, options.settings, work)
 
 
 def drawn(file: Path, draw: Callable[[Any], Any], count: int, seed: int, side: int) -> Tensor:
-    """`count` pictures as (N, 3, H, W), 8 bits, drawn on all cores unless `file` has them already."""
+    """`count` pictures as (N, 3, H, W), 8 bits, drawn on all cores, or from `file` if it exists."""
     if not file.exists():
         with multiprocessing.Pool() as pool:
             pictures = pool.map(draw, [(seed, side, number) for number in range(count)], chunksize=50)
@@ -66,7 +66,7 @@ def draw_leaves(job: tuple[int, int, int]) -> Any:
 
 
 def draw_scene(job: tuple[int, int, int]) -> Any:
-    """The picture of the scene that the same numbers decide."""
+    """The picture of the scene for these numbers."""
     seed, side, number = job
     rng = np.random.default_rng((seed, number))
     return scenes.render(rng, scenes.decide(rng), bank(seed), side)
@@ -74,7 +74,7 @@ def draw_scene(job: tuple[int, int, int]) -> Any:
 
 @torch.no_grad()
 def encoded(file: Path, autoencoder: Any, pictures: Tensor, device: torch.device) -> Tensor:
-    """The latents of pictures (N, 3, H, W), 8 bits, as (N, 4, h, w), half precision; from `file` where it has them."""
+    """The latents of pictures (N, 3, H, W), 8 bits, as (N, 4, h, w), half precision; from `file` if it exists."""
     if not file.exists():
         latents = [autoencoder.encode(vae.to_pixels(batch, device)).latent_dist.mode() for batch in pictures.split(64)]
         np.save(file, torch.cat(latents).half().cpu().numpy())
@@ -82,7 +82,7 @@ def encoded(file: Path, autoencoder: Any, pictures: Tensor, device: torch.device
 
 
 def write(pipeline: Any, settings: Path, work: Path) -> None:
-    """Write WORK/base: a diffusers folder in half precision, the settings and the log beside it."""
+    """Write WORK/base: a diffusers folder in half precision, with the settings and the log."""
     folder = work / "base"
     pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
     shutil.copy(settings, folder / "settings.toml")
@@ -95,7 +95,7 @@ _banks: dict[int, textures.Textures] = {}
 
 
 def bank(seed: int) -> textures.Textures:
-    """One bank a process."""
+    """The bank of this process."""
     if seed not in _banks:
         _banks[seed] = textures.Textures(seed)
     return _banks[seed]

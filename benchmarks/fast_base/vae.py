@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from benchmarks.fast_base.fit import fit
 
-ERROR_FLOOR = 1e-4  # of the squared error, 46 dB: what is better than that need not get better still
-FIRST_DEVIATION = 0.05  # of the posterior, where latents have 1
+ERROR_FLOOR = 1e-4  # of the squared error, 46 dB: no need to be better
+FIRST_DEVIATION = 0.05  # of the posterior; the latents' own is 1
 
 
 def make_vae(settings: dict[str, Any], side: int) -> AutoencoderKL:
-    """4x smaller, convolutions alone, so that any size will do; a norm over all channels keeps what differs."""
+    """4x smaller; only convolutions, for any size; a norm over all channels keeps their differences."""
     blocks = tuple(settings["blocks"])
     return AutoencoderKL(
         sample_size=side,
@@ -34,11 +34,11 @@ def make_vae(settings: dict[str, Any], side: int) -> AutoencoderKL:
 
 
 def train_vae(pictures: Tensor, settings: dict[str, Any], seed: int, folder: Path, device: torch.device) -> Any:
-    """pictures (N, 3, H, W), 8 bits; the last 64 are held back to measure by. Returns the trained AutoencoderKL.
+    """pictures (N, 3, H, W), 8 bits; the last 64 are held back for measuring. Returns the trained AutoencoderKL.
 
-    A network of this kind learns slowly from random weights: its norms take away the very scale that PSNR is about. The
-    path past them is linear, and a linear code of dead leaves is good (the best one of 16x16 blocks, by principal
-    components, gives photos back at 24.9 dB). So that path is trained by itself first, and the whole starts out as it.
+    Such a network learns slowly from random weights: its norms remove the scale that PSNR measures. The path around
+    them is linear, and a linear code of dead leaves is good (the best one of 16x16 blocks, by principal components,
+    reconstructs photos at 24.9 dB). So this path is trained alone first, and the whole network starts from it.
     """
     held_back, pictures = pictures[-64:], pictures[:-64]
     torch.manual_seed(seed)
@@ -69,12 +69,12 @@ def train_vae(pictures: Tensor, settings: dict[str, Any], seed: int, folder: Pat
 
 
 def log_error(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean log squared error, whose negative is PSNR but for a factor."""
+    """Mean log squared error: the negative PSNR, up to a factor."""
     return ((predicted - target).square().mean(dim=(1, 2, 3)) + ERROR_FLOOR).log().mean()
 
 
 def path(half: Any, hidden: Tensor, until: str = "conv_out") -> Tensor:
-    """The encoder or the decoder without its residuals, norms and activations: a chain of convolutions, linear."""
+    """The encoder or the decoder without residuals, norms and activations: a linear chain of convolutions."""
     hidden = half.conv_in(hidden)
     for block in getattr(half, "down_blocks", None) or half.up_blocks:
         for resnet in block.resnets:
@@ -91,10 +91,10 @@ def path_latents(vae: Any, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def open_at_path(vae: Any, pixels: Tensor) -> None:
-    """Set the other weights so that the whole network gives what the path gives, for `pixels` and the like.
+    """Set the other weights so that the whole network equals the linear path, for `pixels` and similar pictures.
 
-    Residuals start at 0. What is left beside the path is each half's last norm and SiLU. The norm keeps the scale of
-    its input where one constant channel outweighs the others in the deviation; SiLU(x) is all but x where x is large.
+    Residuals start at 0. Then only each half's last norm and SiLU differ from the path. The norm keeps the scale of its
+    input where one constant channel dominates the deviation; SiLU(x) is nearly x where x is large.
     """
     latents = path_latents(vae, pixels)
     for resnet in (module for module in vae.modules() if isinstance(module, ResnetBlock2D)):
@@ -120,7 +120,7 @@ def open_at_path(vae: Any, pixels: Tensor) -> None:
 
 
 def draw(pictures: Tensor, count: int, crop: int, generator: torch.Generator) -> Tensor:
-    """`count` crops, (B, 3, crop, crop), flipped, turned, and with their channels in any order."""
+    """`count` crops, (B, 3, crop, crop), flipped, rotated, with channels in random order."""
     crops = []
     for index in torch.randint(len(pictures), (count,), generator=generator).tolist():
         top, left, turns, flip = torch.randint(2**20, (4,), generator=generator).tolist()
@@ -138,7 +138,7 @@ def to_pixels(pictures: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def psnr(vae: Any, pictures: Tensor) -> float:
-    """Mean peak signal-to-noise ratio of pictures (N, 3, H, W), 8 bits, that went through the VAE and came back, dB."""
+    """Mean peak signal-to-noise ratio of pictures (N, 3, H, W), 8 bits, after encoding and decoding, in dB."""
     ratios = []
     for batch in pictures.split(16):
         pixels = to_pixels(batch, vae.device)
@@ -149,9 +149,9 @@ def psnr(vae: Any, pictures: Tensor) -> float:
 
 @torch.no_grad()
 def whiten(vae: Any, pictures: Tensor) -> None:
-    """Give the latents mean 0 and unit covariance, by weights alone.
+    """Give the latents mean 0 and unit covariance by changing weights.
 
-    Colours lie in the directions of the least variance, and the denoiser's error counts all directions alike. The
+    Colours are in the directions of least variance, and the denoiser's error weighs all directions equally. The
     whitening is the symmetric one (ZCA; Bell & Sejnowski 1997). Each posterior deviation becomes a constant.
     """
     latents, variances = [], []
@@ -167,7 +167,7 @@ def whiten(vae: Any, pictures: Tensor) -> None:
 
 
 def change(vae: Any, matrix: Tensor, shift: Tensor) -> None:
-    """Give latents matrix (x - shift) for x, (C, C) and (C,), and take them back so."""
+    """Map latents x to matrix (x - shift), (C, C) and (C,), in the encoder; the decoder inverts it."""
     encoder, decoder, count = vae.quant_conv, vae.post_quant_conv, len(shift)
     inverse = torch.linalg.inv(matrix)
     encoder.weight[:count] = torch.einsum("ij,jklm->iklm", matrix, encoder.weight[:count])

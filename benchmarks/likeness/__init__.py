@@ -1,13 +1,13 @@
-"""Whether a tune on branch fast learns its subject and keeps the rest, as a table over the ten subjects.
+"""Likeness of tunes on branch fast, and what they keep of the base, as a table over the ten subjects.
 
-    uv run python -m benchmarks.likeness                     # all ten, some ten minutes on two cores
+    uv run python -m benchmarks.likeness                     # all ten, about ten minutes on two cores
     uv run python -m benchmarks.likeness dog teapot --args "lr=2e-3"
 
 Likeness: each of eight pictures of `TOKEN CLASS` votes for the subject of its nearest photo, by root colour histograms
-of the whole and of its centre (an L2 distance of roots is Hellinger's). The photos themselves, left out one at a time,
-tell what that measure can see. Rest: 20 captions that no training has seen, without the token, drawn with and without
-the tune; the score is the share of right colours and right places (benchmarks/fast_base/measure.py). Class: of 20
-pictures of the class name alone, the share that is not taken for the subject.
+of the whole and of its centre (the L2 distance of roots is Hellinger's). The photos themselves, left out one at a time,
+give the upper limit. Rest: 20 captions that are not in any training data, without the token, drawn with and without the
+tune; the score is the share of right colours and right places (benchmarks/fast_base/measure.py). Class: 20 pictures of
+the class name only; the share that is not classified as the subject.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from trainer.work.job_runner import JobRunner
 TOKEN = "ohwx"
 PICTURES = 8
 REST = 20
-NEAR = 0.1  # of the base's score: what a tune may lose of the rest
+NEAR = 0.1  # of the base's score: largest loss of the rest by a tune
 SEED = 1
 BINS = 6  # for each of red, green and blue
 
@@ -56,7 +56,7 @@ Pixels = NDArray[np.uint8]
 
 
 def features(picture: Pixels) -> NDArray[np.float64]:
-    """Root histograms of the colours of a picture (64, 64, 3) and of its middle (32, 32, 3), end to end."""
+    """Root histograms of the colours of a picture (64, 64, 3) and of its centre (32, 32, 3), concatenated."""
     return np.concatenate([root_histogram(picture), root_histogram(picture[16:48, 16:48])])
 
 
@@ -78,7 +78,7 @@ def described(shown: dict[str, list[Pixels]]) -> list[tuple[str, NDArray[np.floa
 
 
 def left_one_out(shown: dict[str, list[Pixels]]) -> dict[str, Counter[str]]:
-    """The votes of the photos themselves, each without itself: what the measure can see at best."""
+    """The votes of the photos themselves, each without itself: the upper limit of the measure."""
     everything, votes = described(shown), {subject: Counter[str]() for subject in shown}
     pixels = [photo for pictures in shown.values() for photo in pictures]
     for number, (subject, _) in enumerate(everything):
@@ -87,7 +87,7 @@ def left_one_out(shown: dict[str, list[Pixels]]) -> dict[str, Counter[str]]:
 
 
 class Studio:
-    """The studio without its page: tunes go through the very verbs and the very worker of the app."""
+    """The app without its page: tunes use the app's services and worker."""
 
     def __init__(self, outputs: Path) -> None:
         self.settings = read_settings(outputs=outputs, models=outputs / "models", device="cpu")
@@ -124,7 +124,7 @@ class Studio:
 
 
 def load_base() -> Any:
-    """The base in a stock pipeline, as whoever downloads a tune would load it."""
+    """The base in a stock pipeline, as a user of a downloaded tune loads it."""
     folder = bases.PROGRAM / "fast_base"
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -132,7 +132,7 @@ def load_base() -> Any:
 
 
 def load_tune(model: Path) -> Any:
-    """The base with a tune on it: stock calls, but for checkpoints of this base, which only the branch itself reads."""
+    """The base with a tune: stock calls, except for checkpoints of this base, which only the branch can load."""
     if (model / FORMATS["checkpoint"]).exists():
         base = replace(bases.resolve(read_settings(), None, DEMO_BRANCH), path=model / FORMATS["checkpoint"])
         return load_branch(base, torch.device("cpu"), model.parent / "cache").pipeline
@@ -144,7 +144,7 @@ def load_tune(model: Path) -> Any:
 
 
 def render(pipeline: Any, prompts: Sequence[str], seed: int) -> list[Pixels]:
-    """A picture of each prompt, (64, 64, 3), as the preset's [render] has it."""
+    """A picture of each prompt, (64, 64, 3), with the preset's [render]."""
     defaults = branch_file.render_config(Path(__file__).parents[2] / "presets", "fast")
     return measure.render(pipeline, prompts, defaults.steps, defaults.cfg_scale, seed)
 
@@ -153,14 +153,14 @@ def pictures_of(pipeline: Any, subject: str) -> list[Pixels]:
     return render(pipeline, [f"{TOKEN} {photos.CLASSES[subject]}"] * PICTURES, SEED)
 
 
-def kept(pipeline: Any, told: Sequence[tuple[str, Any]]) -> float:
+def kept(pipeline: Any, pairs: Sequence[tuple[str, Any]]) -> float:
     """The share of right colours and right places over captions without the token."""
-    marks = measure.score(render(pipeline, [caption for caption, _ in told], SEED), [scene for _, scene in told])
+    marks = measure.score(render(pipeline, [caption for caption, _ in pairs], SEED), [scene for _, scene in pairs])
     return (marks["colour"] + marks["place"]) / 2
 
 
 def class_kept(pipeline: Any, subject: str, of_photos: Sequence[tuple[str, NDArray[np.float64]]]) -> float:
-    """The share of pictures of the class alone, without the token, that are not taken for the subject."""
+    """The share of pictures of the class, without the token, that are not classified as the subject."""
     drawn = render(pipeline, [f"a photo of {photos.CLASSES[subject]}"] * REST, SEED)
     return sum(vote(picture, of_photos) != subject for picture in drawn) / len(drawn)
 
@@ -173,14 +173,14 @@ def is_right(votes: Counter[str], subject: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subjects", nargs="*", default=list(photos.CLASSES), help="names of folders; all ten at first")
+    parser.add_argument("subjects", nargs="*", default=list(photos.CLASSES), help="names of folders; default: all ten")
     parser.add_argument("--args", default="", help="of every tune, as the API's `args`")
     parser.add_argument("--model-type", default="lora", choices=["lora", "pti", "checkpoint"])
     parser.add_argument("--sheets", type=Path, help="folder for a picture of the eight renders of each subject")
     options = parser.parse_args()
     shown = photos.read_photos()
-    of_photos, ceiling, told = described(shown), left_one_out(shown), measure.held_back(REST, SEED)
-    base = kept(load_base(), told)
+    of_photos, ceiling, pairs = described(shown), left_one_out(shown), measure.held_back(REST, SEED)
+    base = kept(load_base(), pairs)
     print(f"votes for the subject; rest: the base's score is {base:.0%}\n")
     print(f"{'':20}{'photos':>8}{'base':>8}{'tune':>8}{'rest':>8}{'class':>8}{'seconds':>9}")
     right, rests = Counter[str](), []
@@ -190,7 +190,7 @@ def main() -> None:
             row, untuned = f"{subject:20}", pictures_of(load_base(), subject)
             pipeline = load_tune(model)
             tuned = pictures_of(pipeline, subject)
-            rests.append(kept(pipeline, told))
+            rests.append(kept(pipeline, pairs))
             of_class = class_kept(pipeline, subject, of_photos)
             votes = {
                 "photos": ceiling[subject],
@@ -210,7 +210,7 @@ def main() -> None:
 
 
 def write_sheet(rows: Sequence[Sequence[Pixels]], file: Path) -> None:
-    """Photos, the base's pictures and the tune's, a row each."""
+    """A row each: photos, the base's pictures, the tune's pictures."""
     sheet = np.zeros((64 * len(rows), 64 * PICTURES, 3), np.uint8)
     for top, row in enumerate(rows):
         for left, picture in enumerate(row[:PICTURES]):

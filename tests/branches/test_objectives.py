@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 FLUX_LAYERS = [*UNET_LAYERS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed as the object that it is
 class Given:
     """What goes into each of the steps, (STEPS, BATCH, ...); the mask (STEPS, BATCH, 1, H, W) weighs the error."""
 
@@ -56,8 +57,9 @@ def thin_sdxl1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_tiny_sdxl1(tmp_path_factory.mktemp("tiny") / "thin", blocks=2, layers=1)
 
 
+@cache
 def given_for(family: str, masked: bool = False) -> Given:
-    """Random inputs of a family's tiny base; of a flow, the times lie in (0, 1)."""
+    """Random inputs of a family's tiny base; of a flow, the times lie in (0, 1). A mask changes nothing else."""
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> Tensor:
@@ -74,8 +76,9 @@ def given_for(family: str, masked: bool = False) -> Given:
     }[family]
     whole = torch.randint(0, 1000, (STEPS, BATCH), generator=generator)
     times = torch.sigmoid(random()) if family == "flux1" else whole
+    latents, noise = random(4, 8, 8), random(4, 8, 8)
     mask = torch.rand(STEPS, BATCH, 1, 8, 8, generator=generator) * 2 if masked else None
-    return Given(random(4, 8, 8), random(4, 8, 8), times, cond, mask)
+    return Given(latents, noise, times, cond, mask)
 
 
 def put_first_adapters(denoiser: Any) -> dict[str, torch.nn.Parameter]:
@@ -88,7 +91,7 @@ def put_first_adapters(denoiser: Any) -> dict[str, torch.nn.Parameter]:
     return adapters
 
 
-# The references
+# The references: each is computed once for all tests that compare with it.
 
 
 def plain_loop(
@@ -113,6 +116,7 @@ def plain_loop(
     return losses, {name: param.detach() for name, param in adapters.items()}
 
 
+@cache
 def plain_unet(folder: Path, given: Given, min_snr: float) -> Result:
     """As in diffusers' train_text_to_image.py and train_text_to_image_sdxl.py."""
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
@@ -132,6 +136,7 @@ def plain_unet(folder: Path, given: Given, min_snr: float) -> Result:
     return plain_loop(unet, UNET_LAYERS, parts_of, given)
 
 
+@cache
 def plain_flux(folder: Path, given: Given, guidance: float | None) -> Result:
     """As in diffusers' train_dreambooth_lora_flux.py, with the pipeline's own packing."""
     transformer = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer")
@@ -209,18 +214,21 @@ def assert_others(one: Result, other: Result) -> None:
     assert any(not torch.allclose(weight, other[1][name], rtol=1e-2, atol=1e-4) for name, weight in one[1].items())
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("min_snr", [0.0, 5.0])
-def test_sd15_trains_as_a_plain_loop_does(
-    thin_sd15: Path, tmp_path: Path, prediction_type: str, min_snr: float
-) -> None:
-    folder = Path(shutil.copytree(thin_sd15, tmp_path / "base"))
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def predicting_sd15(request: pytest.FixtureRequest, thin_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 1.5 that predicts the noise, and one that predicts the velocity. Read only."""
+    folder = Path(shutil.copytree(thin_sd15, tmp_path_factory.mktemp(request.param) / "base"))
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": prediction_type}))
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": request.param}))
+    return folder
+
+
+@pytest.mark.parametrize("min_snr", [0.0, 5.0])
+def test_sd15_trains_as_a_plain_loop_does(predicting_sd15: Path, tmp_path: Path, min_snr: float) -> None:
     given = given_for("sd15")
-    mine = ours("sd15", folder, given, tmp_path, min_snr=min_snr)
-    assert_same(mine, plain_unet(folder, given, min_snr))
-    assert_others(mine, plain_unet(folder, given, 5.0 - min_snr))
+    mine = ours("sd15", predicting_sd15, given, tmp_path, min_snr=min_snr)
+    assert_same(mine, plain_unet(predicting_sd15, given, min_snr))
+    assert_others(mine, plain_unet(predicting_sd15, given, 5.0 - min_snr))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -229,7 +237,7 @@ def test_sdxl1_trains_as_a_plain_loop_does(thin_sdxl1: Path, tmp_path: Path, mas
     mine = ours("sdxl1", thin_sdxl1, given, tmp_path, min_snr=5)
     assert_same(mine, plain_unet(thin_sdxl1, given, 5.0))
     if masked:
-        other = replace(given, mask=None)
+        other = given_for("sdxl1")
     else:
         other = replace(given, cond=given.cond | {"time_ids": given.cond["time_ids"].flip(-1)})
     assert_others(mine, plain_unet(thin_sdxl1, other, 5.0))
@@ -241,7 +249,7 @@ def test_flux1_trains_as_a_plain_loop_does(tiny_flux1: Path, tmp_path: Path, mas
     mine = ours("flux1", tiny_flux1, given, tmp_path, guidance=1)
     assert_same(mine, plain_flux(tiny_flux1, given, 1.0))
     if masked:
-        assert_others(mine, plain_flux(tiny_flux1, replace(given, mask=None), 1.0))
+        assert_others(mine, plain_flux(tiny_flux1, given_for("flux1"), 1.0))
     else:
         assert_others(mine, plain_flux(tiny_flux1, given, 3.5))  # so that the guidance must have reached the model
 

@@ -4,52 +4,41 @@ original layouts."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel, StableDiffusionXLPipeline
+from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from tests.helpers import tiny
+from tests.helpers.families import LEVEL, Family, other_weights, render
 from trainer.library.models_folder import sidecar
 
 
-def render(pipeline: Any, prompt: str) -> Tensor:
-    """(3, 64, 64) in [0, 1], the same noise for all prompts."""
-    pipeline.set_progress_bar_config(disable=True)
-    noise = torch.Generator().manual_seed(0)
-    return pipeline(prompt, height=64, width=64, num_inference_steps=2, generator=noise, output_type="pt").images[0]
-
-
-def assert_same_weights(got: nn.Module, expected: nn.Module) -> None:
-    got_state, expected_state = got.state_dict(), expected.state_dict()
-    assert got_state.keys() == expected_state.keys()
-    assert [name for name in expected_state if not torch.equal(got_state[name], expected_state[name])] == []
-
-
-@pytest.mark.parametrize(("kind", "name"), [(StableDiffusionXLPipeline, "tiny_sdxl1"), (FluxPipeline, "tiny_flux1")])
-def test_a_tiny_model_renders_with_the_stock_pipeline_what_its_prompt_says(
-    kind: Any, name: str, request: pytest.FixtureRequest
-) -> None:
-    pipeline = kind.from_pretrained(request.getfixturevalue(name), local_files_only=True)
-    dog, cat = render(pipeline, "a dog"), render(pipeline, "a cat")
+@pytest.mark.parametrize("family", ["sdxl1", "flux1"], indirect=True)
+def test_a_tiny_model_renders_with_the_stock_pipeline_what_its_prompt_says(stock: Any) -> None:
+    dog, cat = render(stock, "a dog"), render(stock, "a cat")
     assert dog.shape == (3, 64, 64)
     assert dog.isfinite().all() and dog.std() > 0
     assert not torch.equal(dog, cat)
-    assert torch.equal(dog, render(pipeline, "a dog"))
+    assert torch.equal(dog, render(stock, "a dog"))
 
 
-@pytest.mark.parametrize("make", [tiny.make_tiny_sdxl1, tiny.make_tiny_flux1])
-def test_the_same_seed_makes_the_same_model_and_another_seed_another_one(make: Any, tmp_path: Path) -> None:
-    def weights(name: str, seed: int) -> dict[str, bytes]:
-        folder = make(tmp_path / name, seed=seed)
+@pytest.mark.parametrize(
+    ("family", "make"), [("sdxl1", tiny.make_tiny_sdxl1), ("flux1", tiny.make_tiny_flux1)], indirect=["family"]
+)
+def test_the_same_seed_makes_the_same_model_and_another_seed_another_one(
+    tiny_base: Path, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    def weights(folder: Path) -> dict[str, bytes]:
         return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.safetensors")}
 
-    first, again, other = weights("first", 0), weights("again", 0), weights("other", 1)
+    first, again = weights(tiny_base), weights(make(tmp_path / "again", seed=0))
+    other = weights(make(tmp_path / "other", seed=1))
     assert len(first) == 4
     assert first == again
     assert [name for name in first if first[name] == other[name]] == []
@@ -59,21 +48,21 @@ def test_a_thinner_sdxl_renders_too(tmp_path: Path) -> None:
     folder = tiny.make_tiny_sdxl1(tmp_path / "thin", blocks=2, layers=1)
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
     assert pipeline.vae_scale_factor == 4
-    assert render(pipeline, "a dog").shape == (3, 64, 64)
+    assert render(pipeline).shape == (3, 64, 64)
 
 
-def test_a_single_sdxl_file_has_the_very_weights_of_its_folder(tiny_sdxl1: Path, tiny_sdxl1_file: Path) -> None:
+@pytest.mark.parametrize("family", ["sdxl1"], indirect=True)
+def test_stock_diffusers_reads_a_single_sdxl_file_as_its_folder(
+    family: Family, tiny_sdxl1_file: Path, stock: Any
+) -> None:
     config = sidecar(tiny_sdxl1_file)
     assert list(config.rglob("*.safetensors")) == []
     tokenizers = {name: CLIPTokenizer.from_pretrained(config / name) for name in ("tokenizer", "tokenizer_2")}
     from_file = StableDiffusionXLPipeline.from_single_file(
         str(tiny_sdxl1_file), config=str(config), local_files_only=True, **tokenizers
     )
-    from_folder = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl1, local_files_only=True)
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        assert_same_weights(getattr(from_file, part), getattr(from_folder, part))
-    # One level: kernels sum in an order that depends on where in memory the weights were loaded.
-    torch.testing.assert_close(render(from_file, "a dog"), render(from_folder, "a dog"), rtol=0, atol=1 / 255)
+    assert other_weights(from_file, stock, family.parts) == []
+    torch.testing.assert_close(render(from_file), render(stock), rtol=0, atol=LEVEL)
 
 
 def test_a_single_sdxl_file_has_the_names_of_the_published_one(tiny_sdxl1_file: Path) -> None:
@@ -104,8 +93,9 @@ def test_a_single_sdxl_file_has_the_names_of_the_published_one(tiny_sdxl1_file: 
     assert {name: shapes.get(name) for name in expected} == expected
 
 
-def test_t5_words_survive_the_folder(tiny_flux1: Path, tmp_path: Path) -> None:
-    tokenizer = FluxPipeline.from_pretrained(tiny_flux1, local_files_only=True).tokenizer_2
+@pytest.mark.parametrize("family", ["flux1"], indirect=True)
+def test_t5_words_survive_the_folder(stock: Any, tmp_path: Path) -> None:
+    tokenizer = stock.tokenizer_2
     texts = ["a photo of ohwx dog", "a photo of Ohwx dog", "a photo of ohwx cat", "1 & 2, (3)!"]
     ids = [tokenizer(text).input_ids for text in texts]
     assert len({tuple(row) for row in ids}) == len(texts)
@@ -179,9 +169,9 @@ def test_a_flux_file_has_the_names_and_shapes_of_the_published_one(tiny_flux1_fi
     assert 19 * 2 * len(DOUBLE_BLOCK) + 38 * len(SINGLE_BLOCK) + len(OUTER) == 780
 
 
-def test_the_stacked_layers_of_a_flux_file_can_be_taken_apart(tiny_flux1: Path, tiny_flux1_file: Path) -> None:
-    transformer = FluxTransformer2DModel.from_pretrained(tiny_flux1, subfolder="transformer", local_files_only=True)
-    state, file = transformer.state_dict(), load_file(tiny_flux1_file)
+@pytest.mark.parametrize("family", ["flux1"], indirect=True)
+def test_the_stacked_layers_of_a_flux_file_can_be_taken_apart(stock: Any, tiny_flux1_file: Path) -> None:
+    state, file = stock.transformer.state_dict(), load_file(tiny_flux1_file)
     q, k, v = file["double_blocks.1.img_attn.qkv.weight"].split(16)
     txt_q, txt_k, txt_v = file["double_blocks.1.txt_attn.qkv.bias"].split(16)
     single_q, single_k, single_v, mlp = file["single_blocks.1.linear1.weight"].split([16, 16, 16, 64])
@@ -218,12 +208,13 @@ def test_the_sidecar_of_a_flux_file_has_all_weights_but_the_transformer(tiny_flu
     assert json.loads((folder / "transformer" / "config.json").read_text())["num_layers"] == 2
 
 
+@pytest.mark.parametrize("family", ["flux1"], indirect=True)
 def test_a_whole_flux_file_has_all_parts_under_their_prefixes(
-    tiny_flux1: Path, tiny_flux1_file: Path, tmp_path: Path
+    stock: Any, tiny_flux1_file: Path, tiny_flux1_whole: Path
 ) -> None:
-    file = tiny.write_flux_file(tiny_flux1, tmp_path / "whole.safetensors", whole=True)
-    assert list(sidecar(file).rglob("*.safetensors")) == []
-    tensors, prefix = load_file(file), "model.diffusion_model."
+    config = sidecar(tiny_flux1_whole)
+    assert list(config.rglob("*.safetensors")) == []
+    tensors, prefix = load_file(tiny_flux1_whole), "model.diffusion_model."
     inner = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     alone = load_file(tiny_flux1_file)
     assert inner.keys() == alone.keys()
@@ -235,9 +226,7 @@ def test_a_whole_flux_file_has_all_parts_under_their_prefixes(
         "text_encoders.t5xxl.transformer.shared.weight",
     }
     # The other parts are what diffusers reads from the file; its transformer it would take to be 3072 wide.
-    from_folder = FluxPipeline.from_pretrained(tiny_flux1, local_files_only=True)
-    given = {name: getattr(from_folder, name) for name in ("transformer", "tokenizer", "tokenizer_2")}
-    from_file = FluxPipeline.from_single_file(str(file), config=str(sidecar(file)), local_files_only=True, **given)
+    given = {name: getattr(stock, name) for name in ("transformer", "tokenizer", "tokenizer_2")}
+    from_file = FluxPipeline.from_single_file(str(tiny_flux1_whole), config=str(config), local_files_only=True, **given)
     from_file.text_encoder_2.tie_weights()  # the file has the words once, and diffusers leaves their second name empty
-    for part in ("vae", "text_encoder", "text_encoder_2"):
-        assert_same_weights(getattr(from_file, part), getattr(from_folder, part))
+    assert other_weights(from_file, stock, ("vae", "text_encoder", "text_encoder_2")) == []

@@ -146,7 +146,7 @@ def test_links_are_signed_with_a_secret_that_is_kept() -> None:
     ("name", "secret"),
     [(".key", lambda settings: settings.required_key()[0]), (".link-secret", lambda settings: settings.link_secret)],
 )
-def test_an_empty_secret_is_made_anew(name: str, secret: Callable[[Settings], str | bytes]) -> None:
+def test_an_empty_secret_is_made_again(name: str, secret: Callable[[Settings], str | bytes]) -> None:
     settings = read_settings(["--host", "0.0.0.0"])
     (settings.outputs / name).touch()  # what a power cut in the middle of writing leaves
     assert len(secret(settings)) >= 32

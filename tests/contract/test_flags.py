@@ -120,7 +120,7 @@ def test_what_has_no_effect_is_named(text: str, left: str, told: str) -> None:
          " --control_guidance_end (1 if not given), got 0 and 0; they were left out"),
     ],
 )  # fmt: skip
-def test_wrong_values_are_told_and_left_out(text: str, left: str, told: str) -> None:
+def test_wrong_values_give_warnings_and_are_left_out(text: str, left: str, told: str) -> None:
     kept, flags, warnings = split(text)
     assert (kept, flags, warnings[0]) == (left, Flags(), told)
 

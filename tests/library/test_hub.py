@@ -250,7 +250,7 @@ def test_the_hub_is_asked_once_for_the_sizes_and_before_any_weight(fake: FakeHub
     assert len(fake.weights_asked()) == 2 * sum(name.endswith(".safetensors") for name in PLAIN)  # HEAD and GET
 
 
-def test_an_interrupted_download_goes_on(fake: FakeHub) -> None:
+def test_an_interrupted_download_resumes(fake: FakeHub) -> None:
     fake.failing = "unet/diffusion_pytorch_model-00002-of-00002.safetensors"
     assert "answers 500" in refusal(lambda: hub.fetch_pipeline(REPO))
     here = files_in(next(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*")))
@@ -375,7 +375,7 @@ def test_too_little_memory_is_refused_before_the_first_weight(fake: FakeHub, mon
     hub.fetch_pipeline(REPO, ram_check=False)
 
 
-def test_offline_the_cache_is_used_and_what_it_lacks_is_said(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_cache_is_used_and_missing_files_are_named(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     text = refusal(lambda: hub.fetch_pipeline(REPO))
     assert f"{REPO} is not in the cache" in text and constants.HF_HUB_CACHE in text
@@ -412,7 +412,7 @@ def test_a_cache_of_an_older_library_is_completed_by_the_hub(fake: FakeHub, monk
     assert files_in(hub.fetch_pipeline(REPO)) == {"model_index.json"} | ASSETS | PLAIN
 
 
-def test_a_hub_that_nobody_answers_at_is_said_to_be_out_of_reach(away: Callable[[str], None]) -> None:
+def test_a_hub_that_does_not_answer_is_reported_as_unreachable(away: Callable[[str], None]) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

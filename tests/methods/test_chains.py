@@ -126,7 +126,7 @@ def test_a_lora_that_went_on_is_rendered_on_the_root_alone(studio: Studio) -> No
 
 
 @pytest.mark.long
-def test_a_flux1_checkpoint_has_its_other_parts_from_what_it_stands_on(studio: Studio) -> None:
+def test_a_flux1_checkpoint_has_its_other_parts_from_its_base(studio: Studio) -> None:
     args = "resolution=64 lr=2e-2 warmup_steps=0"
     first = trained(studio, "flux whole", base_id(studio, "flux1"), "checkpoint", args=args)
     trained(studio, "flux on whole", first)
@@ -134,7 +134,7 @@ def test_a_flux1_checkpoint_has_its_other_parts_from_what_it_stands_on(studio: S
 
 
 @pytest.mark.long
-def test_a_checkpoint_is_not_begun_on_new_words_and_moments_have_theirs(studio: Studio) -> None:
+def test_learned_tokens_are_no_base_for_a_checkpoint_and_snapshots_have_theirs(studio: Studio) -> None:
     words = trained(studio, "a word", FAST_ID, "pti", branch="fast", args="", prompts_attributes=[])
     with pytest.raises(InvalidRequest) as refused:
         studio.create("on a word", base_tune_id=words, branch=None, model_type="checkpoint")
@@ -154,7 +154,7 @@ def test_what_has_no_weights_is_no_base(studio: Studio, state: str) -> None:
 
 
 @pytest.mark.long
-def test_fast_stands_on_an_earlier_fast_tune_and_on_nothing_else(studio: Studio) -> None:
+def test_fast_takes_an_earlier_fast_tune_as_base_and_nothing_else(studio: Studio) -> None:
     first = trained(studio, "quick", FAST_ID, branch="fast", args="", prompts_attributes=[])
     second = tunes.get_tune(
         studio.services, trained(studio, "quicker", first, branch="fast", args="", prompts_attributes=[])
@@ -199,7 +199,9 @@ def test_a_lora_file_in_the_models_folder_is_a_base(studio: Studio) -> None:
         ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight", [4, 768], "sd15"),
     ],
 )
-def test_the_branch_of_a_lora_file_is_told_by_its_keys(tmp_path: Path, key: str, shape: list[int], branch: str) -> None:
+def test_the_branch_of_a_lora_file_is_recognized_by_its_keys(
+    tmp_path: Path, key: str, shape: list[int], branch: str
+) -> None:
     settings = read_settings(outputs=tmp_path / "outputs", models=tmp_path / "models")
     save_file({key: torch.zeros(shape)}, settings.models / "theirs.safetensors")
     found = next(base for base in bases.list_bases(settings) if base.title == "theirs.safetensors")
@@ -209,7 +211,7 @@ def test_the_branch_of_a_lora_file_is_told_by_its_keys(tmp_path: Path, key: str,
 
 
 @pytest.mark.parametrize(("root", "expected"), [("Realistic Vision 5.1", 690204), ("Tunebooth fast", FAST_ID)])
-def test_a_lora_file_of_ours_lies_on_the_base_that_it_names(tmp_path: Path, root: str, expected: int) -> None:
+def test_a_lora_file_of_ours_has_the_base_that_it_names(tmp_path: Path, root: str, expected: int) -> None:
     settings = read_settings(outputs=tmp_path / "outputs", models=tmp_path / "models")
     file, key = settings.models / "ours.safetensors", "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"
     # Trained on an earlier tune, whose title is nobody's here.
@@ -486,7 +488,7 @@ def test_a_face_of_another_branch_is_refused(studio: Studio, people: dict[str, i
 
 
 @pytest.mark.long
-def test_a_face_that_is_gone_fails_the_prompt_in_words(
+def test_a_face_that_was_deleted_fails_the_prompt_in_words(
     studio: Studio, people: dict[str, int], monkeypatch: pytest.MonkeyPatch, dog_photos: Callable[[int], list[Path]]
 ) -> None:
     tune = trained(studio, "left behind", base_id(studio, "sd15"), prompts_attributes=[])

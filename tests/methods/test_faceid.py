@@ -99,7 +99,7 @@ def test_the_identity_of_a_tune_is_the_mean_of_its_photos(analyzer: PhotoAnalyze
 
 
 @needs_shared
-def test_somebody_else_is_left_out_by_name(analyzer: PhotoAnalyzer, tmp_path: Path) -> None:
+def test_another_person_is_left_out_by_name(analyzer: PhotoAnalyzer, tmp_path: Path) -> None:
     photos, warnings = analyzer.identify(tmp_path, fetch_inputs(tmp_path, *PERSON_A, PERSON_B[0]), "man")
     assert [photo.dropped for photo in photos] == [None] * 3 + ["not the person of the other photos"]
     assert "person_b/01.jpg is left out: not the person of the other photos" in warnings
@@ -174,7 +174,7 @@ def test_a_faceid_is_of_one_person(settings: Settings, tmp_path: Path, name: str
         PhotoAnalyzer(settings).identify(tmp_path, [], name)
 
 
-def test_without_weights_nobody_can_look(settings: Settings, tmp_path: Path) -> None:
+def test_without_weights_photos_cannot_be_analyzed(settings: Settings, tmp_path: Path) -> None:
     mine = settings.model_copy(update={"weights": tmp_path / "weights"})
     with pytest.raises(
         AnalysisUnavailable, match="face detection is not available: the face detector is not here and HF_HUB_OFFLINE"
@@ -183,7 +183,7 @@ def test_without_weights_nobody_can_look(settings: Settings, tmp_path: Path) -> 
 
 
 @needs_shared
-def test_a_place_that_cannot_be_written_is_told(analyzer: PhotoAnalyzer, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(analyzer: PhotoAnalyzer, tmp_path: Path) -> None:
     photos = fetch_inputs(tmp_path, PERSON_A[0])
     (tmp_path / "model").write_text("a file in the way")
     with pytest.raises(AnalysisUnavailable, match="the identity could not be written: "):
@@ -338,7 +338,7 @@ def test_several_pictures_and_pictures_without_guidance(branch: Any, adapter: Pa
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_a_lora_beside_stays_as_it_is(branch: Any, adapter: Path, people: list[Path], scale: float) -> None:
+def test_another_lora_stays_as_it_is(branch: Any, adapter: Path, people: list[Path], scale: float) -> None:
     """A tune's LoRA in the denoiser and the text encoder, at a scale of its own."""
     base, pipeline = picture(branch), branch.pipeline
     faceid.apply(branch, people[0], 1.0, adapter)

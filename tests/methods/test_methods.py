@@ -163,7 +163,7 @@ def test_a_resumed_run_ends_with_the_bits_of_a_whole_one(
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_new_words_rest_after_their_share_of_the_run_and_the_adapters_go_on(
+def test_learned_tokens_rest_after_their_share_of_the_run_and_the_adapters_do_not(
     shop: Callable[..., Shop], family: str
 ) -> None:
     bench = shop().bench(family, "pti", steps=4, token_share=0.5, schedule="constant")
@@ -259,7 +259,7 @@ def test_words_in_other_forms_are_refused(tmp_path: Path, keys: list[str], told:
         new_tokens.load(tmp_path / "x.safetensors")
 
 
-def test_words_beside_another_lora_are_not_its_own(shop: Callable[..., Shop], tmp_path: Path) -> None:
+def test_token_files_of_another_lora_are_not_its_own(shop: Callable[..., Shop], tmp_path: Path) -> None:
     _, model, _ = shop().trained("sd15", "pti")
     _, style, _ = shop().trained("sd15", "lora")
     for name, file in (("lora_emb", model / FORMATS["embeddings"]), ("style", style / FORMATS["kohya"])):
@@ -353,7 +353,9 @@ def test_a_pti_without_its_words_gives_a_warning(shop: Callable[..., Shop], tmp_
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_a_saved_checkpoint_stands_alone_and_renders_as_the_trained_one(shop: Callable[..., Shop], family: str) -> None:
+def test_a_saved_checkpoint_needs_no_other_file_and_renders_as_the_trained_one(
+    shop: Callable[..., Shop], family: str
+) -> None:
     run, model, _ = shop().trained(family, "checkpoint", text_encoder_lr=0 if family == "flux1" else 1e-3, lr=1e-3)
     base = stock(shop(), family)
     gone = {name: getattr(base, name) for name, part in run.branch.parts.components.items() if part is None}
@@ -473,7 +475,7 @@ def test_adapters_of_a_text_encoder_that_is_not_trained_on_stay(shop: Callable[.
 
 @pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("model_type", ["pti", "lora"])
-def test_what_stands_on_a_pti_has_its_words(shop: Callable[..., Shop], family: str, model_type: str) -> None:
+def test_a_tune_on_a_pti_tune_has_its_tokens(shop: Callable[..., Shop], family: str, model_type: str) -> None:
     _, model, _ = shop().trained(family, "pti")
     rows = load_file(model / FORMATS["embeddings"])
     run, second, bench = shop().trained(family, model_type, model)
@@ -489,7 +491,7 @@ def test_what_stands_on_a_pti_has_its_words(shop: Callable[..., Shop], family: s
 
 
 @pytest.mark.long
-def test_another_number_of_words_begins_anew_and_says_so(shop: Callable[..., Shop]) -> None:
+def test_another_number_of_tokens_starts_again_with_a_warning(shop: Callable[..., Shop]) -> None:
     _, model, _ = shop().trained("sd15", "pti", tokens=2)
     _, second, bench = shop().trained("sd15", "pti", model, tokens=1)
     assert "has 2 learned tokens for its token, not 1" in bench.warnings[0]
@@ -515,7 +517,9 @@ def test_a_checkpoint_on_a_pti_is_refused_in_words(shop: Callable[..., Shop]) ->
 
 
 @pytest.mark.parametrize("file", [lora.KOHYA_FILE, lora.DIFFUSERS_FILE])
-def test_a_lora_file_from_elsewhere_is_gone_on_from(shop: Callable[..., Shop], tmp_path: Path, file: str) -> None:
+def test_training_continues_from_a_lora_file_from_elsewhere(
+    shop: Callable[..., Shop], tmp_path: Path, file: str
+) -> None:
     _, model, _ = shop().trained("sd15", "lora")
     elsewhere = tmp_path / "theirs.safetensors"
     save_file(load_file(model / file), elsewhere)  # no metadata of ours

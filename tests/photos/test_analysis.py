@@ -34,7 +34,7 @@ from trainer.files import sweep
 from trainer.library import weights
 from trainer.library.weights import Unavailable
 from trainer.photos import masks, restore
-from trainer.photos.analysis import PhotoAnalyzer, begin_anew, breaking
+from trainer.photos.analysis import PhotoAnalyzer, naming, remove_unfinished
 from trainer.photos.faces import closeup_box, find, prepare
 from trainer.photos.found import Found, Task
 from trainer.photos.intake import Decoder
@@ -163,7 +163,7 @@ def test_the_face_is_where_it_is(seeing: Services) -> None:
 
 
 @needs_shared
-def test_the_person_who_recurs_is_told_from_a_stranger(seeing: Services) -> None:
+def test_the_person_who_recurs_is_distinguished_from_a_stranger(seeing: Services) -> None:
     mine = [f"person_a/0{number}.jpg" for number in (1, 2, 3)]
     check = checked(seeing, *mine, "single/outdoor_portrait.jpg", face_crop=True)
     assert [verdict.same_person for verdict in check.photos] == [True, True, True, False]
@@ -172,7 +172,7 @@ def test_the_person_who_recurs_is_told_from_a_stranger(seeing: Services) -> None
 
 
 @needs_shared
-def test_without_recognition_weights_nothing_is_said_of_persons(
+def test_without_recognition_weights_persons_are_not_compared(
     seeing: Services, tmp_path: Path, decoder: Decoder
 ) -> None:
     own = tmp_path / "weights"
@@ -277,7 +277,7 @@ def test_a_tune_of_a_person_trains_on_closeups_and_says_so(studio: Studio) -> No
 
 @pytest.mark.long
 @needs_shared
-def test_the_loss_looks_at_the_face_alone(studio: Studio) -> None:
+def test_the_loss_uses_the_face_alone(studio: Studio) -> None:
     args = "mask=face mask_floor=0"
     tune = studio.ended(studio.create("face mask", name="man", args=args, steps=4, prompts_attributes=[]))
     assert tune.status == "trained", tune.error
@@ -315,7 +315,7 @@ def test_photos_without_a_face_are_dropped_or_kept_as_the_configuration_says(stu
 
 
 @needs_shared
-def test_a_tune_that_was_stopped_while_its_photos_are_looked_at_goes_on(studio: Studio) -> None:
+def test_a_tune_that_was_stopped_while_its_photos_are_analyzed_resumes(studio: Studio) -> None:
     """A cancel in that stage ends it there; resumed, it looks again and trains."""
     tune_id = studio.create("stopped", name="man", steps=4, prompts_attributes=[])
     studio.store.at_photos[tune_id] = lambda: studio.store.update("tunes", tune_id, cancel=1)
@@ -327,7 +327,7 @@ def test_a_tune_that_was_stopped_while_its_photos_are_looked_at_goes_on(studio: 
 
 
 @needs_shared
-def test_only_photos_of_people_are_looked_at(seeing: Services) -> None:
+def test_only_photos_of_people_are_analyzed(seeing: Services) -> None:
     check = checked(seeing, "noface/cat_chelsea.jpg", name="cat", face_crop=True, training_face_correct=True)
     assert check.photos[0].faces is None and not check.photos[0].cropped
     told = "is for photos of people, and cat is not: no faces are detected"
@@ -673,7 +673,7 @@ def test_a_file_that_is_not_the_published_one_is_not_kept(settings: Settings, tm
     assert list(mine.weights.iterdir()) == []
 
 
-def test_weights_that_nobody_answers_for_are_told_with_what_to_do(
+def test_weights_that_cannot_be_fetched_are_reported_with_what_to_do(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = fetching(settings, tmp_path)
@@ -703,7 +703,7 @@ def test_a_file_without_a_published_sha256_is_held_to_its_first_one(
     assert weights.find(mine, one) == file
 
 
-def test_what_a_killed_process_had_fetched_is_swept(settings: Settings, tmp_path: Path) -> None:
+def test_partial_downloads_of_a_killed_process_are_removed(settings: Settings, tmp_path: Path) -> None:
     mine = fetching(settings, tmp_path)
     (part := mine.weights / "clipseg-rd64-refined" / "model.safetensors.partial-1a2b3c4d").parent.mkdir(parents=True)
     part.write_bytes(b"half")
@@ -713,28 +713,28 @@ def test_what_a_killed_process_had_fetched_is_swept(settings: Settings, tmp_path
     assert not part.exists() and whole.exists()
 
 
-def test_a_preparation_that_begins_anew_removes_what_the_one_before_made(tmp_path: Path) -> None:
+def test_a_restarted_preparation_removes_what_the_one_before_made(tmp_path: Path) -> None:
     own, made = tmp_path / "masks" / "face" / "000.png", tmp_path / "faces" / "001-face.jpg"
     own.parent.mkdir(parents=True)
     own.touch()
-    begin_anew(tmp_path)
+    remove_unfinished(tmp_path)
     made.parent.mkdir()
     made.touch()
-    begin_anew(tmp_path)
+    remove_unfinished(tmp_path)
     assert own.exists() and not made.exists()
 
 
 def test_what_goes_wrong_with_a_photo_names_it() -> None:
     photo = Photo(name="rex.jpg", file="000.jpg", width=64, height=64, format="JPEG")
     for problem, told in [(ValueError("odd pixels"), "odd pixels"), (MemoryError(), "MemoryError")]:
-        with pytest.raises(AnalysisUnavailable, match=f"rex.jpg could not be analyzed: {told}"), breaking(photo):
+        with pytest.raises(AnalysisUnavailable, match=f"rex.jpg could not be analyzed: {told}"), naming(photo):
             raise problem
-    with pytest.raises(Closed), breaking(photo):  # the app ends; that is nobody's fault
+    with pytest.raises(Closed), naming(photo):  # the app ends; that is nobody's fault
         raise Closed
 
 
 @needs_shared
-def test_the_weights_of_the_registry_are_those_beside_the_repository() -> None:
+def test_the_weights_of_the_registry_are_those_next_to_the_repository() -> None:
     settings = read_settings(weights=SHARED / "weights", outputs=Path(os.devnull).parent / "shm", models=Path("/tmp"))
     assert weights.find(settings, weights.DETECTOR) and weights.find_recognizer(settings)
 
@@ -823,7 +823,7 @@ def test_a_check_needs_photos_and_knows_its_parameters(client: Any) -> None:
     }
 
 
-def test_without_a_name_nobody_looks_for_faces(client: Any) -> None:
+def test_without_a_name_no_faces_are_detected(client: Any) -> None:
     files = [("tune[images][]", ("rex.png", photo(), "image/png"))]
     (verdict,) = client.post("/photos/check.json", files=files).json()["photos"]
     assert verdict["faces"] is None

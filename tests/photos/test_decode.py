@@ -483,7 +483,7 @@ def peak_mb(pid: int | None) -> int:
 
 
 @pytest.mark.parametrize("orientation", [*range(1, 9), 99])
-def test_a_heic_stands_upright(tmp_path: Path, orientation: int) -> None:
+def test_a_heic_is_upright(tmp_path: Path, orientation: int) -> None:
     content = heic(turned(orientation), exif=exif_of(orientation).tobytes())
     found, image = decoded(tmp_path, content)
     assert off(image, drawn()) < 5
@@ -493,7 +493,7 @@ def test_a_heic_stands_upright(tmp_path: Path, orientation: int) -> None:
 
 
 @pytest.mark.parametrize(("boxes", "exif"), [(6, 1), (1, 6)])
-def test_a_heic_is_turned_as_its_own_boxes_say_whatever_exif_says(tmp_path: Path, boxes: int, exif: int) -> None:
+def test_a_heic_is_turned_by_its_own_boxes_not_by_exif(tmp_path: Path, boxes: int, exif: int) -> None:
     content = heic(turned(boxes), exif=exif_of(boxes).tobytes())
     said = struct.pack(">HHIH", ORIENTATION, 3, 1, boxes)
     assert content.count(said) == 1
@@ -510,7 +510,7 @@ def test_a_heic_may_have_garbage_as_exif(tmp_path: Path) -> None:
     assert found.photo.rotated
 
 
-def test_what_is_transparent_in_a_heic_lies_on_white(tmp_path: Path) -> None:
+def test_what_is_transparent_in_a_heic_becomes_white(tmp_path: Path) -> None:
     found, image = decoded(tmp_path, heic(quarters("RGBA", "#ff000000", "lime", "blue", "yellow")))
     assert off(image, quarters("RGB", "white", "lime", "blue", "yellow")) < 5
     assert found.photo.converted == "transparency"
@@ -601,7 +601,7 @@ def test_lab_is_converted(tmp_path: Path) -> None:
     assert found.photo.converted == "LAB"
 
 
-def test_a_turned_tiff_stands_upright_and_says_so(tmp_path: Path) -> None:
+def test_a_turned_tiff_is_upright_with_a_note(tmp_path: Path) -> None:
     """Pillow turns it as it is loaded, and then no longer says that it did."""
     found, image = decoded(tmp_path, saved(turned(6), "TIFF", tiffinfo={ORIENTATION: 6}))
     assert (found.photo.rotated, off(image, drawn())) == (True, 0)
@@ -616,7 +616,7 @@ def test_a_webp_is_kept_without_loss_only_where_it_has_none(
         assert found.photo.file == f"kept{suffix}"
 
 
-def test_comments_named_as_what_the_decoder_looks_for_change_nothing(tmp_path: Path) -> None:
+def test_comments_named_like_the_decoder_s_keys_change_nothing(tmp_path: Path) -> None:
     notes = PngInfo()
     for name in ("icc_profile", "exif", "original_orientation", "bit_depth", "XML:com.adobe.xmp"):
         notes.add_text(name, "6")
@@ -638,7 +638,7 @@ def test_a_good_photo_is_not_commented(tmp_path: Path) -> None:
     assert (photo.blurred, photo.too_small, photo.notes) == (False, False, [])
 
 
-def test_what_was_done_and_what_is_in_doubt_is_told_in_words(tmp_path: Path) -> None:
+def test_notes_say_what_was_done_and_what_is_in_doubt(tmp_path: Path) -> None:
     photo = decoded(tmp_path, jpeg(turned(6).convert("CMYK").filter(ImageFilter.BoxBlur(9)), exif=exif_of(6)))[0].photo
     assert photo.rotated and photo.blurred and photo.too_small
     assert photo.notes == [
@@ -684,7 +684,7 @@ def test_copies_look_alike_and_no_two_photos_do(tmp_path: Path, subjects: list[I
     assert not any(alike(one, other) for one, other in itertools.combinations(looks, 2))
 
 
-def test_the_same_pixels_have_the_same_digest_whatever_the_file(tmp_path: Path) -> None:
+def test_the_same_pixels_have_the_same_digest_in_each_format(tmp_path: Path) -> None:
     files = (saved(drawn(), "PNG"), saved(drawn(), "BMP"), saved(turned(6), "PNG", exif=exif_of(6)))
     assert len({decoded(tmp_path, content)[0].digest for content in files}) == 1
     flat = [decoded(tmp_path, photo(size=size))[0].digest for size in ((64, 32), (32, 64))]

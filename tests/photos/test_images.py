@@ -96,7 +96,7 @@ def test_pictures_of_other_modes_become_rgb(
         assert difference(image, original) < tolerance
 
 
-def test_what_is_transparent_lies_on_white(services: Services) -> None:
+def test_what_is_transparent_becomes_white(services: Services) -> None:
     _, (image,), _ = taken(services, face("odd/astronaut_rgba.png"))
     assert (image.mode, image.size) == ("RGB", (256, 256))
     with Image.open(FACES / "odd" / "astronaut_rgba.png") as original:

@@ -522,7 +522,7 @@ def test_what_is_no_photo_is_refused_by_the_intake(
     assert list((settings.outputs / "incoming").iterdir()) == []
 
 
-def test_a_photo_is_one_whatever_it_is_called(net: Net, settings: Settings, decoder: Decoder) -> None:
+def test_a_photo_is_recognized_under_any_name(net: Net, settings: Settings, decoder: Decoder) -> None:
     with intake(settings, decoder, [], [public("mislabelled")]) as (_, photos):
         assert [(one.name, one.format) for one in photos] == [("mislabelled", "PNG")]
 
@@ -556,7 +556,7 @@ def test_the_time_limit_is_one_for_all(fetch: Callable[..., list[bytes]]) -> Non
 
 
 @pytest.mark.usefixtures("half_a_second")
-def test_a_silent_name_server_holds_nobody_up(net: Net, fetch: Callable[..., list[bytes]], tmp_path: Path) -> None:
+def test_a_silent_name_server_blocks_no_request(net: Net, fetch: Callable[..., list[bytes]], tmp_path: Path) -> None:
     asked = [f"http://{STALLED}/a.png", public("a.png")]
     assert problems_of(fetch, *asked) == [f"{asked[0]} did not arrive within 0.5 s"]
     assert running()

@@ -188,9 +188,7 @@ def test_depth_fills_the_range_of_grey(models: Path, noise: Image.Image) -> None
     assert flipped.tobytes() != seen.tobytes()
 
 
-def test_weights_that_are_missing_from_a_model_that_looks_are_told(
-    models: Path, noise: Image.Image, tmp_path: Path
-) -> None:
+def test_missing_weights_of_an_annotator_are_reported(models: Path, noise: Image.Image, tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         make_depth(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -215,7 +213,7 @@ def test_people_become_stick_figures(models: Path, noise: Image.Image) -> None:
     assert (0, 0, 0) in colours and len(colours & set(preprocessors.COLOURS)) > 5
 
 
-def test_nobody_in_the_picture_is_told(models: Path, noise: Image.Image) -> None:
+def test_a_picture_without_people_is_reported(models: Path, noise: Image.Image) -> None:
     for people, points in (("chairs", "pose"), ("people", "unsure")):
         folders = {"people": models / people, "pose": models / points}
         with pytest.raises(ValueError, match="no person was found in the picture"):
@@ -393,7 +391,7 @@ def test_a_control_model_works_at_its_scale(branch_of: Any, made: Any, name: str
 
 
 @pytest.mark.parametrize("name", ["sdxl1-union", "flux1-union"])
-def test_a_union_model_is_told_what_it_looks_at(branch_of: Any, made: Any, name: str) -> None:
+def test_a_union_model_gets_the_kind_of_its_control_image(branch_of: Any, made: Any, name: str) -> None:
     family = name.split("-")[0]
     branch, model = branch_of(family), control.load_control(branch_of(family), made(name))
     canny, depth = (drawn(branch, "text", model, 1.0, square(SIDE), kind) for kind in ("canny", "depth"))
@@ -441,7 +439,7 @@ def test_a_variant_alone_is_enough(branch_of: Any, made: Any, tmp_path: Path) ->
     assert distance(model.conv_in.weight, whole.conv_in.weight) < 1e-3
 
 
-def test_a_union_model_is_told_by_its_weights(branch_of: Any, made: Any, tmp_path: Path) -> None:
+def test_a_union_model_is_recognized_by_its_weights(branch_of: Any, made: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(made("sdxl1-union"), tmp_path / "union")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"_class_name": "ControlNetModel"}))
@@ -475,7 +473,7 @@ def test_another_width_of_the_text_is_refused(branch_of: Any, tmp_path: Path) ->
         control.load_control(branch_of("sd15"), tmp_path)
 
 
-def test_missing_and_broken_weights_are_told(branch_of: Any, made: Any, tmp_path: Path) -> None:
+def test_missing_and_broken_weights_are_reported(branch_of: Any, made: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(made("sd15"), tmp_path / "gap")
     file = folder / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)

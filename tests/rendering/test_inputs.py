@@ -98,7 +98,7 @@ def test_a_family_whose_pipeline_takes_no_strength_draws_all_steps(
     assert done.prompt.progress.step == done.prompt.progress.steps == 4
 
 
-def test_the_strength_is_0_8_where_nothing_is_said(room: Room, tunes: dict[str, int], files: Path) -> None:
+def test_the_strength_is_0_8_by_default(room: Room, tunes: dict[str, int], files: Path) -> None:
     plain, same, other = (
         room.render(tunes["sd15"], **from_(files, steps=5, **more)).picture
         for more in ({}, {"denoising_strength": 0.8}, {"denoising_strength": 0.6})
@@ -149,7 +149,7 @@ def test_schedulers_draw_over_a_picture_too(room: Room, tunes: dict[str, int], f
     assert unlike(plain, other) and not unlike(other, again)
 
 
-def test_a_strength_without_a_picture_is_told(room: Room, tunes: dict[str, int]) -> None:
+def test_a_strength_without_a_picture_gives_a_warning(room: Room, tunes: dict[str, int]) -> None:
     plain, done = (room.render(tunes["sd15"], **more) for more in ({}, {"denoising_strength": 0.1}))
     assert done.warnings == ["denoising_strength has no effect without input_image"]
     assert not unlike(plain.picture, done.picture)
@@ -194,7 +194,7 @@ def test_a_mask_is_found_by_words(room: Room, tunes: dict[str, int], files: Path
 
 
 @pytest.mark.parametrize("why_not", ["", "the model is not here"])
-def test_where_nothing_is_found_nothing_is_drawn_anew(
+def test_where_nothing_is_found_nothing_is_redrawn(
     room: Room, tunes: dict[str, int], files: Path, why_not: str
 ) -> None:
     room.eyes.why_not = why_not
@@ -279,7 +279,7 @@ def controls(room: Room, tunes: dict[str, int], tmp_path: Path, monkeypatch: pyt
     return fetched
 
 
-def test_a_control_model_works_beside_the_picture_or_the_text_and_stays_loaded(
+def test_a_control_model_works_with_picture_or_text_and_stays_loaded(
     room: Room, tunes: dict[str, int], files: Path, controls: list[str]
 ) -> None:
     asked = from_(files, denoising_strength=0.8)
@@ -346,7 +346,7 @@ def test_fast_starts_from_pictures_too(room: Room, files: Path) -> None:
 # How they come
 
 
-def test_a_photo_that_lies_on_its_side_is_turned(room: Room, tunes: dict[str, int], tmp_path: Path) -> None:
+def test_a_photo_stored_sideways_is_turned(room: Room, tunes: dict[str, int], tmp_path: Path) -> None:
     upright = Image.fromarray(
         np.repeat(np.linspace(0, 255, 64, dtype=np.uint8)[:, None, None], 128, axis=1).repeat(3, 2)
     )

@@ -79,7 +79,7 @@ def test_weights_mix_the_models(room: Room, two: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("branch", ["sdxl1", "flux1"])
-def test_two_models_lie_on_other_families_too(room: Room, branch: str) -> None:
+def test_two_models_are_loaded_in_other_families_too(room: Room, branch: str) -> None:
     first, second = room.tune(branch, seed=1), room.tune(branch, seed=2)
     ann, both = (room.render(first, text).picture for text in ("a dog", f"a dog <lora:{second}:1>"))
     bob = room.render(second, "a dog").picture
@@ -130,7 +130,7 @@ def test_a_model_is_meant_by_its_number_token_title_or_file(room: Room, two: tup
     assert "there is no LoRA of this number, token or title" in refusal(room, first, "a dog <lora:film look:1>")
 
 
-def test_a_file_that_is_gone_by_then_fails_the_prompt_in_words(room: Room, two: tuple[int, int]) -> None:
+def test_a_file_that_was_deleted_fails_the_prompt_in_words(room: Room, two: tuple[int, int]) -> None:
     file = room.write_lora(room.settings.models / "soon gone.safetensors", "sd15", seed=9)
     prompt = prompts.create_prompt(room.services, two[0], {"text": "a dog <lora:soon gone:1>", "num_images": 1})
     file.unlink()
@@ -190,7 +190,9 @@ def words(open_room: Room) -> list[int]:
     return [open_room.tune(kind="pti", seed=seed, words="ohwx") for seed in (11, 12)]
 
 
-def test_new_words_are_read_where_their_model_lies(room: Room, two: tuple[int, int], words: list[int]) -> None:
+def test_learned_tokens_are_read_from_the_folder_of_their_model(
+    room: Room, two: tuple[int, int], words: list[int]
+) -> None:
     own, other = (room.render(words[0], text) for text in ("a dog ohwx", "a dog ohww"))
     assert own.warnings == [] and unlike(own.picture, other.picture)
     base = room.render(two[0], "a dog ohwx", lora_scale=0).picture
@@ -199,7 +201,7 @@ def test_new_words_are_read_where_their_model_lies(room: Room, two: tuple[int, i
     assert not unlike(room.render(two[0], "a dog ohwx", lora_scale=0).picture, base)  # no word of it stays
 
 
-def test_the_same_word_of_two_models_is_told_each_time(room: Room, words: list[int]) -> None:
+def test_the_same_token_in_two_models_gives_a_warning_each_time(room: Room, words: list[int]) -> None:
     first, second = words
     bench = room.new_bench()
     for _ in range(2):
@@ -265,9 +267,7 @@ def test_models_are_swapped_on_a_base_that_is_loaded_once(
 
 
 @pytest.mark.long
-def test_a_face_is_put_into_whatever_is_drawn(
-    room: Room, two: tuple[int, int], photos: list[Path], tmp_path: Path
-) -> None:
+def test_a_face_is_put_into_every_drawing(room: Room, two: tuple[int, int], photos: list[Path], tmp_path: Path) -> None:
     face = room.tune(kind="faceid")
     Image.new("L", (64, 64), 255).save(tmp_path / "b.png")
     start = {"input_image": Upload("a.png", photos[0]), "denoising_strength": 0.6, "steps": 4}

@@ -171,7 +171,7 @@ def heard(room: Room, tunes: dict[str, int], monkeypatch: pytest.MonkeyPatch) ->
     return texts
 
 
-def test_a_style_stands_around_the_text_and_behind_the_negative_one(
+def test_a_style_is_put_around_the_text_and_after_the_negative_one(
     room: Room, tunes: dict[str, int], heard: list[tuple[str, str | None]]
 ) -> None:
     room.render(tunes["sd15"], style="cinematic")
@@ -237,8 +237,8 @@ def test_pictures_have_the_asked_size(
     [
         ({}, (64, 64), []),
         ({"w": 64, "h": 64}, (64, 64), []),
-        ({"w": 128, "h": 64}, (64, 32), ["fast renders 64 x 32 pixels, whatever w and h are"]),
-        ({"w": 512, "h": 1024}, (32, 64), ["fast renders 32 x 64 pixels, whatever w and h are"]),
+        ({"w": 128, "h": 64}, (64, 32), ["fast renders 64 x 32 pixels; w and h have no effect"]),
+        ({"w": 512, "h": 1024}, (32, 64), ["fast renders 32 x 64 pixels; w and h have no effect"]),
         ({"aspect_ratio": "16:9"}, (64, 40), []),
         ({"ar": "portrait"}, (40, 64), []),
     ],
@@ -373,7 +373,7 @@ def test_faces_of_each_picture_are_its_own(room: Room, people: int) -> None:
         ([(20, 20, 80, 80)], "at 108 px the face is drawn large already"),
     ],
 )
-def test_a_face_that_is_not_drawn_again_is_told(
+def test_a_face_that_is_not_drawn_again_gives_a_warning(
     room: Room, people: int, boxes: list[tuple[float, float, float, float]], told: str
 ) -> None:
     plain = room.render(people, **LARGE).picture
@@ -383,7 +383,7 @@ def test_a_face_that_is_not_drawn_again_is_told(
     assert not unlike(done.picture, plain)
 
 
-def test_where_no_model_is_of_people_nobody_looks_for_faces(room: Room, tunes: dict[str, int], people: int) -> None:
+def test_without_a_model_of_people_no_faces_are_detected(room: Room, tunes: dict[str, int], people: int) -> None:
     plain = room.render(tunes["sd15"], **LARGE).picture
     room.eyes.boxes = TWO_FACES
     done = room.render(tunes["sd15"], inpaint_faces=True, **LARGE)
@@ -394,7 +394,7 @@ def test_where_no_model_is_of_people_nobody_looks_for_faces(room: Room, tunes: d
 
 
 @pytest.mark.parametrize("name", ["inpaint_faces", "face_correct"])
-def test_without_somebody_who_looks_the_picture_stays_and_says_why(room: Room, people: int, name: str) -> None:
+def test_without_face_analysis_the_picture_stays_and_a_warning_says_why(room: Room, people: int, name: str) -> None:
     plain = room.render(people).picture
     room.eyes.why_not = "the detector is not here"
     done = room.render(people, num_images=2, **{name: True})

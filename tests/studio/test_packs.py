@@ -335,7 +335,7 @@ def test_a_broken_pack_says_why(values: dict[str, Any], expected: str) -> None:
         pack_file.load(changed(**values), "pets")
 
 
-def test_all_that_is_wrong_is_said_at_once_and_a_name_must_fit_an_address() -> None:
+def test_all_that_is_wrong_is_reported_at_once_and_a_name_must_fit_an_address() -> None:
     with pytest.raises(ValueError) as caught:
         pack_file.load({"titel": "x", "classes": ["*"], "prompts": [{"text": "x", "sed": 1}]}, "My Pack")
     for part in ("'titel'", "title is required", "branch is required", "'sed'", "got 'My Pack'"):

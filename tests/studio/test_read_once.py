@@ -109,7 +109,7 @@ def loras(services: Services) -> str:
     return "<lora:one:1> <lora:two:1> <lora:three:1> a dog"
 
 
-def test_three_loras_of_a_tune_s_prompts_are_looked_up_before_the_transaction(
+def test_three_loras_of_a_tune_s_prompts_are_resolved_before_the_transaction(
     client: TestClient, services: Services, scans: list[bool], loras: str
 ) -> None:
     post(client, **{"tune[branch]": "sd15", "tune[prompts_attributes][0][text]": loras})

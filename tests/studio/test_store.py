@@ -183,7 +183,7 @@ def test_a_job_that_was_put_back_has_not_crashed(store: Store) -> None:
     assert statuses(store, 1) == ["trained", "queued"]
 
 
-def test_a_wish_to_cancel_is_seen_and_so_is_a_row_that_is_gone(store: Store) -> None:
+def test_a_request_to_cancel_is_seen_and_so_is_a_deleted_row(store: Store) -> None:
     add(store)
     assert not store.cancel_wanted("tunes", 1)
     store.update("tunes", 1, cancel=1)

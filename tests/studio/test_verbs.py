@@ -64,7 +64,7 @@ def test_a_tune_s_title_name_and_characteristics_can_be_changed(client: TestClie
         ({"steps": 5}, "steps", "unknown parameter"),
     ],
 )
-def test_what_cannot_be_changed_is_told(client: TestClient, change: dict[str, str], field: str, told: str) -> None:
+def test_what_cannot_be_changed_is_reported(client: TestClient, change: dict[str, str], field: str, told: str) -> None:
     tune, _ = create(client), create(client, "Other")
     answer = client.patch(f"/tunes/{tune['id']}", json={"tune": change})
     assert answer.status_code == 422 and told in answer.json()[field][0]
@@ -183,7 +183,7 @@ def test_a_prompt_may_start_from_a_picture(client: TestClient, services: Service
         ({"text": "<faceid:99:1> dog"}, "text", "there is no faceid tune 99"),
     ],
 )
-def test_what_a_prompt_cannot_have_is_told_and_nothing_is_kept(
+def test_what_a_prompt_cannot_have_is_reported_and_nothing_is_kept(
     client: TestClient, services: Services, sent: dict[str, Any], field: str, told: str
 ) -> None:
     tune_id = create(client)["id"]
@@ -193,7 +193,7 @@ def test_what_a_prompt_cannot_have_is_told_and_nothing_is_kept(
     assert services.store.find("prompts") == [] and not list((services.settings.outputs / "incoming").glob("*"))
 
 
-def test_what_is_accepted_and_not_done_is_told(client: TestClient) -> None:
+def test_what_is_accepted_and_not_done_gives_a_warning(client: TestClient) -> None:
     tune_id = create(client)["id"]
     asked = {"face_swap": True, "hires_fix": True, "backend_version": 1, "super_resolution": "X4"}
     prompt = prompt_on(client, tune_id, "ohwx dog --fix_bindi", **asked).json()
@@ -219,7 +219,7 @@ def test_what_is_accepted_and_not_done_is_told(client: TestClient) -> None:
         ({"aspect_ratio": "16:9", "w": 64}, ""),
     ],
 )
-def test_what_has_no_effect_is_told(client: TestClient, asked: dict[str, Any], told: str) -> None:
+def test_what_has_no_effect_gives_a_warning(client: TestClient, asked: dict[str, Any], told: str) -> None:
     prompt = prompt_on(client, create(client)["id"], **{"text": "a dog"} | asked).json()
     assert prompt["warnings"] == ([told] if told else [])
 

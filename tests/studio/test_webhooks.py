@@ -195,7 +195,7 @@ def test_a_receiver_that_is_not_there_yet_gets_it_when_it_is(
     again.server_close()
 
 
-def test_one_that_hangs_holds_up_nobody(
+def test_one_that_hangs_does_not_block_others(
     services: Services,
     client: TestClient,
     postman: WebhookSender,
@@ -213,7 +213,7 @@ def test_one_that_hangs_holds_up_nobody(
     receiver.closing.set()
 
 
-def test_it_is_given_up_after_a_day_and_where_the_receiver_wants_no_more(
+def test_it_stops_after_a_day_and_where_the_receiver_wants_no_more(
     services: Services, client: TestClient, receiver: ReceiverServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert 86_400 < sum(webhooks.DELAYS) < 1.2 * 86_400

@@ -240,7 +240,7 @@ def test_every_crop_can_be_cut(image: tuple[int, int], size: tuple[int, int]) ->
         assert cut(Image.new("L", image), box, size, False).size == size
 
 
-def test_other_crops_lie_elsewhere_in_the_photo() -> None:
+def test_other_crops_are_elsewhere_in_the_photo() -> None:
     boxes = crops((400, 100), (64, 64), 4, 0)
     assert len({box[0] for box in boxes}) == 4
     assert {(box[1], box[3]) for box in boxes} == {(0, 100)}  # there is nothing to choose from top to bottom
@@ -335,7 +335,7 @@ def test_each_crop_is_a_view_and_its_mirror_image_another(
             assert torch.allclose(straight.flip(-1), mirrored, atol=1e-6)
 
 
-def test_the_family_is_told_the_size_as_it_came_the_corner_of_the_crop_and_the_size(tmp_path: Path) -> None:
+def test_the_family_gets_original_size_crop_corner_and_training_size(tmp_path: Path) -> None:
     picture = Picture(draw_picture(tmp_path / "photo.png", (320, 128)), "a dog", "photo")
     views = encode(tmp_path, picture, crops=2, flip=True).views
     centre, mirrored, crop, crop_mirrored = (view.size["told"].tolist()[0] for view in views)
@@ -395,7 +395,7 @@ def test_a_mask_is_cropped_and_mirrored_with_its_photo(tmp_path: Path) -> None:
             assert torch.allclose(view.masks["subject"], bright / bright.mean(), atol=0.02)
 
 
-def test_a_crop_that_the_mask_lies_outside_of_counts_as_a_whole() -> None:
+def test_a_crop_without_any_mask_pixel_counts_as_a_whole() -> None:
     for floor in (0.0, 0.1):
         weights = to_weights(Image.new("L", (64, 64)), torch.zeros(1, 4, 8, 8), floor)
         assert torch.allclose(weights, torch.ones(1, 1, 8, 8))
@@ -433,7 +433,7 @@ def test_the_mask_is_widened_in_exactly_its_share_of_the_steps(widen: float, ste
     assert max(tens) - min(tens) <= 1  # and not all of them at one end
 
 
-def test_a_view_without_the_mask_counts_as_a_whole_beside_others() -> None:
+def test_a_view_without_the_mask_counts_as_a_whole_among_others() -> None:
     family: Any = Plain()
     face = torch.tensor([[[[2.0, 0.0]]]])
     samples = [sample("a", (1, 2), masks={"face": face}), sample("b", (1, 2))]
@@ -447,7 +447,7 @@ def test_a_view_without_the_mask_counts_as_a_whole_beside_others() -> None:
                 assert torch.equal(weights, expected[name][0])
 
 
-def test_what_is_asked_for_and_not_there_is_told(tmp_path: Path) -> None:
+def test_missing_masks_and_crops_give_warnings(tmp_path: Path) -> None:
     photos = [Picture(tmp_path / f"{name}.jpg", "a dog", f"{name} at home.jpg") for name in "ab"]
     asked = settled(mask="face", mask_widen=0.5, face_set=True)
     assert without_mask(photos, tmp_path, settled()) == []
@@ -470,7 +470,7 @@ def test_what_is_asked_for_and_not_there_is_told(tmp_path: Path) -> None:
 # Pictures and captions
 
 
-def test_captions_are_the_hosted_service_s_unless_a_text_lies_beside_the_photo(tmp_path: Path) -> None:
+def test_captions_are_the_hosted_service_s_unless_the_photo_has_a_text_file(tmp_path: Path) -> None:
     photos = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
     assert captions_for(photos, "sks", "dog") == ["A photo of sks dog"] * 2
     (tmp_path / "b.txt").write_text("  a dög on a beach\n", "utf-8")
@@ -481,7 +481,7 @@ def test_the_caption_of_a_style_speaks_of_no_photo(tmp_path: Path) -> None:
     assert captions_for([tmp_path / "a.jpg"], "ohwx", "Style") == ["ohwx Style"]
 
 
-def test_face_crops_are_found_beside_their_photos_and_captioned_as_closeups(tmp_path: Path) -> None:
+def test_face_crops_are_found_with_their_photos_and_captioned_as_closeups(tmp_path: Path) -> None:
     names = {"0001.jpg": "me.jpg", "0002.png": "us.png"}
     for file in names:
         draw_picture(tmp_path / "images" / file)
@@ -657,7 +657,9 @@ def named(shapes: list[tuple[int, int]]) -> list[Sample]:
 
 
 @given(shapes=shapes, seed=st.integers(0, 2**32 - 1))
-def test_each_sample_is_seen_once_per_epoch_beside_those_of_its_shape(shapes: list[tuple[int, int]], seed: int) -> None:
+def test_each_sample_is_seen_once_per_epoch_next_to_those_of_its_shape(
+    shapes: list[tuple[int, int]], seed: int
+) -> None:
     samples = named(shapes)
     for epoch in range(3):
         turn = epoch_order(seed, samples, epoch * len(samples), len(samples))
@@ -676,7 +678,7 @@ def test_the_order_is_the_same_wherever_a_run_starts(
     assert parts[: 60 - start] == whole[start:]
 
 
-def test_the_order_is_shuffled_anew_in_each_epoch_and_for_each_seed() -> None:
+def test_the_order_differs_in_each_epoch_and_for_each_seed() -> None:
     samples = named([(8, 8), (8, 12)] * 4)
     orders = {
         tuple(one.picture.name for one in epoch_order(seed, samples, epoch * 8, 8))
@@ -713,7 +715,7 @@ def test_the_empty_caption_takes_the_place_of_its_share(share: float) -> None:
     assert silent == {0: {0}, 0.25: {0, 1, 2, 3, 4}, 1: {4}}[share]  # of the four in a step, each by itself
 
 
-def test_latents_are_drawn_anew_in_each_step_from_each_photo_s_own_distribution() -> None:
+def test_each_step_draws_new_latents_from_each_photo_s_own_distribution() -> None:
     family: Any = Plain()
     numbers = {"a": (-10.0, 1.0), "b": (10.0, 3.0)}
     data = dataset_of([sample(name, mean=mean, std=std) for name, (mean, std) in numbers.items()], settled())
@@ -856,7 +858,7 @@ def test_gradients_of_a_step_in_pieces_are_those_of_the_whole_step(
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*gradients, strict=True))
 
 
-def test_a_photo_is_decoded_once_whatever_is_made_of_it(
+def test_a_photo_is_decoded_once_for_all_uses(
     tmp_path: Path, tiny_sd15: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.helpers.tiny import make_tiny_sdxl1
 from tests.helpers.training import STEPS, RecordedReport, Run, TrainingSetup, config_of, same
 from trainer.training import loop
-from trainer.training.states import SINCE, Diverged, save
+from trainer.training.states import ADDED_LATER, Diverged, save
 from trainer.training.views import Picture
 
 STATE_TENSORS = ("weight", "exp_avg", "exp_avg_sq", "step")
@@ -173,7 +173,7 @@ def test_a_state_that_is_not_whole_gives_way_to_the_one_before(
     assert told.resumed_at == [4]
 
 
-def test_a_run_that_goes_on_from_the_state_before_ends_the_same(bench: TrainingSetup, states: Path) -> None:
+def test_a_run_that_resumes_from_the_state_before_ends_the_same(bench: TrainingSetup, states: Path) -> None:
     first, again = bench.start(), bench.start(adapters_seed=1)
     first.train(states, RecordedReport())
     flip_one_bit(states / "step-000006")
@@ -193,13 +193,11 @@ def test_a_folder_that_a_crash_left_half_written_is_no_state(bench: TrainingSetu
     assert told.resumed_at == [2]
 
 
-def test_a_state_from_before_words_came_to_the_configuration_is_gone_on_from(
-    bench: TrainingSetup, states: Path
-) -> None:
+def test_a_state_from_before_new_hyper_parameters_is_resumed(bench: TrainingSetup, states: Path) -> None:
     bench.start().train(states, RecordedReport(stop_at=3))
     for state in states.iterdir():
         facts = json.loads((state / "manifest.json").read_text())
-        facts["config"] = {word: value for word, value in facts["config"].items() if word not in SINCE}
+        facts["config"] = {word: value for word, value in facts["config"].items() if word not in ADDED_LATER}
         (state / "manifest.json").write_text(json.dumps(facts))
     told = RecordedReport()
     assert bench.start().train(states, told)
@@ -424,7 +422,7 @@ def test_a_weight_that_is_not_finite_though_loss_and_gradient_are_is_not_saved(
     assert finite(states) and torch.isfinite(weight).all()
 
 
-def test_who_looks_in_between_sees_finite_weights_only(bench: TrainingSetup, states: Path) -> None:
+def test_previews_see_finite_weights_only(bench: TrainingSetup, states: Path) -> None:
     bench.config = config_of(save_every=100)
     run, seen = bench.start(), []
 
@@ -432,7 +430,7 @@ def test_who_looks_in_between_sees_finite_weights_only(bench: TrainingSetup, sta
         seen.append((step, all(torch.isfinite(weight).all() for weight in run.weights().values())))
 
     spoil(run, lambda call: call == 3)
-    loop.train(run.branch, run.groups, run.data, run.config, RecordedReport(), states, look, look_at=(2, 3, 5))
+    loop.train(run.branch, run.groups, run.data, run.config, RecordedReport(), states, look, preview_steps=(2, 3, 5))
     assert seen == [(2, True), (2, True), (3, True), (5, True)]  # after the step that went wrong nobody looked
 
 

@@ -129,7 +129,7 @@ def test_a_full_card_ends_the_tune_in_words_and_the_next_one_runs(
     assert studio.ended(second).status == "trained"
 
 
-def test_a_loss_that_is_no_number_once_is_survived_and_told(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_once_not_finite_gives_a_warning(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     Once(monkeypatch, lambda call, loss: loss * math.nan if call == 5 else loss)
     tune = studio.ended(studio.create("a bump", args="save_every=4 micro_batch=4"))
     assert tune.status == "trained"
@@ -175,9 +175,7 @@ def test_a_card_with_little_memory_changes_how_and_not_what(studio: Studio, monk
     assert bench._fitted(row | {"args": train_config.as_args(config)}) == config
 
 
-def test_a_card_that_is_too_small_is_told_before_anything_is_loaded(
-    studio: Studio, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_card_that_is_too_small_is_reported_before_loading(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.work.job_runner.free_gib", lambda device: 22.1)
     row = {"id": 1, "branch": "flux1", "method": "lora", "args": flux_args(studio)}
     with pytest.raises(RuntimeError, match=r"flux1 needs a card with 26 GiB of free memory; there are 22\.1 GiB"):

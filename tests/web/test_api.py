@@ -110,7 +110,7 @@ def as_json(fields: Fields) -> tuple[bytes, dict[str, str]]:
 @pytest.mark.parametrize("prompts", [WITHOUT_NUMBERS, NUMBERED], ids=["[]", "[0]"])
 @pytest.mark.parametrize("characteristics", [NESTED, IN_ONE_TEXT], ids=["nested", "in one text"])
 @pytest.mark.parametrize("encode", [as_multipart, as_urlencoded, as_json])
-def test_one_request_said_in_many_ways_has_one_answer(
+def test_one_request_written_in_many_ways_has_one_answer(
     private: Services,
     photo_server: ThreadingHTTPServer,
     encode: Callable[[Fields], tuple[bytes, dict[str, str]]],
@@ -471,7 +471,7 @@ def test_what_is_missing_is_named_at_once(client: TestClient, services: Services
     }
 
 
-def test_bad_parameters_and_bad_photos_are_told_together(client: TestClient, services: Services) -> None:
+def test_bad_parameters_and_bad_photos_are_reported_together(client: TestClient, services: Services) -> None:
     fields = [*GOOD, ("tune[model_type]", "faceid"), ("tune[images][]", ("bad.png", b"no"))]
     assert list(refusal(post(client, fields), services)) == ["model_type", "images"]
 
@@ -594,7 +594,7 @@ def test_private_addresses_are_refused_before_anything_is_sent(
         assert not isinstance(plain, type(guarded))
 
 
-def test_every_address_that_cannot_be_had_is_named(private: Services, photo_server: ThreadingHTTPServer) -> None:
+def test_every_address_that_cannot_be_fetched_is_named(private: Services, photo_server: ThreadingHTTPServer) -> None:
     urls = [f"{address(photo_server)}{path}" for path in ("/a.png", "/gone.jpg", "/move")] + ["http://127.0.0.1:1/b"]
     asked = {"tune": {"title": "Rex", "name": "dog", "branch": "fast", "image_urls": urls}}
     problems = refusal(client_of(private).post("/tunes", json=asked), private)
@@ -639,7 +639,7 @@ def test_links_are_plain_gets(client: TestClient, services: Services, links: dic
     assert model.headers["content-disposition"] == 'attachment; filename="tune-1-lora.safetensors"'
 
 
-def test_a_download_can_go_on_where_it_stopped(client: TestClient, links: dict[str, str]) -> None:
+def test_a_download_can_resume_where_it_stopped(client: TestClient, links: dict[str, str]) -> None:
     rest = client.get(links["model"], headers={"Range": "bytes=6-"})
     assert (rest.status_code, rest.content, rest.headers["content-range"]) == (206, b"6789", "bytes 6-9/10")
     assert client.get(links["model"], headers={"Range": "bytes=20-"}).status_code == 416
@@ -715,7 +715,7 @@ def test_a_flattened_request_nests_to_itself(tree: dict[str, Any]) -> None:
 
 @given(st.lists(st.tuples(st.text("ab01[]_-é²\n", max_size=12), TEXTS), max_size=5))
 @settings(deadline=None)
-def test_no_names_whatever_are_more_than_malformed(items: list[tuple[str, str]]) -> None:
+def test_any_names_are_at_most_malformed(items: list[tuple[str, str]]) -> None:
     try:
         tree = nest(items)
     except Malformed:

@@ -340,7 +340,7 @@ def published_endpoints(app: App) -> list[str]:
     return [name.removeprefix("/") for name in info["named_endpoints"]]
 
 
-def test_the_page_says_what_is_wrong_beside_the_field(
+def test_the_page_says_what_is_wrong_at_the_field(
     app: App, browser_page: Page, dog_photos: Callable[[int], list[Path]]
 ) -> None:
     page = browser_page
@@ -372,7 +372,7 @@ def test_the_page_says_what_is_wrong_beside_the_field(
     assert app.http.get("/tunes").json() == before
 
 
-def test_the_page_and_a_script_tell_the_same_of_photos(app: App, browser_page: Page) -> None:
+def test_the_page_and_a_script_report_the_same_of_photos(app: App, browser_page: Page) -> None:
     faces = SHARED / "data/faces"
     if not faces.exists():
         pytest.skip("the photos and weights beside the repository are not here")

@@ -33,14 +33,14 @@ def table(heading: str) -> list[str]:
     return re.findall(r"^\| `([^`]+)`", rows[0], re.MULTILINE)
 
 
-def test_every_call_is_told(services: Services) -> None:
+def test_every_call_is_documented(services: Services) -> None:
     paths = client_of(services).get("/openapi.json").json()["paths"]
     assert sorted(table("## Calls")) == sorted(
         f"{method.upper()} {path}" for path, methods in paths.items() for method in methods
     )
 
 
-def test_every_parameter_is_told() -> None:
+def test_every_parameter_is_documented() -> None:
     assert table("Of a tune;") == TuneRequest.parameters()
     assert table("Of a prompt;") == PromptRequest.parameters()
 

@@ -101,7 +101,7 @@ def test_what_was_started_is_ended_with_the_app(settings: Settings) -> None:
     assert told == ["begin", "unload"]
 
 
-def test_an_app_that_cannot_be_loaded_is_told_as_failed(settings: Settings) -> None:
+def test_an_app_that_cannot_be_loaded_is_reported_as_failed(settings: Settings) -> None:
     told: list[str] = []
 
     def load() -> FastAPI:
@@ -271,7 +271,7 @@ def test_files_are_open_and_paths_that_look_like_it_are_not(open_settings: Setti
             assert client.get(path).status_code == 401, path
 
 
-def test_nobody_without_the_key_sees_the_waiting_page(open_settings: Settings) -> None:
+def test_the_waiting_page_needs_the_key(open_settings: Settings) -> None:
     loaded = threading.Event()
     with guarded(open_settings, lambda: (loaded.wait(), small_app())[1]) as client:
         assert client.get("/", headers={"Accept": "text/html"}).status_code == 401

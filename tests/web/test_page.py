@@ -199,7 +199,7 @@ def test_names_of_dropped_photos_are_text() -> None:
         (3600, "1 h 0 min"), (7260, "2 h 1 min"), (90_000, "25 h 0 min"),
     ],
 )  # fmt: skip
-def test_durations_are_said_in_words(seconds: float, words: str) -> None:
+def test_durations_are_shown_in_words(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
@@ -212,7 +212,7 @@ def test_the_bar_shows_how_far_a_tune_is() -> None:
     assert "tb-moving" in str(shown.all("class"))
 
 
-def test_slow_steps_are_told_by_their_time() -> None:
+def test_slow_steps_show_their_time() -> None:
     text = Reader(progress(tune(progress=Progress(step=1, steps=61, seconds_per_step=1.5)))).text
     assert "1.50 s a step" in text and "1 min 30 s left" in text
 
@@ -259,7 +259,7 @@ def test_the_page_shows_previews_and_the_models_that_were_kept() -> None:
     assert "tb-moments" not in current(tune(), [], [], 0)
 
 
-def test_the_page_tells_rate_and_memory_of_the_last_reading() -> None:
+def test_the_page_shows_rate_and_memory_of_the_last_reading() -> None:
     readings = [
         {"step": 10, "loss": 0.5, "lr": 1e-4, "peak_gib": 3.0},
         {"step": 20, "loss": 0.4, "lr": 5e-5, "peak_gib": 3.25},
@@ -275,7 +275,7 @@ def test_pictures_as_trained_are_shown_with_their_captions() -> None:
     assert trained_pictures([]) == ""
 
 
-def test_links_on_the_page_work_under_whatever_name_it_was_opened() -> None:
+def test_links_on_the_page_work_under_each_host_name() -> None:
     done = tune(
         status="trained", ckpt_url=LINK, orig_images=[LINK], prompts=[prompt(status="rendered", images=[LINK])],
         photos=[Photo(name="a", file="000.png", width=64, height=48, format="PNG")],
@@ -360,7 +360,7 @@ def test_the_form_shows_which_token_a_tune_gets_that_names_none(services: Servic
     assert usual_tokens(tmp_path / "presets") == "zwx"
 
 
-def test_captions_on_the_form_follow_the_fields_until_somebody_writes_one(services: Services, tmp_path: Path) -> None:
+def test_captions_on_the_form_follow_the_fields_until_the_user_writes_one(services: Services, tmp_path: Path) -> None:
     with gr.Blocks():
         form = Form(services)
     (tmp_path / "b.txt").write_text("a dog in the snow")

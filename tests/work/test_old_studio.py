@@ -84,7 +84,7 @@ def test_what_waits_is_trained_and_rendered(studio: Studio) -> None:
     assert all(len(picture.getcolors(64 * 64) or []) > 50 for picture in pictures)
 
 
-def test_a_run_that_was_stopped_goes_on_from_its_state(studio: Studio) -> None:
+def test_a_run_that_was_stopped_resumes_from_its_state(studio: Studio) -> None:
     """Also, it stands on the model of another tune."""
     tunes.resume_tune(studio.services, CANCELED)
     studio.worker.start()

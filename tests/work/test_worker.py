@@ -74,11 +74,11 @@ def test_a_tune_goes_from_the_queue_to_a_model_and_pictures(studio: Studio) -> N
     assert [picture.size for picture in pictures] == [(64, 64), (64, 32), (64, 32), (64, 32)]
     assert all(len(picture.getcolors(64 * 64) or []) > 50 for picture in pictures)
     assert len({picture.tobytes() for picture in pictures}) == 4
-    assert tune.prompts[1].warnings == ["fast renders 64 x 32 pixels, whatever w and h are"]
+    assert tune.prompts[1].warnings == ["fast renders 64 x 32 pixels; w and h have no effect"]
     assert not list(studio.settings.outputs.rglob("*.partial-*"))
 
 
-def test_a_canceled_tune_stops_after_the_step_and_goes_on_from_there(studio: Studio, whole: Tune) -> None:
+def test_a_canceled_tune_stops_after_the_step_and_resumes_from_there(studio: Studio, whole: Tune) -> None:
     with studio.store.transaction():
         tune_id = studio.create("stop and go")
         studio.store.at_step[tune_id, 5] = lambda: tunes.cancel_tune(studio.services, tune_id)
@@ -160,7 +160,7 @@ def test_a_job_that_takes_the_app_down_three_times_is_not_tried_again(
     )
 
 
-def test_a_stopped_worker_puts_its_tune_aside_and_the_next_one_ends_it(
+def test_a_stopped_worker_requeues_its_tune_and_the_next_one_finishes_it(
     studio: Studio, whole: Tune, tmp_path: Path, decoder: Decoder, dog_photos: Callable[[int], list[Path]]
 ) -> None:
     before = Studio(tmp_path, decoder, dog_photos(5))

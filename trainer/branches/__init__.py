@@ -1,1 +1,1 @@
-"""The model families. A new one is a file here, a TOML in `presets/` and a word in `names.py`. Imports torch."""
+"""The model families. A new one needs a file here, a TOML in `presets/` and its name in `names.py`. Imports torch."""

@@ -1,6 +1,6 @@
-"""The branch that needs no GPU and no download: a small trained base in the package, through the very code of sd15.
+"""Branch fast: a small trained base in the package; it needs no GPU and no download, and uses the code of sd15.
 
-benchmarks/fast_base made it; fast_base/README.md beside this file says what it can and cannot do.
+benchmarks/fast_base trained it; fast_base/README.md, next to this file, describes its abilities and limits.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | Non
 
 
 class Fast(sd15.SD15):
-    """Its UNet has layers that the original release has no names for: stock single-file loaders leave them out."""
+    """Its UNet has layers without names in the original release, which stock single-file loaders ignore."""
 
     def load_weights(self, file: Path, cache: Path) -> None:
         with safe_open(file, "pt") as tensors, torch.no_grad():
-            for key, weight in self.original_weights().items():  # the modules' own memory
+            for key, weight in self.original_weights().items():  # these share the modules' memory
                 weight.copy_(tensors.get_tensor(key))

@@ -33,21 +33,21 @@ from trainer.library.models_folder import sidecar
 
 # black-forest-labs/flux, util.py, with its autoencoder, CLIP ViT-L/14's text tower and the encoder of T5 v1.1 XXL.
 CONFIG = loading.published_config("flux1")
-HOME = "black-forest-labs/FLUX.1-dev"  # where the parts come from that a single file does not hold
-TEXT_KEYS = ["add_k_proj", "add_v_proj"]  # of the double blocks; single ones have no keys of text alone
+HOME = "black-forest-labs/FLUX.1-dev"  # source of the parts that a single file lacks
+TEXT_KEYS = ["add_k_proj", "add_v_proj"]  # of the double blocks; single blocks have no keys for text only
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
 
 
 def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | None = None) -> Flux1:
-    """Load all but the transformer from a diffusers folder or a single file; that comes when it is asked for.
+    """Load a diffusers folder or a single file; the transformer is loaded at its first use.
 
     Raises OSError where files are missing, ValueError where their content does not fit the family.
     """
     assert base.path is not None, "load_branch fetches what is not here"
     dtype = dtype or loading.compute_dtype(device)
     with loading.loading_errors(base):
-        whole = base.rest or base  # a checkpoint tune has the transformer alone
+        whole = base.rest or base  # a checkpoint tune has only the transformer
         assert whole.path is not None, "load_branch fetches what is not here"
         read = read_file if whole.path.is_file() else read_folder
         pipeline, read_transformer = read(whole.path, whole.variant, dtype, cache)
@@ -82,7 +82,7 @@ def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: P
 
 
 def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path) -> tuple[Any, Callable[[], Any]]:
-    """One file with the transformer's original keys; the other parts are in it too, in its sidecar, or on the hub."""
+    """A single file with the transformer's original keys; other parts come from the file, its sidecar or the hub."""
     config = loading.single_file_config(file, cache, CONFIG)
     with safe_open(file, "pt") as tensors:
         keys = list(tensors.keys())
@@ -91,13 +91,13 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
         "text_encoder": any(key.startswith("text_encoders.clip_l.") for key in keys),
         "text_encoder_2": any(key.startswith("text_encoders.t5xxl.") for key in keys),
     }
-    beside = {name: next((sidecar(file) / name).glob("*.safetensors"), None) is not None for name in inside}
-    wanted = [name for name in inside if not inside[name] and not beside[name]]
+    in_sidecar = {name: next((sidecar(file) / name).glob("*.safetensors"), None) is not None for name in inside}
+    wanted = [name for name in inside if not inside[name] and not in_sidecar[name]]
     wanted += [name for name in ("tokenizer", "tokenizer_2") if not (sidecar(file) / name).exists()]
     home = from_home(wanted) if wanted else None
 
     def place(name: str) -> Path:
-        """The folder of the part: the sidecar's, else the hub's."""
+        """The folder of a part: the sidecar's, else the hub's."""
         return home / name if home is not None and name in wanted else sidecar(file) / name
 
     parts: dict[str, Any] = {
@@ -124,14 +124,14 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
 
 
 def from_home(parts: list[str]) -> Path:
-    """The folder of FLUX.1-dev with these parts of it, from the hub or its cache."""
-    from trainer.library import hub  # where all files are here, its library is not needed
+    """A folder of FLUX.1-dev with these parts, from the hub or its cache."""
+    from trainer.library import hub  # not needed when all files are here
 
     return hub.fetch_parts(HOME, [f"{part}/*" for part in parts])
 
 
 def encoder_from_file(file: Path, kind: Any, config: Path, prefix: str, dtype: torch.dtype) -> Any:
-    """A text encoder whose weights have this prefix in a file. Raises ValueError for missing ones."""
+    """A text encoder from the weights with this prefix in a file. Raises ValueError for missing weights."""
     with safe_open(file, "pt") as tensors:
         weights = {
             key.removeprefix(prefix): tensors.get_tensor(key)
@@ -152,7 +152,7 @@ def encoder_from_file(file: Path, kind: Any, config: Path, prefix: str, dtype: t
 def _mode_for_texts(
     _model: Any, args: tuple[Any, ...], guidance: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """As many modes as there are texts, which they are put beside: diffusers 0.42 gives as many as pictures, or one."""
+    """Repeat the modes for each text, to concatenate them: diffusers 0.42 passes one, or one for each picture."""
     mode = guidance.get("controlnet_mode")
     if mode is not None:
         guidance["controlnet_mode"] = mode[:1].expand(len(guidance["encoder_hidden_states"]), 1)
@@ -172,7 +172,7 @@ CONTROL_NET = ControlNet(
 
 
 class Flux1:
-    """The modules of one base, ready to train and to render. The transformer is read when it is first asked for."""
+    """The modules of one base, ready to train and to render. The transformer is loaded at its first use."""
 
     lora_targets = {  # noqa: RUF012
         "cross_attention": TEXT_KEYS,
@@ -181,7 +181,7 @@ class Flux1:
     }
     token_encoders = ("text_encoder",)
     denoiser_name = "transformer"
-    reads_kohya = False  # diffusers 0.42 leaves out the final projection, and has the width of FLUX.1 built in
+    reads_kohya = False  # diffusers 0.42 ignores the final projection and assumes the width of FLUX.1
     whole_file = False
     kohya_encoders = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # noqa: RUF012
     control_nets = (CONTROL_NET,)
@@ -199,7 +199,7 @@ class Flux1:
     ) -> None:
         self._read_transformer = read_transformer
         self.parts = pipeline
-        self._heard: dict[str, Tensor] = {}  # what T5 made of each caption, while only CLIP is still asked
+        self._t5_states: dict[str, Tensor] = {}  # caption -> T5's output, for when only CLIP is kept
         self.device = device
         self.dtype = dtype
         names = ("text_encoder", "text_encoder_2")
@@ -227,9 +227,9 @@ class Flux1:
         with loading.autocast(self.device, self.dtype):
             if "text_encoder_2" in self.text_encoders:
                 hidden, pooled, _ = self.parts.encode_prompt(captions, None, device=self.device)
-                self._heard |= zip(captions, hidden.detach().split(1), strict=True)
+                self._t5_states |= zip(captions, hidden.detach().split(1), strict=True)
             else:
-                hidden = torch.cat([self._heard[caption] for caption in captions])
+                hidden = torch.cat([self._t5_states[caption] for caption in captions])
                 pooled = self.parts._get_clip_prompt_embeds(captions, device=self.device)
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
@@ -267,7 +267,7 @@ class Flux1:
         return {"prompt_embeds": cond["encoder_hidden_states"], "pooled_prompt_embeds": cond["pooled_projections"]}
 
     def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Tensor]:
-        """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1. It has no negative."""
+        """A prompt encoded by the stock pipeline, as its keyword arguments, batch 1. There is no negative prompt."""
         hidden, pooled, _ = self.pipeline.encode_prompt(text, None)
         return {"prompt_embeds": hidden, "pooled_prompt_embeds": pooled}
 
@@ -280,12 +280,12 @@ class Flux1:
         return unpack(latents[:1], height, width)
 
     def original_weights(self) -> dict[str, Tensor]:
-        """Of the transformer alone, as in the published file."""
+        """The transformer's weights only, as in the published file."""
         return transformer_weights(self.denoiser)
 
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
-        """Layers have the original release's names there, where several of ours are one: their adapters lie beside
-        each other, each with a block of the output of its own, and zeros where a layer has none."""
+        """kohya uses the original release's names, where several of our layers are one: see
+        `single_file_keys.stacked_adapters`."""
         return stacked_adapters(self.denoiser, original_layers(self.denoiser), adapters)
 
     def load_weights(self, file: Path, cache: Path) -> None:

@@ -1,6 +1,6 @@
-"""FLUX.1's transformer under the names of the original release: read from such a file, and written to one.
+"""FLUX.1's transformer under the names of the original release: reading and writing such files.
 
-Single files are read by these names, and kohya's names of LoRA layers are made from them.
+Single files use these names, and kohya's names of LoRA layers are derived from them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from trainer.branches import loading
 from trainer.branches.single_file_keys import module_weights, stacked
 
-SHIFT_AND_SCALE = "final_layer.adaLN_modulation.1"  # in this order there, scale and shift in diffusers
-ORIGINAL_PREFIX = "model.diffusion_model."  # of the transformer in a file that holds more than that
-# Linear layers of the original release (black-forest-labs/flux, model.py) -> those that diffusers makes of each, in the
-# order in which they are stacked.
+SHIFT_AND_SCALE = "final_layer.adaLN_modulation.1"  # shift and scale there, scale and shift in diffusers
+ORIGINAL_PREFIX = "model.diffusion_model."  # of the transformer in a file with other parts
+# Linear layers of the original release (black-forest-labs/flux, model.py) -> the layers of diffusers that are stacked
+# in each, in this order.
 DOUBLE_BLOCK: dict[str, tuple[str, ...]] = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "img_attn.proj": ("attn.to_out.0",),
@@ -84,7 +84,7 @@ def transformer_from_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
                 rows = [shapes[name][0] for name in names]
                 if sum(rows) != len(tensor):
                     raise ValueError(f"{key} has {len(tensor)} rows, not {sum(rows)}")
-                # Cloned: parts of one tensor would count each other's changes as their own (autograd's versions).
+                # Cloned: views of one tensor share autograd's version counter.
                 weights |= zip(names, (part.clone() for part in tensor.split(rows)), strict=True)
         for original, name in original_scales(transformer):
             if (key := f"{prefix}{original}") in left:
@@ -98,7 +98,7 @@ def transformer_from_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
 
 
 def original_layers(transformer: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each linear layer of the original release, and the layers of diffusers that are stacked in it."""
+    """Linear layers of the original release, each with the layers of diffusers that are stacked in it."""
     config = transformer.config
     for original, layers in OUTER.items():
         if not original.startswith("guidance_in") or config.guidance_embeds:
@@ -113,7 +113,7 @@ def original_layers(transformer: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def original_scales(transformer: Any) -> Iterator[tuple[str, str]]:
-    """Each norm's scale in the original release, and its name in diffusers."""
+    """Scales of norms: name in the original release, name in diffusers."""
     for original, name in SCALES.items():
         double = original.startswith(("img_", "txt_"))
         ours, theirs = (
@@ -125,13 +125,13 @@ def original_scales(transformer: Any) -> Iterator[tuple[str, str]]:
 
 
 def transformer_weights(transformer: Any) -> dict[str, Tensor]:
-    """Of a FluxTransformer2DModel, as in the published file."""
+    """Weights of a FluxTransformer2DModel, as in the published file."""
     ours = module_weights(transformer)
     weights = {theirs: ours[name] for theirs, name in original_scales(transformer)}
     for theirs, layers in original_layers(transformer):
         for kind in ("weight", "bias"):
             parts = [ours[f"{layer}.{kind}"] for layer in layers]
-            # What is stacked is a copy, of 7 GiB in all: the card may have no room for it.
+            # Stacking copies 7 GiB in all: the card may have no room for it.
             tensor = stacked([part.cpu() for part in parts] if len(parts) > 1 else parts)
             if theirs == SHIFT_AND_SCALE:
                 tensor = torch.cat(tensor.chunk(2)[::-1])

@@ -1,4 +1,4 @@
-"""How a base becomes modules: what the families share in reading folders and single files, and in refusing bad ones."""
+"""Loading of bases, for all families: diffusers folders, single files, and errors for damaged ones."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.branches.protocol import Task
-from trainer.files import whole_folder
+from trainer.files import unreadable, whole_folder
 from trainer.library.bases import Base
 from trainer.library.models_folder import sidecar
 
 CONFIGS = Path(__file__).parent / "configs"
-SINGLE_FILE_JUNK = ("*.safetensors", "*.bin", "*.py")  # never taken from a sidecar folder along with its configuration
+SINGLE_FILE_JUNK = ("*.safetensors", "*.bin", "*.py")  # not copied from a sidecar folder with its configuration
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 keeps the range of float32; cards without it, and the CPU, compute in float32."""
+    """bfloat16, which has the range of float32; float32 on the CPU and on cards without bfloat16."""
     half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if half else torch.float32
 
@@ -37,12 +38,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 @contextmanager
 def loading_errors(base: Base) -> Iterator[None]:
-    """What the libraries raise for a broken base, as ValueError with the base's name."""
+    """Raise the libraries' errors for a damaged base as ValueError with the base's name."""
     try:
         yield
-    except NotImplementedError as problem:  # diffusers moves a weight that it has not found in the file
+    except NotImplementedError as problem:  # diffusers moves a weight that is missing from the file
         raise ValueError(f"{base.title} cannot be loaded: weights are missing from it") from problem
-    except KeyError as problem:  # diffusers does not find one of those that it looks for by name
+    except KeyError as problem:  # diffusers does not find a weight by name
         raise ValueError(f"{base.title} cannot be loaded: {problem} is missing from it") from problem
     # A configuration with values of other types than the libraries expect makes them raise the last three.
     except (
@@ -59,7 +60,7 @@ def read_base(
     read_folder: Callable[[Path, str | None, torch.dtype, Path], Any],
     read_file: Callable[[Path, str | None, torch.dtype, Path], Any],
 ) -> Any:
-    """The whole, frozen pipeline of a base, by the family's reader of diffusers folders or of single files.
+    """The complete, frozen pipeline of a base, loaded by the family's reader of folders or of single files.
 
     Raises OSError where files are missing, ValueError where their content does not fit the family.
     """
@@ -71,8 +72,20 @@ def read_base(
     return pipeline
 
 
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata. Raises FileNotFoundError, Unreadable."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            metadata = dict(tensors.metadata() or {})
+        return load_file(file), metadata
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError) as problem:
+        raise unreadable(file, problem) from None
+
+
 def folder_source(folder: Path, variant: str | None) -> dict[str, Any]:
-    """The arguments with which `from_pretrained` reads a folder on this machine, and safetensors alone."""
+    """Arguments for `from_pretrained`: a local folder, and only safetensors."""
     return {
         "pretrained_model_name_or_path": folder,
         "local_files_only": True,
@@ -82,36 +95,36 @@ def folder_source(folder: Path, variant: str | None) -> dict[str, Any]:
 
 
 def read_text_encoder(kind: Any, subfolder: str, dtype: torch.dtype, source: Mapping[str, Any]) -> Any:
-    """A text encoder on its own, since a pipeline does not say which of its weights are missing and therefore random.
+    """A text encoder, loaded alone: a pipeline does not report missing weights and leaves them random.
 
     Raises ValueError for missing weights.
     """
     path, variant = source["pretrained_model_name_or_path"], source.get("variant")
     options = {key: value for key, value in source.items() if key != "pretrained_model_name_or_path"}
     if variant and not any((Path(path) / subfolder).glob(f"*.{variant}*.safetensors")):
-        options["variant"] = None  # a part may have only its plain weights
+        options["variant"] = None  # a part may have only weights without a variant
     encoder, facts = kind.from_pretrained(path, subfolder=subfolder, dtype=dtype, output_loading_info=True, **options)
     refuse_gaps(facts["missing_keys"])
     return encoder
 
 
 def finish(base: Base, pipeline: Any) -> None:
-    """Check that a pipeline is whole, and freeze it. Raises OSError for a missing tokenizer, ValueError for weights."""
+    """Check that a pipeline is complete, and freeze it. Raises OSError for a vocabulary, ValueError for weights."""
     pipeline.set_progress_bar_config(disable=True)
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             with loading_errors(base):
                 freeze(part)
         elif name.startswith("tokenizer") and part is not None and len(part) <= len(part.all_special_tokens) + 1:
-            # transformers makes a tokenizer that knows no word where it finds none (T5's: the mark where words begin),
-            # and says nothing.
+            # Without vocabulary files, transformers silently makes a tokenizer without words (T5's has only the mark of
+            # a word's beginning).
             raise OSError(f"{base.title} has no vocabulary in {name}/")
 
 
 def freeze(module: nn.Module) -> None:
-    """Raises ValueError where weights are missing from a module."""
+    """Freeze a module. Raises ValueError where weights are missing."""
     refuse_gaps(name for name, weight in module.named_parameters() if weight.is_meta)
-    # eval: dropout would draw from the global RNG, which a resume does not restore.
+    # eval: dropout would use the global RNG, which is not restored on resume.
     module.requires_grad_(False).eval()
 
 
@@ -122,13 +135,13 @@ def refuse_gaps(missing: Iterable[str]) -> None:
 
 
 def keep_parts(pipeline: Any, parts: dict[str, nn.Module], names: Collection[str]) -> dict[str, nn.Module]:
-    """Those of the parts that are named; the others are taken out of the pipeline."""
+    """The named parts; the others are removed from the pipeline."""
     pipeline.register_modules(**dict.fromkeys(parts.keys() - set(names)))
     return {name: part for name, part in parts.items() if name in names}
 
 
 def copy_weights(source: Any, target: Any) -> None:
-    """From the modules of one pipeline to those of the same names of another, which may lack some."""
+    """Copy weights between the modules of the same names of two pipelines; the target may lack some."""
     for name, part in source.components.items():
         mine = target.components.get(name)
         if isinstance(part, nn.Module) and mine is not None:
@@ -137,14 +150,14 @@ def copy_weights(source: Any, target: Any) -> None:
 
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """pixels (B, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (B, C, H/f, W/f), as denoised."""
+    """pixels (B, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (B, C, H/f, W/f), scaled."""
     posterior = vae.encode(pixels.to(device, vae.dtype)).latent_dist
     shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
     return (posterior.mean - shift) * scale, posterior.std * scale
 
 
 def task_pipeline(stock: Any, task: Task) -> tuple[Any, frozenset[str]]:
-    """diffusers' own pipeline for a task over the modules of a loaded one, and the arguments that its call takes."""
+    """The stock pipeline for a task with the modules of a loaded one, and the names of its call's arguments."""
     pipeline = stock
     if task != "text":
         kind = AutoPipelineForImage2Image if task == "image" else AutoPipelineForInpainting
@@ -154,7 +167,7 @@ def task_pipeline(stock: Any, task: Task) -> tuple[Any, frozenset[str]]:
 
 
 def arguments_of(pipeline: Any) -> frozenset[str]:
-    """The names of the arguments that a pipeline's call takes."""
+    """The names of the arguments of a pipeline's call."""
     return frozenset(inspect.signature(pipeline.__call__).parameters)
 
 
@@ -165,19 +178,19 @@ def published_config(branch: str) -> dict[str, dict[str, Any]]:
 
 
 def single_file_config(file: Path, cache: Path, family: Mapping[str, Mapping[str, Any]]) -> Path:
-    """The diffusers configuration that a single file is read with: the family's, overridden by the file's sidecar.
+    """The diffusers configuration for a single file: the family's, overridden by the file's sidecar.
 
-    Without it diffusers would ask the hub, and take full-size shapes for granted. `family`: JSON file -> its content.
+    Without it diffusers would ask the hub, and assume full-size shapes. `family`: JSON file -> its content.
     """
     folder = cache / "configs" / f"{file.stem}-{file.stat().st_mtime_ns:x}"
-    beside = sidecar(file)
+    source = sidecar(file)
     if folder.exists():
-        shutil.rmtree(folder)  # the sidecar may have been edited; copying a few JSON files costs nothing
+        shutil.rmtree(folder)  # the sidecar may have been edited; copying a few JSON files is cheap
     with whole_folder(folder) as partial:
         for name, config in family.items():
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(config))
-        if beside.is_dir():
-            shutil.copytree(beside, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*SINGLE_FILE_JUNK))
+        if source.is_dir():
+            shutil.copytree(source, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*SINGLE_FILE_JUNK))
     return folder

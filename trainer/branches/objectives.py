@@ -1,4 +1,4 @@
-"""Losses, and their parts, that more than one family uses."""
+"""Losses that more than one family uses, and their parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def masked_mean(error: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def noise_and_timesteps(scheduler: Any, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise like latents (B, C, H, W), and timesteps (B,): whole numbers below 1000, all alike likely."""
+    """Noise like latents (B, C, H, W), and timesteps (B,): uniform integers below 1000."""
     noise = torch.randn(latents.shape, generator=generator, device=latents.device)
     count = scheduler.config.num_train_timesteps
     return noise, torch.randint(count, (len(latents),), generator=generator, device=latents.device)
@@ -31,9 +31,8 @@ def noise_loss(
 ) -> Tensor:
     """Squared error of a UNet that predicts noise (Ho et al. 2020) or velocity (Salimans & Ho 2022), (B,).
 
-    scheduler: diffusers' DDPMScheduler of the base; it says which of the two. predicted, latents, noise (B, C, H, W);
-    timesteps (B,), whole numbers. min_snr: gamma of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556); 0 weighs
-    all timesteps alike.
+    scheduler: diffusers' DDPMScheduler of the base; it has the prediction type. predicted, latents, noise (B, C, H, W);
+    timesteps (B,), integers. min_snr: gamma of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556); 0: no weighting.
     """
     velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise

@@ -1,4 +1,4 @@
-"""What a model family offers (`Branch`), and how the family of a base is loaded."""
+"""The interface of a model family (`Branch`), and loading a base with its family."""
 
 from __future__ import annotations
 
@@ -17,66 +17,65 @@ if TYPE_CHECKING:
 
 
 Cond: TypeAlias = "dict[str, Tensor]"  # conditioning: keyword tensors for the denoiser, batch first
-Task = Literal["text", "image", "inpaint"]  # what a picture is drawn from: text alone, a picture too, a mask as well
+Task = Literal["text", "image", "inpaint"]  # input: text only, text and picture, or also a mask
 
 
 @dataclass(frozen=True)
 class ControlNet:
-    """An architecture of control models (ControlNets) that a family takes."""
+    """An architecture of ControlNets that a family supports."""
 
     model: Any  # its diffusers class
-    class_names: tuple[str, ...]  # that its config.json may name
-    pipelines: Mapping[Task, Any]  # the classes of the stock pipelines with such a model
-    shared: tuple[str, ...]  # settings that must be the same as the denoiser's, whose blocks it adds to
-    key: str = ""  # in its weights, which proves it where config.json does not tell
-    modes: Mapping[str, int] = field(default_factory=dict)  # kind -> the number by which a union model knows it
-    mode_count: str = ""  # the setting that says how many it knows; null there: the model is for one kind
-    text_argument: str = "control_image"  # how the pipeline of task "text" calls the control image; others: as here
-    prepare: Callable[[Any], object] | None = None  # done to a model once it is loaded
+    class_names: tuple[str, ...]  # possible names in config.json
+    pipelines: Mapping[Task, Any]  # classes of the stock pipelines with such a model
+    shared: tuple[str, ...]  # settings that must equal the denoiser's, because it adds to its blocks
+    key: str = ""  # a weight's name that identifies it where config.json does not
+    modes: Mapping[str, int] = field(default_factory=dict)  # kind -> its number in a union model
+    mode_count: str = ""  # the setting with the number of kinds; null there: the model is for one kind
+    text_argument: str = "control_image"  # argument of the control image for task "text"; other tasks: as here
+    prepare: Callable[[Any], object] | None = None  # called with the loaded model
 
 
 class Branch(Protocol):
-    """What the loop, the methods and the renderer ask of a family.
+    """What the training loop, the methods and the renderer need from a family.
 
-    Everything is loaded into ordinary memory; the caller that needs a module on the device puts it there
-    (`device.placed`).
+    Everything is loaded into the CPU's memory; the caller moves a module to the device (`device.placed`).
     """
 
     denoiser: nn.Module
     text_encoders: dict[str, nn.Module]
-    token_encoders: tuple[str, ...]  # those that new words can be taught: CLIP's
+    token_encoders: tuple[str, ...]  # those that can have learned tokens: CLIP's
     vae: nn.Module
-    pipeline: Any  # the stock diffusers pipeline over the very same modules
-    parts: Any  # the same, without reading a denoiser that has not been asked for yet
+    pipeline: Any  # the stock diffusers pipeline with these modules
+    parts: Any  # the same, but it does not load the denoiser
     device: torch.device  # where it trains
     dtype: torch.dtype  # of the frozen weights
-    latent_scale: int  # pixels along a side for one latent along a side
+    latent_scale: int  # pixels along a side for each latent along a side
     size_multiple: int  # sides of training pictures are multiples of this many pixels
-    lora_targets: Mapping[str, list[str]]  # for each word of `targets`: ends of names of the denoiser's linear layers
+    lora_targets: Mapping[str, list[str]]  # value of `targets` -> ends of names of the denoiser's linear layers
     denoiser_name: str  # the denoiser's name in the pipeline, which is also its prefix in diffusers' LoRA keys
     reads_kohya: bool  # whether stock diffusers reads kohya's keys of this family
-    whole_file: bool  # whether a single file of the family holds the text encoders and the VAE, too
+    whole_file: bool  # whether a single file of the family also has the text encoders and the VAE
     kohya_encoders: Mapping[str, str]  # text encoder -> the prefix of its adapters in kohya's keys
-    control_nets: tuple[ControlNet, ...]  # the first one without a `key` is what a model is that proves no other
-    metadata: Mapping[str, str]  # what a model file says of its family (modelspec.*, ss_*)
+    control_nets: tuple[ControlNet, ...]  # a model that matches no `key` is of the first one without a `key`
+    metadata: Mapping[str, str]  # of a model file, about its family (modelspec.*, ss_*)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels (B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents, each (B, C, H/f, W/f)."""
         ...
 
     def encode_prompts(self, captions: list[str]) -> Cond:
-        """B captions -> exactly the keyword tensors that `loss` needs of them, batch first.
+        """B captions -> the keyword tensors that `loss` needs from them, batch first.
 
         Where texts differ in length, the second dimension is padded with zeros to the longest, and one of the tensors
-        (B,) has the lengths: `loss` and `prompt_inputs` cut what they take. Rows of different calls are padded alike
-        when they are put together.
+        (B,) has the lengths: `loss` and `prompt_inputs` cut off the padding. Rows of different calls are padded in the
+        same way when they are joined.
         """
         ...
 
     def encode_size(self, original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> Cond:
-        """What `loss` gets of one picture's (height, width) as it was sent, (top, left) of the crop and trained size.
+        """Size conditioning for `loss`: a picture's original (height, width), (top, left) of the crop, training size.
 
-        Tensors (1, ...) with keys of their own; an empty dict where a family knows no such thing.
+        Tensors (1, ...) with separate keys; an empty dict where a family has no size conditioning.
         """
         ...
 
@@ -91,70 +90,70 @@ class Branch(Protocol):
         ...
 
     def prompt_inputs(self, cond: Cond, empty: Cond) -> dict[str, Any]:
-        """Encoded prompts, and as many empty ones, as keyword arguments of the pipeline."""
+        """Encoded prompts, and the same number of empty ones, as keyword arguments of the pipeline."""
         ...
 
     def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Any]:
-        """A prompt as the stock pipeline encodes it, as keyword arguments of it, batch 1."""
+        """A prompt encoded by the stock pipeline, as its keyword arguments, batch 1."""
         ...
 
     def task_pipeline(self, task: Task) -> tuple[Any, frozenset[str]]:
-        """The stock pipeline for a task, over the very same modules, and the names of the arguments its call takes.
+        """The stock pipeline for a task, with the same modules, and the names of its call's arguments.
 
-        Some families take no `strength` with a picture: it is a reference then, and all steps are drawn.
+        Some families have no `strength`: the picture is a reference then, and all steps are drawn.
         """
         ...
 
     def preview_latents(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """The first of the latents in a pipeline's loop, as the tiny decoder takes them: (1, C, H/f, W/f).
+        """The first of the latents in a pipeline's loop, for the preview decoder: (1, C, H/f, W/f).
 
         size: width and height of the picture in pixels.
         """
         ...
 
     def original_weights(self) -> dict[str, Tensor]:
-        """What a single file of the family holds, under the original release's keys (see trainer/original.py).
+        """The weights of a single file of the family, under the original release's keys (see single_file_keys.py).
 
-        Detached, with the dtypes and devices of the modules, and for the most part their very memory; adapters are left
-        out. Raises ValueError where text encoders belong into the file and have been dropped.
+        Detached, with the modules' dtypes and devices, mostly sharing their memory; without adapters. Raises ValueError
+        where the file needs text encoders that have been freed.
         """
         ...
 
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
         """The denoiser's adapters under kohya's names.
 
-        adapters: name of a linear layer -> down (r, in), up (out, r). Returns name -> down (n r, in), up (out, n r)
-        and n, the number of layers that are one layer there.
+        adapters: name of a linear layer -> down (r, in), up (out, r). Returns kohya's name -> down (n r, in), up
+        (out, n r) and n, the number of our layers in that layer.
         """
         ...
 
     def load_weights(self, file: Path, cache: Path) -> None:
-        """Put what a single file of the family holds in place of the weights here. Raises ValueError for gaps."""
+        """Replace the weights by those of a single file. Raises ValueError for missing weights."""
         ...
 
     def keep_text_encoders(self, names: Collection[str]) -> None:
-        """Give back the memory of all others, once every caption is encoded. Their outputs are remembered, where the
-        rest is still called."""
+        """Free all other text encoders, once every caption is encoded. Their outputs are kept where the remaining
+        encoders are still called."""
         ...
 
 
 def load_branch(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | None = None) -> Branch:
-    """Load a base with its family's module, from the hub where it is not here. `cache` is for what a family makes.
+    """Load a base with its family's module; downloads it from the hub if needed. `cache`: for the family's own files.
 
-    dtype: of the weights; None: what the device computes in.
+    dtype: of the weights; None: the device's compute dtype.
 
     Raises what the loader raises: OSError for missing files, ValueError for wrong ones.
     """
     branch: Branch = import_module(f"trainer.branches.{base.branch}").load(
-        at_hand(base), device, cache, *([dtype] if dtype else [])
+        downloaded(base), device, cache, *([dtype] if dtype else [])
     )
     return branch
 
 
-def at_hand(base: Base) -> Base:
-    """The base with a path on this machine, from the hub where it has none."""
+def downloaded(base: Base) -> Base:
+    """The base with a local path; downloads it from the hub if needed."""
     if base.rest is not None:
-        base = replace(base, rest=at_hand(base.rest))
+        base = replace(base, rest=downloaded(base.rest))
     if base.path is not None or base.repository is None:
         return base
     from trainer.library import hub

@@ -40,7 +40,7 @@ def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | Non
 
 
 def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: Path) -> Any:
-    """A diffusers folder."""
+    """Load a diffusers folder."""
     source = loading.folder_source(folder, variant)
     encoder = loading.read_text_encoder(CLIPTextModel, "text_encoder", dtype, source)
     return StableDiffusionPipeline.from_pretrained(
@@ -54,11 +54,11 @@ def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: P
 
 
 def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path) -> Any:
-    """One file with the keys of the original release."""
+    """Load a single file with the keys of the original release."""
     config = loading.single_file_config(file, cache, CONFIG)
     options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     if not (sidecar(file) / "tokenizer").exists():
-        from trainer.library import hub  # where all files are here, its library is not needed
+        from trainer.library import hub  # not needed when all files are here
 
         names = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
         options["tokenizer"] = CLIPTokenizer.from_pretrained(hub.fetch_files("openai/clip-vit-large-patch14", names))
@@ -79,7 +79,7 @@ class SD15:
     reads_kohya = True
     whole_file = True
     kohya_encoders = {"text_encoder": "lora_te"}  # noqa: RUF012
-    control_nets = (control_net(CONTROL_PIPELINES),)  # diffusers has no pipelines for unions of this family
+    control_nets = (control_net(CONTROL_PIPELINES),)  # diffusers has no union pipelines for this family
 
     def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.pipeline = self.parts = pipeline
@@ -97,7 +97,7 @@ class SD15:
         return loading.encode_pixels(self.vae, pixels, self.device)
 
     def encode_prompts(self, captions: list[str]) -> Cond:
-        """B captions -> {"encoder_hidden_states": (B, 77, D)}. Longer captions are cut off, as the renderer does."""
+        """B captions -> {"encoder_hidden_states": (B, 77, D)}. Longer captions are cut, as in rendering."""
         tokenizer = self.pipeline.tokenizer
         tokens = tokenizer(
             self.pipeline.maybe_convert_prompt(captions, tokenizer),
@@ -131,7 +131,7 @@ class SD15:
         return {"prompt_embeds": cond[key], "negative_prompt_embeds": empty[key]}
 
     def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Tensor]:
-        """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1."""
+        """A prompt encoded by the stock pipeline, as its keyword arguments, batch 1."""
         prompt_embeds, negative_embeds = self.pipeline.encode_prompt(
             text, self.pipeline._execution_device, 1, True, negative
         )
@@ -153,7 +153,7 @@ class SD15:
         )
 
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
-        """Layers keep diffusers' names, as in kohya's trainer for SD 1.5."""
+        """kohya's trainer for SD 1.5 uses diffusers' names."""
         return {f"lora_unet_{name.replace('.', '_')}": (down, up, 1) for name, (down, up) in adapters.items()}
 
     def load_weights(self, file: Path, cache: Path) -> None:

@@ -50,9 +50,9 @@ UNION_PIPELINES: dict[Task, Any] = {
     "inpaint": StableDiffusionXLControlNetUnionInpaintPipeline,
 }
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-HOME = "stabilityai/stable-diffusion-xl-base-1.0"  # whose tokenizers a single file without a sidecar is read with
-# Where the original release has what diffusers calls a block's attention: kohya's names are made from the original's.
-# Blocks of two layers each (three on the way up); an entry of its own is the downsampler.
+HOME = "stabilityai/stable-diffusion-xl-base-1.0"  # source of the tokenizers for a single file without a sidecar
+# Names in the original release of the attentions of diffusers' blocks; kohya's names are derived from them. Blocks have
+# two layers each (three on the way up); a downsampler is a separate entry.
 SGM_BLOCKS = (
     (re.compile(r"^down_blocks\.(\d)\.attentions\.(\d)"), lambda b, i: f"input_blocks.{3 * b + i + 1}.1"),
     (re.compile(r"^mid_block\.attentions\.(\d)"), lambda _: "middle_block.1"),
@@ -67,7 +67,7 @@ def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | Non
 
 
 def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: Path) -> Any:
-    """A diffusers folder."""
+    """Load a diffusers folder."""
     source = loading.folder_source(folder, variant)
     return StableDiffusionXLPipeline.from_pretrained(
         **source,
@@ -79,16 +79,16 @@ def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: P
 
 
 def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path) -> Any:
-    """One file with the keys of the original release."""
+    """Load a single file with the keys of the original release."""
     config = loading.single_file_config(file, cache, CONFIG)
     options: dict[str, Any] = {}
     for name in ("tokenizer", "tokenizer_2"):
         if not (sidecar(file) / name).exists():
-            from trainer.library import hub  # where all files are here, its library is not needed
+            from trainer.library import hub  # not needed when all files are here
 
             files = hub.fetch_files(HOME, [f"{name}/{part}" for part in TOKENIZER_FILES])
             options[name] = CLIPTokenizer.from_pretrained(files / name)
-    # Read on its own: the file's half-precision weights fit the VAE, its half-precision arithmetic does not.
+    # Loaded separately in float32: half-precision weights are fine, half-precision arithmetic overflows.
     vae = AutoencoderKL.from_single_file(
         str(file), config=str(config), subfolder="vae", local_files_only=True, dtype=torch.float32
     )
@@ -131,8 +131,8 @@ class SDXL1:
         return loading.encode_pixels(self.vae, pixels, self.device)
 
     def encode_prompts(self, captions: list[str]) -> Cond:
-        """B captions -> {"encoder_hidden_states": (B, 77, D), "text_embeds": (B, P)}; an empty one is what it is when
-        rendering: zeros, where the base was trained so (`force_zeros_for_empty_prompt`)."""
+        """B captions -> {"encoder_hidden_states": (B, 77, D), "text_embeds": (B, P)}. As in rendering, an empty caption
+        is zeros where the base was trained so (`force_zeros_for_empty_prompt`)."""
         with loading.autocast(self.device, self.dtype):
             hidden, _, pooled, _ = self.pipeline.encode_prompt(
                 captions, device=self.device, do_classifier_free_guidance=False
@@ -175,7 +175,7 @@ class SDXL1:
         }
 
     def encode_for_pipeline(self, text: str, negative: str | None) -> dict[str, Tensor]:
-        """A prompt as the stock pipeline encodes it: keyword arguments of it, batch 1."""
+        """A prompt encoded by the stock pipeline, as its keyword arguments, batch 1."""
         prompt_embeds, negative_embeds, pooled, negative_pooled = self.pipeline.encode_prompt(
             text, negative_prompt=negative
         )
@@ -203,7 +203,7 @@ class SDXL1:
         )
 
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
-        """Layers have the original release's names there, as in kohya's trainer for SDXL."""
+        """kohya's trainer for SDXL uses the original release's names."""
         return {
             f"lora_unet_{original_name(name).replace('.', '_')}": (down, up, 1) for name, (down, up) in adapters.items()
         }

@@ -1,9 +1,9 @@
-"""The weights of diffusers' modules under the names of the original releases, which A1111 and ComfyUI read.
+"""Weights of diffusers' modules under the names of the original releases, which A1111 and ComfyUI read.
 
-What diffusers' loaders of single files do, the other way round: CompVis' names (v1-inference.yaml) of the UNet, the VAE
-and CLIP's text tower, Stability's additions for SDXL (generative-models, sd_xl_base.yaml), and OpenCLIP's names of its
-text tower. A layer that the release does not know keeps its name here: the base of branch fast has some. Tensors are
-those of the modules, or views of them, and new ones only where several are one there.
+The reverse of diffusers' single-file loaders: CompVis' names (v1-inference.yaml) of the UNet, the VAE and CLIP's text
+tower, Stability's additions for SDXL (generative-models, sd_xl_base.yaml), and OpenCLIP's names of its text tower. A
+layer that is not in the release keeps its name (the base of branch fast has some). Tensors share the modules' memory,
+except where several are stacked into one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A kind of layer, and what its parts are called there; parts that are not named here have the same name.
+# Kind of layer -> names of its parts in diffusers and in the release; other parts have the same name in both.
 Parts = Mapping[str, Mapping[str, str]]
 UNET_PARTS: Parts = {
     "resnets": {
@@ -30,7 +30,7 @@ UNET_PARTS: Parts = {
 UNET_OUTER = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",  # SDXL's: of the sizes and the pooled text
+    "add_embedding.linear_1": "label_emb.0.0",  # SDXL only: of the sizes and the pooled text
     "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -45,7 +45,7 @@ OPEN_CLIP_OUTER = {
     "final_layer_norm.weight": "ln_final.weight",
     "final_layer_norm.bias": "ln_final.bias",
 }
-# OpenCLIP's names in a block -> those here, in the order in which they are stacked. Each has a weight and a bias.
+# OpenCLIP's names in a block -> ours, in the order of stacking. Each has a weight and a bias.
 OPEN_CLIP_BLOCK = {
     "ln_1.": ("layer_norm1.",),
     "attn.in_proj_": ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
@@ -57,13 +57,13 @@ OPEN_CLIP_BLOCK = {
 
 
 def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """prefix -> weights of a part, as one dict."""
+    """parts: prefix -> weights of a part. Returns one dict."""
     return {prefix + name: tensor for prefix, weights in parts.items() for name, tensor in weights.items()}
 
 
 def module_weights(module: Any) -> dict[str, Tensor]:
-    """A module's own weights, detached; adapters that lie on its layers are left out."""
-    # peft keeps the layer that it wraps as `base_layer`, and beside it what it adds, as `lora_...`.
+    """A module's own weights, detached, without the adapters on its layers."""
+    # peft names the wrapped layer `base_layer`, and its additions `lora_...`.
     return {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in module.state_dict().items()
@@ -72,14 +72,14 @@ def module_weights(module: Any) -> dict[str, Tensor]:
 
 
 def unet_weights(unet: Any) -> dict[str, Tensor]:
-    """Of a UNet2DConditionModel with any number of blocks and layers."""
+    """Weights of a UNet2DConditionModel with any number of blocks and layers."""
     return renamed(module_weights(unet), with_parts(UNET_OUTER | unet_places(unet), UNET_PARTS))
 
 
 def unet_places(unet: Any) -> dict[str, str]:
-    """Where the release has each layer of the blocks. It counts the entries of all blocks in one row, and the layers of
-    an entry: a resnet, and its attention where the block has any. A downsampler is an entry of its own, an upsampler
-    the last layer of the entry before it."""
+    """Layer of a block -> its name in the release, which numbers the entries of all blocks, and the layers in an entry:
+    a resnet, and its attention if any. A downsampler is a separate entry, an upsampler the last layer of the entry
+    before."""
     inputs, outputs = [["conv_in"]], []
     for index, block in enumerate(unet.down_blocks):
         inputs += entries(f"down_blocks.{index}", block)
@@ -97,13 +97,13 @@ def unet_places(unet: Any) -> dict[str, str]:
 
 
 def entries(name: str, block: Any) -> list[list[str]]:
-    """The layers that a block has side by side, as often as it repeats them."""
+    """The entries of a block, each with its layers."""
     kinds = ("resnets", "attentions") if hasattr(block, "attentions") else ("resnets",)
     return [[f"{name}.{kind}.{layer}" for kind in kinds] for layer in range(len(block.resnets))]
 
 
 def vae_weights(vae: Any) -> dict[str, Tensor]:
-    """Of an AutoencoderKL. The attention's linear layers (C, C) are convolutions (C, C, 1, 1) there."""
+    """Weights of an AutoencoderKL. The attention's linear layers (C, C) become convolutions (C, C, 1, 1)."""
     weights = {
         name: tensor[:, :, None, None] if ".attentions." in name and tensor.ndim == 2 else tensor
         for name, tensor in module_weights(vae).items()
@@ -112,7 +112,7 @@ def vae_weights(vae: Any) -> dict[str, Tensor]:
 
 
 def vae_places(vae: Any) -> dict[str, str]:
-    """Where the release has each layer of the blocks. On either side it counts them from the picture to the latents."""
+    """Layer of a block -> its name in the release, which numbers both halves from the picture to the latents."""
     places: dict[str, str] = {}
     for side, way, blocks in (("encoder", "down", vae.encoder.down_blocks), ("decoder", "up", vae.decoder.up_blocks)):
         for index, block in enumerate(blocks):
@@ -130,7 +130,7 @@ def vae_places(vae: Any) -> dict[str, str]:
 
 
 def with_parts(places: Mapping[str, str], parts: Parts) -> dict[str, str]:
-    """places: layer -> the layer there. The same, and where the parts of each layer are."""
+    """places: layer -> its name in the release. Adds the parts of each layer."""
     inner = {
         f"{layer}.{part}": f"{there}.{name}"
         for layer, there in places.items()
@@ -142,7 +142,7 @@ def with_parts(places: Mapping[str, str], parts: Parts) -> dict[str, str]:
 
 
 def renamed(weights: Mapping[str, Tensor], places: Mapping[str, str]) -> dict[str, Tensor]:
-    """Each weight where its innermost layer of those in `places` is."""
+    """Rename each weight by its innermost layer in `places`."""
     found = {}
     for name, tensor in weights.items():
         layer = name
@@ -153,15 +153,15 @@ def renamed(weights: Mapping[str, Tensor], places: Mapping[str, str]) -> dict[st
 
 
 def clip_weights(encoder: Any) -> dict[str, Tensor]:
-    """Of a CLIPTextModel. Raises ValueError where it has been dropped."""
+    """Weights of a CLIPTextModel. Raises ValueError where it has been freed."""
     return {f"text_model.{name}": tensor for name, tensor in encoder_weights(encoder).items()}
 
 
 def open_clip_weights(encoder: Any) -> dict[str, Tensor]:
-    """Of a CLIPTextModelWithProjection, as OpenCLIP has it: queries, keys and values are one (3 D, D), and what comes
-    out is multiplied by the projection (D, P), which here is a linear layer (P, D).
+    """Weights of a CLIPTextModelWithProjection, as in OpenCLIP: queries, keys and values are one matrix (3 D, D), and
+    the output is multiplied by the projection (D, P), which is a linear layer (P, D) in transformers.
 
-    Raises ValueError where it has been dropped.
+    Raises ValueError where it has been freed.
     """
     ours = encoder_weights(encoder)
     weights = {"text_projection": ours["text_projection.weight"].T}
@@ -175,25 +175,25 @@ def open_clip_weights(encoder: Any) -> dict[str, Tensor]:
 
 
 def encoder_weights(encoder: Any) -> dict[str, Tensor]:
-    """A text encoder's weights without the prefix `text_model.`, which transformers 5 has dropped in one of its two
-    classes. Raises ValueError where the encoder has been dropped."""
+    """A text encoder's weights without the prefix `text_model.`, which transformers 5 uses in only one of its two
+    classes. Raises ValueError where the encoder has been freed."""
     if encoder is None:
         raise ValueError("a text encoder has been dropped, and a single file of this family holds it: read it again")
     return {name.removeprefix("text_model."): tensor for name, tensor in module_weights(encoder).items()}
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors (n, ...) one below the other; one alone is not copied."""
+    """Concatenate tensors (n, ...) along the first axis; a single one is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def stacked_adapters(
     denoiser: Any, layers: Iterable[tuple[str, Sequence[str]]], adapters: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, tuple[Tensor, Tensor, int]]:
-    """Adapters under kohya's names, where several layers of diffusers are one layer: see `Branch.kohya_layers`.
+    """Adapters under kohya's names, where several layers of diffusers can be one layer: see `Branch.kohya_layers`.
 
-    layers: each layer of the original release, and the layers of diffusers that are stacked in it. Their adapters lie
-    beside each other, each with a block of the output of its own, and zeros where a layer has none.
+    layers: each layer of the original release, with the layers of diffusers that are stacked in it. Their adapters are
+    combined: each has its own block of the output, with zeros where a layer has no adapter.
     """
     found: dict[str, tuple[Tensor, Tensor, int]] = {}
     for original, names in layers:

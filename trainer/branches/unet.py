@@ -1,4 +1,4 @@
-"""What the families with diffusers' UNet have in common: layers that adapters lie on, ControlNets, noise."""
+"""Shared code of the families with diffusers' UNet: layers for adapters, ControlNets, noise schedule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers import ControlNetModel, ControlNetUnionModel, DDPMScheduler
 
 from trainer.branches.protocol import ControlNet, Task
 
-# Linear layers; every family that has such a UNet trains these.
+# Linear layers that every family with such a UNet trains.
 UNET_TARGETS = {
     "cross_attention": ["attn2.to_k", "attn2.to_v"],
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -18,43 +18,43 @@ UNET_TARGETS = {
 }
 SHARED = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim",
           "encoder_hid_dim", "addition_embed_type")  # fmt: skip
-# Of xinsir/controlnet-union-sdxl-1.0, by its model card; tile: only the larger `promax`.
+# From the model card of xinsir/controlnet-union-sdxl-1.0; tile: only in the larger `promax`.
 UNION_MODES = {"pose": 0, "depth": 1, "canny": 3, "lineart": 3, "tile": 6}
 
 
 def control_net(pipelines: Mapping[Task, Any]) -> ControlNet:
-    """The control models of a UNet that are for one kind. pipelines: the family's, with such a model."""
+    """Control models of a UNet for one kind. pipelines: the family's, with such a model."""
     return ControlNet(ControlNetModel, ("ControlNetModel",), pipelines, SHARED, text_argument="image")
 
 
 def union_control_net(pipelines: Mapping[Task, Any]) -> ControlNet:
-    """Those that know several kinds."""
+    """Control models of a UNet for several kinds."""
     return ControlNet(
         ControlNetUnionModel,
         ("ControlNetUnionModel", "ControlNetModel_Union"),  # the second is xinsir's own code
         pipelines,
         SHARED,
-        key="task_embedding",  # xinsir's config.json does not tell
+        key="task_embedding",  # xinsir's config.json does not name it
         modes=UNION_MODES,
         mode_count="num_control_type",
     )
 
 
 def size_multiple(pipeline: Any) -> int:
-    """The sides of training pictures are multiples of this many pixels: each block of the UNet but the last halves."""
+    """Pixels; sides of training pictures are multiples. All blocks of the UNet except the last halve the size."""
     multiple: int = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
     return multiple
 
 
 def noise_scheduler(pipeline: Any, device: torch.device) -> DDPMScheduler:
-    """The noise schedule that the base was trained with, on the device."""
+    """The noise schedule of the base's training, on the device."""
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     return scheduler
 
 
 def metadata(architecture: str, version: str, scheduler: DDPMScheduler) -> dict[str, str]:
-    """What a model file says of its family. architecture: as modelspec names it; version: as kohya's trainer does."""
+    """Metadata about the family for model files. architecture: modelspec's name; version: kohya's name."""
     return {
         "modelspec.architecture": architecture,
         "modelspec.prediction_type": "v" if scheduler.config.prediction_type == "v_prediction" else "epsilon",

@@ -1,1 +1,1 @@
-"""The model types: what is trained, what is saved, and how it is applied when rendering. Imports torch."""
+"""The model types: what is trained and saved, and how it is applied in rendering. Imports torch."""

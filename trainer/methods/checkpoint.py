@@ -1,7 +1,7 @@
-"""DreamBooth (Ruiz et al. 2022, arXiv 2208.12242): the weights of the base themselves are trained.
+"""DreamBooth (Ruiz et al. 2022, arXiv 2208.12242): the base's own weights are trained.
 
-What is saved is a whole model, in one file under the original release's keys, which needs nothing else: the folder
-of the same name beside it has its configuration and its tokenizers.
+A whole model is saved in one file under the original release's keys. The sidecar, a folder of the same name, has its
+configuration and its tokenizers; nothing else is needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGE = True
 
 
 def prepare(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
-    """Merge the earlier LoRA into the weights. Raises ValueError for one with new words: a checkpoint has none."""
+    """Merge the earlier LoRA into the weights. Raises ValueError for learned tokens: a checkpoint cannot store them."""
     if earlier is None:
         return []
     file, warnings = lora.load(branch.pipeline, earlier, lora.EARLIER, token)
@@ -35,14 +35,14 @@ def prepare(branch: Branch, config: TrainConfig, token: str, name: str, earlier:
 
 
 def needed_text_encoders(branch: Branch, config: TrainConfig) -> list[str]:
-    """See `Method.encoders`: they are part of the file, where the family has them there."""
+    """See `Method.needed_text_encoders`: those that the family saves in the file."""
     return list(branch.text_encoders) if config.text_encoder_lr or branch.whole_file else []
 
 
 def attach(branch: Branch, config: TrainConfig) -> list[Group]:
-    """All weights of the denoiser, or those that `targets` names; and of the text encoders, at their learning rate."""
+    """Train the denoiser, or its layers in `targets`, and the text encoders at their own learning rate."""
     if config.trained_dtype == "bfloat16":
-        branch.dtype = torch.bfloat16  # what it computes in from now on: the CPU mixes no formats by itself
+        branch.dtype = torch.bfloat16  # compute dtype from now on: the CPU does not mix formats
     chosen = None if config.targets == "all" else tuple(branch.lora_targets[config.targets])
     modules: dict[str, tuple[nn.Module, float]] = {"denoiser": (branch.denoiser, config.lr)}
     if config.text_encoder_lr:
@@ -50,12 +50,12 @@ def attach(branch: Branch, config: TrainConfig) -> list[Group]:
     groups: list[Group] = []
     for name, (module, lr) in modules.items():
         if config.trained_dtype == "bfloat16":
-            module.to(torch.bfloat16)  # what rests, too: the CPU's norms take no weights narrower than their input
+            module.to(torch.bfloat16)  # frozen weights too: norms on the CPU need weights as wide as their input
         trained = {}
         for key, parameter in module.named_parameters():
             if name == "denoiser" and chosen and not key.rpartition(".")[0].endswith(chosen):
                 continue
-            if "token_embedding" in key:  # the few words of the captions would drift away from all the others
+            if "token_embedding" in key:  # the few tokens of the captions would drift away from all others
                 continue
             parameter.data = parameter.data.to(getattr(torch, config.trained_dtype))
             trained[f"{name}.{key}"] = parameter.requires_grad_(True)
@@ -64,37 +64,37 @@ def attach(branch: Branch, config: TrainConfig) -> list[Group]:
 
 
 def after_step(branch: Branch) -> None:
-    """Nothing holds but what the optimizer does."""
+    """Nothing to do."""
 
 
 def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, str]) -> list[str]:
-    """Write `checkpoint.safetensors`, and beside it the folder that it is read with."""
+    """Write `checkpoint.safetensors` and its sidecar folder."""
     write(branch, folder / CHECKPOINT_FILE, getattr(torch, config.save_dtype), metadata)
     return [CHECKPOINT_FILE]
 
 
 def write(branch: Branch, file: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-    """All weights of a branch as one file with the original keys; its sidecar has the configurations and tokenizers."""
+    """Write all weights as one file with the original keys, and a sidecar with configuration and tokenizers."""
     tensors = {key: value.to("cpu", dtype).contiguous() for key, value in branch.original_weights().items()}
     save_file(tensors, file, metadata)
-    beside = sidecar(file)
+    sidecar_folder = sidecar(file)
     for name, part in branch.pipeline.components.items():
         if isinstance(part, nn.Module):
             module: Any = part
             settings = module.save_config if hasattr(module, "save_config") else module.config.save_pretrained
-            settings(beside / name)
+            settings(sidecar_folder / name)
         elif part is not None:
-            part.save_pretrained(beside / name)
-    branch.pipeline.save_config(beside)
+            part.save_pretrained(sidecar_folder / name)
+    branch.pipeline.save_config(sidecar_folder)
 
 
 def checkable_files(branch: Branch) -> list[str]:
-    """The saved files that a stock pipeline reads."""
+    """The saved files that a stock pipeline can load."""
     return [CHECKPOINT_FILE]
 
 
 def apply(branch: Branch, folder: Path, scale: float, file: str = CHECKPOINT_FILE) -> None:
-    """Put the weights of a saved checkpoint in place of the branch's own. Raises ValueError for a scale but 1."""
+    """Replace the branch's weights by those of a saved checkpoint. Raises ValueError for a scale other than 1."""
     if scale != 1.0:
         raise ValueError("a checkpoint has one strength")
     branch.load_weights(folder / file, folder.parent / "cache")

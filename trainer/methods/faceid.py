@@ -1,5 +1,5 @@
-"""FaceID: nothing is trained. Rendering puts a person's identity in through IP-Adapter FaceID (Ye et al. 2023, arXiv
-2308.06721; https://huggingface.co/h94/IP-Adapter-FaceID), which diffusers' own pipelines read."""
+"""FaceID: nothing is trained. Rendering uses a person's identity with IP-Adapter FaceID (Ye et al. 2023, arXiv
+2308.06721; https://huggingface.co/h94/IP-Adapter-FaceID), which diffusers' pipelines support."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trainer.branches import loading
 from trainer.branches.protocol import Branch
 from trainer.names import IDENTITY_FILE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-LORA = "faceid_0"  # what diffusers calls the LoRA that comes in the adapter's file
+LORA = "faceid_0"  # diffusers' name of the LoRA in the adapter's file
 PARTS = ("image_proj", "ip_adapter")
 
 
 def apply(branch: Branch, folder: Path, scale: float, adapter: Path, file: str = IDENTITY_FILE) -> None:
-    """Put the adapter onto the branch's pipeline, in place of one that is there, beside LoRAs that are there.
+    """Load the adapter into the branch's pipeline; it replaces an earlier one, and LoRAs stay active.
 
-    folder: where the identity is, which `inputs` gives to the pipeline's call. scale: 0 is the bare base, 1 the
-    strength that the adapter was trained at, of its LoRA too. A LoRA that is to go beside it is loaded before. Raises
-    ValueError where adapter, identity and base do not fit.
+    folder: of the identity, which `inputs` passes to the pipeline's call. scale: 0 is the bare base, 1 the adapter's
+    trained strength, also of its LoRA. Load other LoRAs before. Raises ValueError where adapter, identity and base do
+    not fit.
     """
     state = read(adapter)
     check(branch, state, adapter, folder / file)
@@ -43,10 +42,10 @@ def apply(branch: Branch, folder: Path, scale: float, adapter: Path, file: str =
 
 
 def inputs(branch: Branch, folder: Path, cfg_scale: float, file: str = IDENTITY_FILE) -> dict[str, list[Tensor]]:
-    """What the call of a pipeline with the adapter needs: it does not run without it.
+    """The additional arguments that the call of a pipeline with the adapter requires.
 
-    One tensor (2, 1, 1, D) on the denoiser's device: zeros, which guidance leads away from, and the identity; (1,
-    1, 1, D) where `cfg_scale` asks for no guidance.
+    One tensor (2, 1, 1, D) on the denoiser's device: zeros for guidance, and the identity; (1, 1, 1, D) where
+    `cfg_scale` means no guidance.
     """
     unet = branch.pipeline.unet
     identity = read_identity(folder / file)[0].to(branch.device, unet.dtype)[None, None, None]
@@ -55,7 +54,7 @@ def inputs(branch: Branch, folder: Path, cfg_scale: float, file: str = IDENTITY_
 
 
 def remove(pipeline: DiffusionPipeline) -> None:
-    """Take the adapter off again, and its LoRA; other LoRAs stay as they are."""
+    """Remove the adapter and its LoRA; other LoRAs stay unchanged."""
     unet = getattr(pipeline, "unet", None)
     if unet is None:  # FLUX.1 has no such adapter
         return
@@ -64,16 +63,16 @@ def remove(pipeline: DiffusionPipeline) -> None:
     loaded = getattr(unet, "peft_config", {})
     if LORA in loaded:
         if len(loaded) > 1:
-            with active_again(pipeline):  # where none is active any more, peft would choose one
+            with active_again(pipeline):  # if none is active any more, peft activates one
                 pipeline.unet.delete_adapters(LORA)
         else:
             pipeline.unet.unload_lora()
 
 
 def read(adapter: Path) -> dict[str, dict[str, Tensor]]:
-    """The weights of an adapter, a .bin or .safetensors, by their parts. Raises ValueError for other files."""
+    """Part -> weights of an adapter, from a .bin or .safetensors. Raises ValueError for other files."""
     if adapter.suffix == ".safetensors":
-        flat = load_file(adapter)
+        flat = loading.read_tensors(adapter)[0]
         state = {
             part: {key[len(part) + 1 :]: flat[key] for key in flat if key.startswith(f"{part}.")} for part in PARTS
         }
@@ -86,13 +85,15 @@ def read(adapter: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def read_identity(file: Path) -> tuple[Tensor, dict[str, str]]:
-    """A person's identity (D,), float32 and of length 1, and what is known of it (`recognizer`, `photos`)."""
-    with safe_open(file, "pt") as tensors:
-        return tensors.get_tensor("identity"), tensors.metadata() or {}
+    """A person's identity (D,), float32 and of length 1, and its metadata (`recognizer`, `photos`)."""
+    tensors, facts = loading.read_tensors(file)
+    if "identity" not in tensors:
+        raise ValueError(f"{file.name} holds no identity of a person")
+    return tensors["identity"], facts
 
 
 def check(branch: Branch, state: dict[str, dict[str, Tensor]], adapter: Path, file: Path) -> None:
-    """Raise ValueError where an adapter does not take this identity, or is for another family than this."""
+    """Raise ValueError where an adapter does not fit this identity or this family."""
     identity, facts = read_identity(file)
     taken, width = state["image_proj"]["proj.0.weight"].shape[1], state["image_proj"]["norm.weight"].shape[0]
     if len(identity) != taken:
@@ -106,9 +107,9 @@ def check(branch: Branch, state: dict[str, dict[str, Tensor]], adapter: Path, fi
 
 @contextmanager
 def active_again(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """LoRAs that are active stay so, each at its scale, and the adapter's beside them.
+    """Restore the active LoRAs afterwards, each at its scale, and activate the adapter's as well.
 
-    diffusers makes the adapter's the only one that is active, in the text encoders as well.
+    diffusers makes the adapter's LoRA the only active one, also in the text encoders.
     """
     modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     before = {layer: layer.active_adapters for module in modules for layer in lora_layers(module)}

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank adapters beside frozen weights, through peft.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank adapters on frozen weights, with peft.
 
-Learned tokens (trainer/methods/new_tokens.py), which `pti` trains, are saved with the model: an earlier model may bring
-them along.
+Learned tokens (trainer/methods/new_tokens.py) are trained by `pti`. An earlier model may have them; then they are saved
+with this model too.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trainer.branches import loading
 from trainer.branches.protocol import Branch
 from trainer.config.train_config import TrainConfig
 from trainer.methods import new_tokens
@@ -34,7 +34,7 @@ LARGE = False
 
 
 def prepare(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
-    """Load the earlier LoRA, frozen, and the new words that it was trained with, under this tune's token."""
+    """Load the earlier LoRA, frozen, and its learned tokens, under this tune's token."""
     if earlier is None:
         return []
     file, warnings = load(branch.pipeline, earlier, EARLIER, token)
@@ -44,10 +44,10 @@ def prepare(branch: Branch, config: TrainConfig, token: str, name: str, earlier:
 
 
 def attach(branch: Branch, config: TrainConfig) -> list[Group]:
-    """Inject the adapters: into the denoiser, and into the text encoders where they have a learning rate.
+    """Inject adapters into the denoiser, and into the text encoders where they have a learning rate.
 
-    Where an earlier LoRA has the same layer at the same rank, it goes on from there (`on_top = "continue"`); its other
-    layers stay beside the new ones.
+    Where an earlier LoRA has a layer at the same rank, training continues from it (`on_top = "continue"`); its other
+    layers stay in addition to the new ones.
     """
     modules: dict[str, tuple[ModelMixin, list[str], float]] = {
         "denoiser": (branch.denoiser, branch.lora_targets[config.targets], config.lr)
@@ -63,34 +63,34 @@ def attach(branch: Branch, config: TrainConfig) -> list[Group]:
         )
         if EARLIER in module.peft_config:
             if config.on_top == "continue":
-                go_on(module)
+                continue_earlier(module)
             module.set_adapter([EARLIER, ADAPTER])
             for key, parameter in module.named_parameters():
                 parameter.requires_grad_(f".{ADAPTER}." in key)
         trained = {f"{name}.{key}": p for key, p in module.named_parameters() if p.requires_grad}
         for parameter in trained.values():
-            # bf16 has too few digits for an optimizer's small steps, unless it rounds at random.
+            # bf16 is too coarse for an optimizer's small steps, unless it rounds at random.
             parameter.data = parameter.data.to(getattr(torch, config.trained_dtype))
         groups.append({"params": list(trained.values()), "names": list(trained), "lr": lr})
     return groups
 
 
 def needed_text_encoders(branch: Branch, config: TrainConfig) -> list[str]:
-    """See `Method.encoders`."""
+    """See `Method.needed_text_encoders`."""
     if config.text_encoder_lr:
         return list(branch.text_encoders)
-    # Adapters and words that came along are saved again.
+    # Adapters and tokens of the earlier model are saved again.
     found = branch.text_encoders.items()
     return [name for name, part in found if hasattr(part, "peft_config") or new_tokens.of(branch.parts, name)]
 
 
 def after_step(branch: Branch) -> None:
-    """New words that came along are not trained."""
+    """Nothing to do: learned tokens of the earlier model are not trained."""
 
 
 @torch.no_grad()
-def go_on(module: nn.Module) -> None:
-    """Begin the new adapter of each layer where the earlier one ended, and take that away, where they are alike."""
+def continue_earlier(module: nn.Module) -> None:
+    """In each layer where both adapters have one shape, initialize the new one from the earlier one and remove that."""
     for layer in module.modules():
         if not isinstance(layer, LoraLayer) or not {ADAPTER, EARLIER} <= layer.lora_A.keys():
             continue
@@ -104,10 +104,10 @@ def go_on(module: nn.Module) -> None:
 
 
 def adapters_of(module: nn.Module, adapter: str = ADAPTER) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name of each layer that has the adapter -> its down (r, in) and up (out, r), in ordinary memory."""
+    """Name of each layer with the adapter -> its down (r, in) and up (out, r), on the CPU."""
     if adapter not in getattr(module, "peft_config", {}):
         return {}
-    # Left to itself, peft would look for the base on the hub, to see whether words were added to it.
+    # By default peft asks the hub for the base, to check whether tokens were added.
     state = get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
     values = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     layers = [key.removesuffix(".lora_A.weight") for key in values if key.endswith(".lora_A.weight")]
@@ -115,10 +115,10 @@ def adapters_of(module: nn.Module, adapter: str = ADAPTER) -> dict[str, tuple[Te
 
 
 def together(module: nn.Module, config: TrainConfig) -> tuple[dict[str, tuple[Tensor, Tensor]], float | None]:
-    """The adapters of a module, with what an earlier LoRA left beside them, and their alpha.
+    """The adapters of a module, joined with those of an earlier LoRA, and their alpha.
 
-    Side by side, two adapters of a layer are one of the sum of their ranks: then, their scales being in the weights,
-    alpha is None, which stands for the inner width of each.
+    Two adapters of a layer are concatenated to one of the sum of their ranks, with their scales in the weights; then
+    alpha is None, which means the inner width of each.
     """
     ours, theirs = adapters_of(module), adapters_of(module, EARLIER)
     if not theirs:
@@ -136,14 +136,14 @@ def together(module: nn.Module, config: TrainConfig) -> tuple[dict[str, tuple[Te
 def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, str]) -> list[str]:
     """Write `lora.safetensors` (kohya keys: ComfyUI, A1111, kohya's tools) and `lora_diffusers.safetensors`.
 
-    With new words also `lora_emb.safetensors`, and `lora_bundled.safetensors`: kohya keys and words in one file.
+    With learned tokens also `lora_emb.safetensors`, and `lora_bundled.safetensors`: kohya keys and tokens in one file.
     """
     dtype = getattr(torch, config.save_dtype)
     kohya: dict[str, Tensor] = {}
     diffusers: dict[str, Tensor] = {}
 
     def keep(name: str, kohya_name: str, down: Tensor, up: Tensor, alpha: float | None) -> None:
-        # diffusers' keys have no alpha, and readers take the rank for it: the scale goes into the weights.
+        # diffusers' keys have no alpha, and readers assume the rank: the scale goes into the weights.
         scale = 1.0 if alpha is None else alpha / len(down)
         diffusers[f"{name}.lora_A.weight"], diffusers[f"{name}.lora_B.weight"] = down.to(dtype), (up * scale).to(dtype)
         if kohya_name:
@@ -162,7 +162,7 @@ def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, 
     for part, encoder in branch.text_encoders.items():
         adapters, alpha = together(encoder, config)
         for layer, (down, up) in adapters.items():
-            # transformers 5 dropped the `text_model.` that the files of all others have.
+            # transformers 5 has no prefix `text_model.`; the files need it.
             name = f"text_model.{layer.removeprefix('text_model.')}"
             keep(f"{part}.{name}", f"{branch.kohya_encoders[part]}_{name.replace('.', '_')}", down, up, alpha)
     save_file(kohya, folder / KOHYA_FILE, metadata)
@@ -177,56 +177,52 @@ def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, 
 
 
 def checkable_files(branch: Branch) -> list[str]:
-    """The saved files that a stock pipeline reads."""
+    """The saved files that a stock pipeline can load."""
     return [KOHYA_FILE, DIFFUSERS_FILE] if branch.reads_kohya else [DIFFUSERS_FILE]
 
 
 def apply(branch: Branch, folder: Path, scale: float, file: str = DIFFUSERS_FILE) -> None:
-    """Load the saved adapters and words into the branch's pipeline, in place of those it had."""
+    """Load the saved adapters and tokens into the branch's pipeline; they replace those before."""
     remove(branch.pipeline)
     load(branch.pipeline, folder / file if folder.is_dir() else folder, "tune")
     branch.pipeline.set_adapters("tune", scale)
 
 
 def remove(pipeline: DiffusionPipeline) -> None:
-    """Leave the bare base."""
+    """Remove all LoRAs and learned tokens."""
     pipeline.unload_lora_weights()
     new_tokens.remove(pipeline)
 
 
 def merge(pipeline: DiffusionPipeline) -> None:
-    """Add the loaded adapters to the weights for good: those of all parts, where FLUX.1's pipeline takes one alone."""
+    """Merge the loaded adapters of all parts into the weights; FLUX.1's pipeline itself would merge only one part."""
     pipeline.fuse_lora(components=[part for part in pipeline._lora_loadable_modules if getattr(pipeline, part, None)])
     pipeline.unload_lora_weights()
 
 
 def load(pipeline: DiffusionPipeline, model: Path, adapter: str, token: str | None = None) -> tuple[Path, list[str]]:
-    """Load a LoRA with its words into a stock pipeline. Returns its file, and what to warn of.
+    """Load a LoRA with its learned tokens into a stock pipeline. Returns its file, and warnings.
 
-    model: a file, with the words in it or in NAME_emb.safetensors beside it; or the `model/` of a tune. token: what the
-    words are to be called; None: as they were called when they were trained. Raises ValueError for what does not fit.
+    model: a file, with tokens inside or in NAME_emb.safetensors next to it; or the `model/` of a tune. token: the new
+    name of the tokens; None: the name from training. Raises ValueError where it does not fit the base.
     """
     file = model / DIFFUSERS_FILE if model.is_dir() else model
-    with safe_open(file, "pt") as tensors:
-        facts = tensors.metadata() or {}
-    state = load_file(file)
+    state, facts = loading.read_tensors(file)
     weights = {key: value for key, value in state.items() if not new_tokens.is_rows(key)}
     try:
         pipeline.load_lora_weights(weights, adapter_name=adapter)
-    except (RuntimeError, ValueError, KeyError) as problem:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise ValueError(f"{file.name} does not fit its base: {problem}") from problem
-    beside = [file.with_name(f"{file.stem}_emb.safetensors")]
-    beside += [file.with_name(WORDS_FILE)] if file.name in (KOHYA_FILE, DIFFUSERS_FILE) else []
-    of_words = next((one for one in beside if one.exists()), None) if len(weights) == len(state) else file
-    if of_words is not None:
+    token_files = [file.with_name(f"{file.stem}_emb.safetensors")]
+    token_files += [file.with_name(WORDS_FILE)] if file.name in (KOHYA_FILE, DIFFUSERS_FILE) else []
+    token_file = next((one for one in token_files if one.exists()), None) if len(weights) == len(state) else file
+    if token_file is not None:
         token = token or facts.get("tunebooth.token", "ohwx")
         taken = {known.token.lower() for part in new_tokens.TOKENIZERS for known in new_tokens.all_of(pipeline, part)}
         if token.lower() in taken:
             return file, [f"two of these models have learned tokens for {token!r}: here it means the one named first"]
-        new_tokens.add(pipeline, token, new_tokens.load(of_words))
+        new_tokens.add(pipeline, token, new_tokens.load(token_file))
     elif "tunebooth.tokens" in facts:
-        message = (
-            f"{file.name} was trained with learned tokens, which are missing: {file.stem}_emb.safetensors is missing"
-        )
-        return file, [f"{message} beside it. The token {facts['tunebooth.token']!r} does not mean the subject"]
+        missing = f"{file.name} was trained with learned tokens, but {file.stem}_emb.safetensors is missing"
+        return file, [f"{missing}: the token {facts['tunebooth.token']!r} does not mean the subject"]
     return file, []

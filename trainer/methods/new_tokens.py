@@ -1,7 +1,7 @@
-"""New words of a text encoder: embeddings beside its table that a token stands for (textual inversion).
+"""Learned tokens of a text encoder: a token means new embeddings in addition to the table (textual inversion).
 
-The user writes the plain token, `ohwx`, as a word of its own and in any case; CLIP reads `<ohwx-0> <ohwx-1>`, which no
-vocabulary has. A text encoder that is not CLIP reads the token as it is written.
+The user writes the plain token, `ohwx`, as a separate word in any case; CLIP gets `<ohwx-0> <ohwx-1>`, which no
+vocabulary has. Other text encoders get the token as written.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from trainer.branches import loading
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,22 +27,22 @@ if TYPE_CHECKING:
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 NEAR = 1e-5
-LEGACY_EOS = 2  # what the published configs of CLIP wrongly call the end of a text
+LEGACY_EOS = 2  # the wrong end-of-text id in CLIP's published configs
 
 
 class NewWords(nn.Module):
-    """A token embedding with rows (n, D) of its own for the ids from `first` on; the table under it never moves."""
+    """A token embedding with additional rows (n, D) for the ids from `first` on; the original table is not trained."""
 
     def __init__(
         self, table: nn.Embedding | NewWords, rows: Tensor, first: int, token: str, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         super().__init__()
-        # The table comes first: an encoder's number format is that of its first weight.
+        # The table comes first: an encoder's dtype is that of its first weight.
         self.table = table
-        # bf16 has too few digits for small steps. Frozen, until it is trained.
+        # float32: bf16 is too coarse for small steps. Frozen until it is trained.
         self.new = nn.Embedding.from_pretrained(rows.float().clone())  # type: ignore[no-untyped-call]
         self.first, self.token = first, token
-        self.tokenizer = tokenizer  # the one that does not know these words
+        self.tokenizer = tokenizer  # the original one, without these tokens
         self.norms: tuple[float, float] | None = None
 
     @property
@@ -51,7 +53,7 @@ class NewWords(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table (V, D), as of a plain embedding."""
+        """The table (V, D), as in a plain embedding."""
         weight: Tensor = self.table.weight
         return weight
 
@@ -65,14 +67,14 @@ class NewWords(nn.Module):
 
 
 def of(pipeline: DiffusionPipeline, part: str) -> NewWords | None:
-    """The newest words of a text encoder; None where it has none, or is no CLIP, or gone."""
+    """The newest learned tokens of a text encoder; None where it has none, is not CLIP, or has been freed."""
     encoder = getattr(pipeline, part, None)
     table = None if encoder is None else encoder.get_input_embeddings()
     return table if isinstance(table, NewWords) else None
 
 
 def rows_of(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
-    """Part of the pipeline -> its new rows (n, D), in ordinary memory."""
+    """Part of the pipeline -> its new rows (n, D), on the CPU."""
     found = {part: of(pipeline, part) for part in TOKENIZERS}
     return {part: words.rows.detach().cpu().clone() for part, words in found.items() if words}
 
@@ -83,13 +85,13 @@ def token_of(pipeline: DiffusionPipeline) -> str | None:
 
 
 def spelled(token: str, count: int) -> list[str]:
-    """What stands for a token of so many embeddings; in small letters, as CLIP's tokenizers read all texts."""
+    """The vocabulary entries of a token with `count` embeddings; in lower case, as CLIP's tokenizers read all texts."""
     return [f"<{token.lower()}-{number}>" for number in range(count)]
 
 
 def expand(pipeline: DiffusionPipeline, prompt: str | list[str], tokenizer: PreTrainedTokenizerBase) -> str | list[str]:
-    """Texts with each token that this tokenizer knows spelled out. It takes the place of diffusers'
-    `maybe_convert_prompt`, which would also find the token within other words (`sks` in "masks")."""
+    """Replace each token that this tokenizer knows by its vocabulary entries. It replaces diffusers'
+    `maybe_convert_prompt`, which would also find the token inside other words (`sks` in "masks")."""
     if isinstance(prompt, list):
         return [str(expand(pipeline, one, tokenizer)) for one in prompt]
     for part, name in TOKENIZERS.items():
@@ -100,7 +102,7 @@ def expand(pipeline: DiffusionPipeline, prompt: str | list[str], tokenizer: PreT
 
 
 def all_of(pipeline: DiffusionPipeline, part: str) -> Iterator[NewWords]:
-    """All words of a text encoder, the newest first."""
+    """All learned tokens of a text encoder, the newest first."""
     words: nn.Module | None = of(pipeline, part)
     while isinstance(words, NewWords):
         yield words
@@ -108,7 +110,7 @@ def all_of(pipeline: DiffusionPipeline, part: str) -> Iterator[NewWords]:
 
 
 def add(pipeline: DiffusionPipeline, token: str, rows: Mapping[str, Tensor]) -> None:
-    """Teach a pipeline a token. rows: part -> (n, D). Raises ValueError for a part, or a D, that it does not have."""
+    """Add a token to a pipeline. rows: part -> (n, D). Raises ValueError for a part, or a D, that it does not have."""
     pipeline.maybe_convert_prompt = partial(expand, pipeline)
     for part, tensor in rows.items():
         encoder = getattr(pipeline, part, None)
@@ -124,14 +126,14 @@ def add(pipeline: DiffusionPipeline, token: str, rows: Mapping[str, Tensor]) -> 
         first = wider.convert_tokens_to_ids(names[0])
         encoder.set_input_embeddings(NewWords(table, tensor, first, token, tokenizer).to(table.weight.device))
         pipeline.register_modules(**{TOKENIZERS[part]: wider})
-        # With it, transformers takes the highest id of a text for its end: that would be a new word.
+        # With it, transformers takes the highest id as the text's end: that would be a learned token.
         for module in encoder.modules():
             if getattr(module, "eos_token_id", None) == LEGACY_EOS:
                 module.eos_token_id = tokenizer.eos_token_id
 
 
 def remove(pipeline: DiffusionPipeline) -> None:
-    """Forget all new words."""
+    """Remove all learned tokens."""
     vars(pipeline).pop("maybe_convert_prompt", None)
     for part in TOKENIZERS:
         while words := of(pipeline, part):
@@ -140,7 +142,7 @@ def remove(pipeline: DiffusionPipeline) -> None:
 
 
 def meaning(pipeline: DiffusionPipeline, part: str, text: str) -> Tensor:
-    """The mean (D,) of a text's embeddings: what a new word starts from."""
+    """The mean (D,) of a text's embeddings: the initial value of a learned token."""
     ids = getattr(pipeline, TOKENIZERS[part])(text, add_special_tokens=False).input_ids
     table = getattr(pipeline, part).get_input_embeddings().weight
     mean: Tensor = table[ids].float().mean(0).detach().cpu()
@@ -149,22 +151,22 @@ def meaning(pipeline: DiffusionPipeline, part: str, text: str) -> Tensor:
 
 @torch.no_grad()
 def keep_norms(pipeline: DiffusionPipeline) -> None:
-    """Scale each new row back into the range of the norms that the table has.
+    """Scale each new row back into the range of the table's norms.
 
-    A row that runs away drowns the rest of the text (diffusers' advanced DreamBooth script draws back the deviation of
+    A row of large norm dominates the rest of the text (diffusers' advanced DreamBooth script limits the deviation of
     all new rows for the same reason).
     """
     for part in TOKENIZERS:
         if words := of(pipeline, part):
             norms = words.rows.norm(dim=1, keepdim=True)
             wanted = norms.clamp(*norm_range(words))
-            # Rows that are in the range but for rounding are left alone: a resumed run must not move them again.
+            # Rows outside only by rounding are not changed: a resumed run must not move them again.
             outside = (norms - wanted).abs() > NEAR * wanted
             words.rows.mul_(torch.where(outside, wanted / norms, 1.0))
 
 
 def norm_range(words: NewWords) -> tuple[float, float]:
-    """The smallest norm of the table's rows that is not 0, and the largest; found once."""
+    """The smallest norm above 0 and the largest norm of the table's rows; computed once."""
     if words.norms is None:
         norms = words.weight.float().norm(dim=1)
         norms = norms[norms > 0]
@@ -178,12 +180,12 @@ def save(pipeline: DiffusionPipeline, file: Path, metadata: dict[str, str]) -> N
 
 
 def load(file: Path) -> dict[str, Tensor]:
-    """Part of a pipeline -> rows, of a file that has them alone or bundled with a LoRA (`bundle_emb.TOKEN.clip_l`).
+    """Part of a pipeline -> rows, from a file of its own or bundled with a LoRA (`bundle_emb.TOKEN.clip_l`).
 
-    Raises ValueError for words of other forms, or of several tokens.
+    Raises ValueError for unknown keys, or several tokens.
     """
     parts = {key: part for part, key in KEYS.items()}
-    found = {key: value for key, value in load_file(file).items() if is_rows(key)}
+    found = {key: value for key, value in loading.read_tensors(file)[0].items() if is_rows(key)}
     names = [key.rpartition(".")[2] for key in found]
     if strange := [key for key in found if key.rpartition(".")[2] not in parts]:
         raise ValueError(f"{file.name} has learned tokens under {strange[0]!r}; known are {', '.join(parts)}")
@@ -193,5 +195,5 @@ def load(file: Path) -> dict[str, Tensor]:
 
 
 def is_rows(key: str) -> bool:
-    """Whether a key of a file is one of new words, and not of a LoRA."""
+    """Whether a file's key belongs to learned tokens, not to a LoRA."""
     return key in KEYS.values() or key.startswith("bundle_emb.")

@@ -1,4 +1,4 @@
-"""What a model type offers that is trained (`Method`), and how it is found by its name."""
+"""The interface of a trained model type (`Method`), and its lookup by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Group(TypedDict):
     """A parameter group. lr: its learning rate. names: of its parameters, for the state on disk.
 
-    weight_decay: its own, where it has one. until: the step from which it rests.
+    weight_decay: overrides the common one. until: it is not trained from this step on.
     """
 
     params: Sequence[Tensor]
@@ -29,12 +29,12 @@ class Group(TypedDict):
 
 
 class Method(Protocol):
-    """What `train.py` asks of a model type that is trained: the functions of its module."""
+    """What `train.py` needs from a trained model type: the functions of its module."""
 
-    LARGE: bool  # whether its files are those of a whole model, which are not kept twice
+    LARGE: bool  # whether it saves a whole model, which is not kept twice
 
     def prepare(self, branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
-        """What comes before captions are encoded: an earlier model, new words. Returns what to warn of.
+        """Load an earlier model and learned tokens, before captions are encoded. Returns warnings.
 
         name: the class name. earlier: the LoRA that is on the base, a file or the `model/` of a tune. Raises
         ValueError where the earlier model or the token does not fit the base.
@@ -42,7 +42,7 @@ class Method(Protocol):
         ...
 
     def needed_text_encoders(self, branch: Branch, config: TrainConfig) -> list[str]:
-        """The text encoders that are needed once the captions are encoded, to be trained or to be saved."""
+        """The text encoders that are trained or saved, and so needed after captions are encoded."""
         ...
 
     def attach(self, branch: Branch, config: TrainConfig) -> list[Group]:
@@ -50,19 +50,19 @@ class Method(Protocol):
         ...
 
     def after_step(self, branch: Branch) -> None:
-        """What holds after each optimizer step."""
+        """Called after each optimizer step."""
         ...
 
     def save(self, branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, str]) -> list[str]:
-        """Write the files that the user keeps into `folder`; returns their names, the most widely read one first."""
+        """Write the model files into `folder`; returns their names, the most widely supported format first."""
         ...
 
     def checkable_files(self, branch: Branch) -> list[str]:
-        """The saved files that a stock pipeline reads; there is at least one."""
+        """The saved files that a stock pipeline can load; at least one."""
         ...
 
     def apply(self, branch: Branch, folder: Path, scale: float, file: str = ...) -> None:
-        """Put a saved model onto its base, in place of what was there. `scale` 1: the strength it was trained at."""
+        """Load a saved model onto its base; it replaces the one before. `scale` 1: the trained strength."""
         ...
 
 

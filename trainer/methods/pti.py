@@ -1,6 +1,6 @@
-"""Pivotal tuning (Roich et al. 2021, arXiv 2106.05744; for diffusion: cloneofsimo/lora): new words, and a LoRA.
+"""Pivotal tuning (Roich et al. 2021, arXiv 2106.05744; for diffusion: cloneofsimo/lora): learned tokens and a LoRA.
 
-The embeddings of a few new words are trained first and come to rest; the adapters beside them are trained throughout.
+The embeddings of a few learned tokens are trained in the first part of the run, the adapters in the whole run.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ checkable_files, apply = lora.checkable_files, lora.apply
 
 
 def needed_text_encoders(branch: Branch, config: TrainConfig) -> list[str]:
-    """See `Method.encoders`."""
+    """See `Method.needed_text_encoders`."""
     return list(branch.text_encoders if config.text_encoder_lr else branch.token_encoders)
 
 
 def prepare(branch: Branch, config: TrainConfig, token: str, name: str, earlier: Path | None) -> list[str]:
-    """Load the earlier LoRA; its words go on. Where it has none, new ones begin as the mean of the class name's."""
+    """Load the earlier LoRA and continue its tokens; without any, new ones start as the mean of the class name's."""
     warnings = lora.prepare(branch, config, token, name, earlier)
     brought = new_tokens.rows_of(branch.parts)
     if brought and len(next(iter(brought.values()))) == config.tokens:
@@ -40,7 +40,7 @@ def prepare(branch: Branch, config: TrainConfig, token: str, name: str, earlier:
 
 
 def attach(branch: Branch, config: TrainConfig) -> list[Group]:
-    """The groups of the adapters, and one of the new words, which rests after `token_share` of the steps."""
+    """The adapters' groups, and one of the learned tokens, which is not trained after `token_share` of the steps."""
     groups = lora.attach(branch, config)
     rows = {
         f"{part}.new_words": found.rows
@@ -49,7 +49,7 @@ def attach(branch: Branch, config: TrainConfig) -> list[Group]:
     }
     for tensor in rows.values():
         tensor.requires_grad_(True)
-    # No decay: it would draw the words towards silence.
+    # No decay: it would shrink the embeddings to zero.
     words: Group = {
         "params": list(rows.values()),
         "names": list(rows),
@@ -61,10 +61,10 @@ def attach(branch: Branch, config: TrainConfig) -> list[Group]:
 
 
 def after_step(branch: Branch) -> None:
-    """The new words stay in the range of the old ones."""
+    """Keep the norms of learned tokens in the range of the table's."""
     new_tokens.keep_norms(branch.parts)
 
 
 def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, str]) -> list[str]:
-    """See `lora.save`; the files say that they belong together."""
+    """See `lora.save`; metadata says that the files belong together."""
     return lora.save(branch, folder, config, metadata | {"tunebooth.tokens": str(config.tokens)})

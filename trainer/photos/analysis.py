@@ -1,7 +1,7 @@
-"""What is seen in photos, and what is made of them before training: faces, closeups, restored faces, masks, verdicts.
+"""Face analysis, and the preparation of photos before training: closeups, restored faces, masks, verdicts.
 
-The looking itself happens in a child process (`faces.py`), so that a model that breaks costs no app, and so that photos
-can be checked while a tune trains. Here it is decided what is asked for, and what the answers mean. No torch.
+The networks run in a child process (`faces.py`): a model that crashes does not end the app, and photos can be checked
+while a tune trains. This module decides what the child does, and reads its answers. No torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.files import Unreadable, printable, read_json, write_whole
 from trainer.library import weights
 from trainer.library.weights import Unavailable, Weights
 from trainer.names import IDENTITY_FILE
-from trainer.photos.found import Found, Made, Task, masks_of, put_down
+from trainer.photos.found import Found, Made, Task, masks_of, put_into_verdict
 from trainer.photos.subject import (
     SAME,
     STRANGER,
@@ -36,21 +36,21 @@ from trainer.photos.subject import (
 from trainer.photos.subprocess_worker import Closed, NotStarted, SubprocessWorker, WorkerCrashed
 from trainer.settings import Settings
 
-FIND_SECONDS = 60.0  # of one photo; a third of a second is usual
-PREPARE_SECONDS = 120.0  # and for each face that is restored some more
-RESTORE_SECONDS = 60.0  # three are usual on a CPU
-MADE = ("restored", "faces", "masks")  # folders of `dataset/`
+FIND_SECONDS = 60.0  # for one photo; a third of a second is usual
+PREPARE_SECONDS = 120.0  # for one photo, plus RESTORE_SECONDS for each face
+RESTORE_SECONDS = 60.0  # for one face; three are usual on a CPU
+MADE = ("restored", "faces", "masks")  # folders in `dataset/`
 
 
 class PhotoAnalyzer:
-    """The child process that analyzes photos, and what is asked of it."""
+    """The child process that analyzes photos, and the requests to it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._worker_process = SubprocessWorker("trainer.photos.faces", "analyzes photos")
 
     def warm(self) -> None:
-        """Start the child: its imports take some seconds."""
+        """Start the child process; its imports take some seconds."""
         self._worker_process.warm()
 
     def close(self) -> None:
@@ -66,11 +66,11 @@ class PhotoAnalyzer:
         progress: ProgressCallback = no_progress,
         fetch: bool = True,
     ) -> tuple[list[Photo], list[str]]:
-        """Look at the photos of `folder/images` and write `folder/dataset`; the verdicts, and warnings for all.
+        """Analyze the photos in `folder/images` and write `folder/dataset`; returns verdicts and general warnings.
 
-        name: the class name. restore: `training_face_correct`. fetch: whether large weights that are missing are
-        fetched; else a warning says that they would be. `progress` may raise, to stop between two
-        photos. Raises AnalysisUnavailable where a photo crashes the subprocess.
+        name: the class name. restore: `training_face_correct`. fetch: whether missing large weights are downloaded;
+        else a warning names them. `progress` may raise, to stop between two photos. Raises AnalysisUnavailable where a
+        photo crashes the subprocess.
         """
         photos = [photo.model_copy(deep=True) for photo in photos]
         kept = [photo for photo in photos if not photo.dropped]
@@ -101,12 +101,11 @@ class PhotoAnalyzer:
     def identify(
         self, folder: Path, photos: Sequence[Photo], name: str, progress: ProgressCallback = no_progress
     ) -> tuple[list[Photo], list[str]]:
-        """Look at the photos of `folder/images` and write who is on them to `folder/model/faceid.safetensors`.
+        """Write the identity of the person in `folder/images` to `folder/model/faceid.safetensors`.
 
-        That is the mean of the identities of the main faces, of length 1. Returns the verdicts and what to warn of;
-        photos without a face, and those of another person, are dropped. name: the class name. `progress` may raise, to
-        stop between two photos. Raises InvalidRequest where no photo shows who it is, AnalysisUnavailable
-        where face detection is not available.
+        The identity is the mean over the main faces, of length 1. Returns verdicts and warnings; photos without a face
+        or of another person are dropped. name: the class name. `progress` may raise, to stop between two photos. Raises
+        InvalidRequest where no photo shows the person's face, AnalysisUnavailable where there is no face detection.
         """
         if not of_one_person(name):
             raise InvalidRequest({"name": [f"a faceid is of one person (man, woman, ...), and {name} is not"]})
@@ -119,7 +118,7 @@ class PhotoAnalyzer:
         except (Unavailable, NotStarted) as problem:
             raise AnalysisUnavailable(f"face detection is not available: {problem}") from problem
         same = SAME[recognizer.name]
-        found = self._look(folder / "images", kept, detector, recognizer, progress)
+        found = self._detect(folder / "images", kept, detector, recognizer, progress)
         subjects = self._judge(kept, found, name, same)
         warnings = drop_unusable(kept, subjects)
         faces = {photo.file: subjects[photo.file][0] for photo in kept if not photo.dropped}
@@ -140,11 +139,11 @@ class PhotoAnalyzer:
             raise AnalysisUnavailable(f"the identity could not be written: {message}") from problem
         return photos, warnings
 
-    # Of pictures that were rendered, or that a prompt starts from
+    # For rendered pictures and the input pictures of prompts
 
     def faces(self, picture: Path, progress: ProgressCallback = no_progress) -> list[Found]:
-        """The faces of a picture, largest first. Raises CannotLook."""
-        with self._able("face detection is not available"):
+        """The faces of a picture, largest first. Raises AnalysisUnavailable."""
+        with self._unavailable("face detection is not available"):
             detector = weights.obtain(self._settings, weights.DETECTOR, progress=progress)
             found: list[Found] = self._worker_process.run(FIND_SECONDS, "find", picture, detector, None)
         return found
@@ -152,8 +151,8 @@ class PhotoAnalyzer:
     def restore(
         self, picture: Path, faces: Sequence[Found], strength: float, progress: ProgressCallback = no_progress
     ) -> None:
-        """Restore these faces of a picture, in its file; strength: as `args restore_strength`. Raises CannotLook."""
-        with self._able("faces cannot be restored"):
+        """Restore faces in a picture's file. strength: as `args restore_strength`. Raises AnalysisUnavailable."""
+        with self._unavailable("faces cannot be restored"):
             restorer = weights.obtain(self._settings, weights.RESTORER, progress=progress)
             seconds = FIND_SECONDS + RESTORE_SECONDS * len(faces)
             self._worker_process.run(
@@ -161,8 +160,8 @@ class PhotoAnalyzer:
             )
 
     def mask(self, picture: Path, words: str, progress: ProgressCallback = no_progress) -> bytes | None:
-        """A PNG of where the thing of this name is in a picture, white on black; None: nowhere. Raises CannotLook."""
-        with self._able("segmentation by text is not available"):
+        """Mask of what the words name, as PNG, white on black; None: not found. Raises AnalysisUnavailable."""
+        with self._unavailable("segmentation by text is not available"):
             segmenter = weights.obtain(self._settings, *weights.SEGMENTER, progress=progress)
             png: bytes | None = self._worker_process.run(
                 PREPARE_SECONDS, "trainer.photos.masks:mask_png", picture, words, segmenter
@@ -170,22 +169,22 @@ class PhotoAnalyzer:
         return png
 
     @contextmanager
-    def _able(self, otherwise: str) -> Iterator[None]:
-        """What keeps the child process from working."""
+    def _unavailable(self, message: str) -> Iterator[None]:
+        """Raise what stops the child process as AnalysisUnavailable, with this message."""
         try:
             yield
         except TimeoutError:
-            raise AnalysisUnavailable(f"{otherwise}: it takes too long") from None
+            raise AnalysisUnavailable(f"{message}: it takes too long") from None
         except WorkerCrashed:
-            raise AnalysisUnavailable(f"{otherwise}: its process crashed") from None
+            raise AnalysisUnavailable(f"{message}: its process crashed") from None
         except (Unavailable, NotStarted, OSError, RuntimeError) as problem:
-            raise AnalysisUnavailable(f"{otherwise}: {problem}") from problem
+            raise AnalysisUnavailable(f"{message}: {problem}") from problem
 
     def show(self, folder: Path, photo: Photo, config: TrainConfig) -> None:
-        """Put pictures of what the trainer sees into a verdict, as data URLs."""
+        """Put previews of the training pictures into a verdict, as data URLs."""
         if photo.dropped:
             return
-        with breaking(photo):
+        with naming(photo):
             self._show(folder / "dataset", folder / "images" / photo.file, photo, config)
 
     def _show(self, dataset: Path, whole: Path, photo: Photo, config: TrainConfig) -> None:
@@ -206,23 +205,23 @@ class PhotoAnalyzer:
     def _find(
         self, images: Path, photos: list[Photo], progress: ProgressCallback
     ) -> tuple[dict[str, list[Found]], list[str]]:
-        """The faces of each photo by its file; nothing, and why, where there is no detector."""
+        """File of each photo -> its faces; empty, with a warning, where there is no detector."""
         try:
             detector = weights.obtain(self._settings, weights.DETECTOR, progress=progress)
             recognizer = weights.find_recognizer(self._settings)
             self._worker_process.start()
         except (Unavailable, NotStarted) as problem:
             return {}, [f"face detection was skipped: {problem}"]
-        return self._look(images, photos, detector, recognizer, progress), []
+        return self._detect(images, photos, detector, recognizer, progress), []
 
-    def _look(
+    def _detect(
         self, images: Path, photos: list[Photo], detector: Path, recognizer: Path | None, progress: ProgressCallback
     ) -> dict[str, list[Found]]:
-        """The faces of each photo by its file."""
+        """File of each photo -> its faces."""
         found = {}
         for number, photo in enumerate(photos):
             progress("faces are detected", number, len(photos))
-            with breaking(photo):
+            with naming(photo):
                 found[photo.file] = self._worker_process.run(
                     FIND_SECONDS, "find", images / photo.file, detector, recognizer
                 )
@@ -232,9 +231,9 @@ class PhotoAnalyzer:
     def _judge(
         self, photos: list[Photo], found: dict[str, list[Found]], name: str, same: float | None
     ) -> dict[str, list[Found]]:
-        """Put the faces into the verdicts; returns those of each photo that are the subject.
+        """Put the faces into the verdicts; returns file of each photo -> the faces of the subject.
 
-        same: the likeness from which two faces are one person; None: not known.
+        same: the least likeness of two faces of one person; None: not known.
         """
         seen = [photo for photo in photos if photo.file in found]
         subjects, known = choose(seen, [found[photo.file] for photo in seen], name, same)
@@ -261,17 +260,17 @@ class PhotoAnalyzer:
     def _tools(
         self, config: TrainConfig, people: bool, restore: bool, fetch: bool, progress: ProgressCallback
     ) -> tuple[dict[str, Path], list[str]]:
-        """The weights that are needed beside the detector, by what they do, and what lacks."""
+        """Purpose -> weights that are needed in addition to the detector; and warnings for missing ones."""
         wanted: dict[str, tuple[Weights, ...]] = {}
         if restore:
             wanted["restorer"] = (weights.RESTORER,)
         if "subject" in masks_of(config):
             wanted |= {"matting": (weights.MATTING,)} if people else {"segmenter": weights.SEGMENTER}
-        lost = {
+        effect_if_missing = {
             "restorer": "faces are not restored",
             "matting": "no mask of the subject is made and the whole picture is trained",
         }
-        lost["segmenter"] = lost["matting"]
+        effect_if_missing["segmenter"] = effect_if_missing["matting"]
         tools, messages = {}, []
         for tool, files in wanted.items():
             try:
@@ -286,7 +285,7 @@ class PhotoAnalyzer:
                     size = round(sum(one.megabytes for one in files))
                     messages.append(f"{files[0].what} is not here yet: {size} MB are fetched when a tune needs it")
             except Unavailable as problem:
-                messages.append(f"{lost[tool]}: {problem}")
+                messages.append(f"{effect_if_missing[tool]}: {problem}")
         return tools, messages
 
     def _make(
@@ -299,7 +298,7 @@ class PhotoAnalyzer:
         subject: list[Found],
         tools: dict[str, Path],
     ) -> None:
-        """Let the child make what is wanted of one photo, and put down what came of it."""
+        """Let the child process prepare one photo, and put the result into its verdict."""
         task = Task(
             folder / "images" / photo.file,
             folder / "dataset",
@@ -312,21 +311,21 @@ class PhotoAnalyzer:
             **tools,
         )
         if not task.empty:
-            with breaking(photo):
+            with naming(photo):
                 made: Made = self._worker_process.run(PREPARE_SECONDS + RESTORE_SECONDS * len(faces), "prepare", task)
-            put_down(photo, task, made)
+            put_into_verdict(photo, task, made)
         for kind in sorted(masks_of(config) - set(photo.masks)):
             photo.notes.append(f"no mask of the {kind}: the whole picture is trained")
 
 
-def begin_anew(dataset: Path) -> None:
-    """Remove what an earlier preparation made, which did not come to its end, and keep what a user has put there."""
+def remove_unfinished(dataset: Path) -> None:
+    """Remove the files of an interrupted preparation; keep the files that a user has put there. Raises Unreadable."""
     if dataset.exists() and not dataset.is_dir():
         raise Unreadable("dataset in the tune's folder is a file, where a folder should be; move it away")
     dataset.mkdir(exist_ok=True)
-    note = dataset / "preparing.json"  # what was there before the first preparation
-    there = [file for kind in MADE for file in sorted((dataset / kind).rglob("*")) if file.is_file()]
-    names = {file: printable(str(file.relative_to(dataset))) for file in there}
+    note = dataset / "preparing.json"  # lists the files from before the first preparation
+    existing = [file for kind in MADE for file in sorted((dataset / kind).rglob("*")) if file.is_file()]
+    names = {file: printable(str(file.relative_to(dataset))) for file in existing}
     if not note.exists():
         write_whole(note, json.dumps(list(names.values())))
         return
@@ -341,8 +340,8 @@ def begin_anew(dataset: Path) -> None:
 
 
 @contextmanager
-def breaking(photo: Photo) -> Iterator[None]:
-    """What a photo may do to the child process, with its name in the message."""
+def naming(photo: Photo) -> Iterator[None]:
+    """Raise what the child process raises as AnalysisUnavailable, with the photo's name in the message."""
     try:
         yield
     except TimeoutError as problem:
@@ -353,7 +352,7 @@ def breaking(photo: Photo) -> Iterator[None]:
         raise AnalysisUnavailable(str(problem)) from problem
     except Closed:
         raise
-    except Exception as problem:  # the edge of a process: whatever was raised in the child
+    except Exception as problem:  # the edge of a process: the child may raise anything
         raise AnalysisUnavailable(
             f"{photo.name} could not be analyzed: {str(problem) or type(problem).__name__}"
         ) from problem

@@ -1,4 +1,4 @@
-"""Whatever colours a picture has, in 8-bit sRGB: depths, palettes, transparency, CMYK, LAB and embedded profiles."""
+"""Conversion to 8-bit sRGB: from other depths, palettes, transparency, CMYK, LAB and embedded profiles."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import io
 import numpy as np
 from PIL import Image, ImageChops, ImageCms
 
-SAME_COLOUR = 2  # of 255: what a profile may change before it is called another than sRGB
+SAME_COLOUR = 2  # of 255: a profile that changes colours by more is not sRGB
 
 
 def to_srgb(image: Image.Image, depth: int) -> tuple[Image.Image, str | None]:
-    """A picture in 8-bit sRGB, and what it was where that is another thing.
+    """The picture in 8-bit sRGB, and a description of its own format where that is another.
 
-    16 bits are scaled, not clipped; what is transparent lies over white; an embedded profile is converted to sRGB.
+    16 bits are scaled, not clipped; transparent parts become white; an embedded profile is converted to sRGB.
     """
     profile, was = image.info.get("icc_profile"), colours_of(image, depth)
     if image.mode.startswith("I") or image.mode == "F":
@@ -28,14 +28,14 @@ def to_srgb(image: Image.Image, depth: int) -> tuple[Image.Image, str | None]:
     if profile:
         plain = image.mode == "RGB"
         image, described = from_profile(image, profile)
-        was += [described] * (plain and described != "")  # grey and CMYK are named already
+        was += [described] * (plain and described != "")  # grey and CMYK are in the list already
     if image.mode != "RGB":
         image = image.convert("RGB")
     return image, ", ".join(was) or None
 
 
 def colours_of(image: Image.Image, depth: int) -> list[str]:
-    """In a word, where they are not RGB of 8 bits."""
+    """A description of the colour format; empty for RGB of 8 bits."""
     if image.mode in ("I", "F"):
         return ["32-bit grey"]
     if image.mode.startswith("I;16"):
@@ -47,19 +47,19 @@ def colours_of(image: Image.Image, depth: int) -> list[str]:
 
 
 def to_grey(image: Image.Image) -> Image.Image:
-    """Numbers of 16 and more bits as 8 bits. What is white in the larger ones no file says: the next usual limit is."""
+    """16 and more bits -> 8 bits. No file says which larger value is white: the next usual limit is taken."""
     if image.mode.startswith("I;16"):
         white, image = 65_535.0, image.convert("I")
     else:
         high = float(image.getextrema()[1])  # type: ignore[arg-type]  # one band, so two numbers
         white = next((limit for limit in (1.0, 255.0, 65_535.0) if high <= limit), high)
     grey = image.point(lambda value: value * (255 / white)).convert("L")
-    grey.info.pop("transparency", None)  # one of the numbers that were replaced
+    grey.info.pop("transparency", None)  # a value of the old range
     return grey
 
 
 def over_white(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The picture on white, and whether anything of it is transparent: in many an alpha channel nothing is."""
+    """The picture on white, and whether any pixel is transparent: many alpha channels are opaque."""
     layers = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
     if layers.getchannel("A").getextrema() == (255, 255):
         return layers.convert("RGB"), False
@@ -76,9 +76,9 @@ def from_lab(image: Image.Image) -> Image.Image:
 
 
 def from_profile(image: Image.Image, profile: bytes) -> tuple[Image.Image, str]:
-    """The picture in sRGB, and the profile's name where it is of other colours than those; else "".
+    """The picture in sRGB, and the profile's name where it is not sRGB; else "".
 
-    Where a profile is broken, or not for such a picture, the plain numbers are the best guess.
+    Where a profile is broken or does not fit the picture, the values are taken as sRGB.
     """
     try:
         given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -93,7 +93,7 @@ def from_profile(image: Image.Image, profile: bytes) -> tuple[Image.Image, str]:
 
 
 def changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether a profile is sRGB under whatever name: tried on a chart, which is faster than on every pixel."""
+    """Whether a profile is sRGB, by its effect on a chart; its name says little, and all pixels would take longer."""
     if mode not in ("L", "RGB"):
         return False
     chart = Image.linear_gradient("L") if mode == "L" else colour_chart()

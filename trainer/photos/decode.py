@@ -1,4 +1,4 @@
-"""What the decoding child process does: one photo file -> one upright 8-bit sRGB file, and what can be said of it."""
+"""The work of the decoding child process: one photo file -> one upright 8-bit sRGB file, and its verdict."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from PIL import Image, UnidentifiedImageError
 from trainer.contract.photos import Photo
 from trainer.photos.colours import to_srgb
 
-# Told by content, never by name; MPO comes as JPEG, and HEIC as HEIF.
+# Recognized by content, never by file name; MPO counts as JPEG, HEIC as HEIF.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "TIFF", "GIF")
 READABLE = "JPEG, PNG, WebP, AVIF, HEIC, BMP, TIFF, GIF"
-LOSSY = ("JPEG", "MPO", "HEIF", "AVIF")  # kept as JPEG: to write 12 megapixels takes 0.06 s, and 0.7 s as PNG
+LOSSY = ("JPEG", "MPO", "HEIF", "AVIF")  # kept as JPEG: writing 12 megapixels takes 0.06 s, and 0.7 s as PNG
 MIN_SIDE_PX = 32
 MAX_ASPECT = 10
 MEMORY_BYTES = 2 * 2**30  # a 100-megapixel RGBA picture with its copies fits
-SAID_CHARS = 200  # of what a decoder says against a file
-STRIP_PX = 512  # lines that are hashed at once, so that the pixels need not be in memory twice
-RAW_16_BIT = re.compile(r"\b(I|LA|RGB[AX]?|CMYK);16")  # Pillow's name of what it unpacks; BGR;16 are 16 bits a pixel
-ORIENTATION = 0x0112  # in EXIF
-# What reading EXIF raises: anything may write it, and garbage leads wherever its numbers point.
+REASON_CHARS = 200  # of a decoder's message
+STRIP_PX = 512  # lines that are hashed at once: the pixels are not copied as a whole
+RAW_16_BIT = re.compile(r"\b(I|LA|RGB[AX]?|CMYK);16")  # Pillow's raw modes; BGR;16 has 16 bits a pixel
+ORIENTATION = 0x0112  # EXIF tag
+# Reading EXIF may raise all of these: damaged offsets point anywhere.
 BROKEN_EXIF = (
     ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError,
     ValueError, struct.error, zlib.error,
@@ -44,23 +44,23 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SMALL_PX = 512  # of the short side: below it, families that train at 512 px and more are shown an enlarged photo
-SHARPNESS_PX = 512  # long side at which sharpness is measured; smaller photos as they are
-# On the 82 pictures of subjects and people that the tests use: 118 and more as they are; 10 and less after a blur of a
-# hundredth of their long side. Four pictures of 128 px and less stay above 100 then: a blur of a pixel is none.
+SMALL_PX = 512  # of the short side: smaller photos are enlarged for families that train at 512 px and more
+SHARPNESS_PX = 512  # long side at which sharpness is measured; smaller photos are not scaled
+# Measured on the tests' 82 pictures of subjects and people: 118 and more unchanged, 10 and less after a blur of a
+# hundredth of the long side (except four pictures of 128 px and less, where that is only one pixel).
 BLURRED_BELOW = 40
-# Of 64. A copy of those pictures at 90 % of the size, saved as JPEG of quality 70, differs in 3 at most; two of
-# different photos in 7 and more (passport photos of one man), of different things in 16 and more.
+# Of 64 bits. Copies of those pictures at 90 % of the size and JPEG quality 70 differ in 3 bits at most; different
+# photos in 7 and more (passport photos of one man); photos of different things in 16 and more.
 ALIKE_BITS = 5
 
 
 class Refused(ValueError):
-    """A photo that is refused for what it is: the second half of a sentence that begins with the file's name."""
+    """The photo is refused. The message is the second half of a sentence that begins with the file's name."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A verdict, and what tells photos that repeat each other: sha256 of the pixels, and a hash of how it looks."""
+    """A verdict, and two values that find duplicates: sha256 of the pixels, and a perceptual hash."""
 
     photo: Photo
     digest: str
@@ -69,15 +69,15 @@ class Decoded:
 
 @dataclass
 class Stored:
-    """How a file has its picture."""
+    """How the file stores its picture."""
 
     form: str
-    depth: int  # bits of a colour
-    turned: bool  # the file says that it does not stand upright
+    depth: int  # bits per colour
+    turned: bool  # the file says that the stored picture is rotated
 
 
 def begin() -> None:
-    """Run first in the child: decoders that want more memory than any photo needs get none; all are loaded."""
+    """Runs first in the child process: limits its memory and loads all decoders."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     load_decoders()
@@ -108,10 +108,10 @@ def decode(source: Path, target: Path, name: str, max_pixels: int) -> Decoded:
         raise Refused(f"has too many pixels; at most {max_pixels / 1e6:g} million are allowed") from None
     except UnidentifiedImageError:
         raise Refused(why_unidentified(source)) from None
-    except Exception as error:  # noqa: BLE001  # the edge of a process, for strangers' files: decoders raise anything
-        message = " ".join(str(error).split())[:SAID_CHARS]  # some decoders write several lines
+    except Exception as error:  # noqa: BLE001  # the edge of a process, with untrusted files: decoders raise anything
+        message = " ".join(str(error).split())[:REASON_CHARS]  # some decoders write several lines
         raise Refused(f"is damaged and cannot be decoded ({type(error).__name__}: {message})") from None
-    image.info.clear()  # comments and profiles would be written along with the pixels
+    image.info.clear()  # else comments and profiles would be saved too
     lossy = stored.form in LOSSY or (stored.form == "WEBP" and not is_lossless_webp(source))
     file = target.with_suffix(".jpg" if lossy else ".png")
     options = {"quality": 95, "subsampling": 0} if lossy else {"compress_level": 1}
@@ -127,14 +127,14 @@ def decode(source: Path, target: Path, name: str, max_pixels: int) -> Decoded:
     )
     grey = small_grey(image)
     judge(photo, sharpness(grey))
-    return Decoded(photo, digest_of(image), look_of(grey))
+    return Decoded(photo, digest_of(image), difference_hash(grey))
 
 
 # Reading
 
 
 def read(source: Path, max_pixels: int) -> tuple[Image.Image, Stored]:
-    """The first picture of a file. Raises Refused, and whatever decoders raise."""
+    """The first picture of a file. Raises Refused, and what decoders raise."""
     with Image.open(source, formats=[form for form in FORMATS if form in Image.OPEN]) as image:
         check_size(*image.size, max_pixels)
         stored = Stored(str(image.format), bits_of(image), is_stored_turned(image))
@@ -143,7 +143,7 @@ def read(source: Path, max_pixels: int) -> tuple[Image.Image, Stored]:
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raises Refused, before anything is decoded."""
+    """Check the size before decoding. Raises Refused."""
     if width * height > max_pixels:
         raise Refused(f"has {width} x {height} pixels; at most {max_pixels / 1e6:g} million are allowed")
     if min(width, height) < MIN_SIDE_PX:
@@ -153,29 +153,29 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def why_unidentified(source: Path) -> str:
-    """A file that begins as a photo does is told from what is none."""
+    """The reason: a damaged photo, or not a photo at all."""
     with source.open("rb") as file:
         head = file.read(16)
     for form in FORMATS:
         accepts = Image.OPEN[form][1] if form in Image.OPEN else None
         if accepts and accepts(head) is True:
-            return f"is damaged and cannot be decoded (it begins as {format_name(form)}, and does not go on so)"
+            return f"is damaged and cannot be decoded (only its beginning is {format_name(form)})"
     return f"is not an image that can be read ({READABLE})"
 
 
 def format_name(form: str) -> str:
-    """A format as phones name it."""
+    """The format's name as phones show it."""
     return "HEIC" if form == "HEIF" else form
 
 
 def is_lossless_webp(source: Path) -> bool:
-    """By the name of the chunk with the pixels, which stands behind a profile at most."""
+    """Decided by the name of the pixel chunk, which only a profile can precede."""
     with source.open("rb") as file:
         return b"VP8L" in file.read(2**16)
 
 
 def bits_of(image: Image.Image) -> int:
-    """How many bits a colour has in the file. Pillow itself keeps 16 of grey, and the upper 8 of anything else."""
+    """Bits per colour in the file. Pillow keeps 16 bits of grey, and the upper 8 of other colours."""
     if any(RAW_16_BIT.search(str(tile.args)) for tile in getattr(image, "tile", [])):
         return 16
     depth = image.info.get("bit_depth", 8) if image.format == "HEIF" else 8
@@ -186,7 +186,7 @@ def bits_of(image: Image.Image) -> int:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """What EXIF or XMP says; 1, as it stands, where that cannot be understood."""
+    """Orientation by EXIF or XMP, 1 to 8; 1 (upright) where it cannot be read."""
     try:
         found = image.getexif().get(ORIENTATION)
     except BROKEN_EXIF:
@@ -195,21 +195,21 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def is_stored_turned(image: Any) -> bool:
-    """Asked before the pixels are loaded, for the decoders of HEIC and of TIFF turn them then, and forget it.
+    """Whether the stored picture is rotated. Call it before the pixels are loaded: HEIC and TIFF decoders rotate then.
 
-    HEIC says it in boxes of its own; what EXIF says in a HEIC is for nothing.
+    HEIC has its own boxes for rotation; its EXIF orientation has no effect.
     """
     if image.format != "HEIF":
         return orientation_of(image) != 1
     try:
         steps = image._heif_file[image.tell()]._c_image.transformations
-    except AttributeError:  # these are no public names; phones write the same into EXIF
+    except AttributeError:  # these names are not public; phones write the same into EXIF
         return image.info.get("original_orientation") in TURNS
     return any(step[0] in ("irot", "imir") and step != ("irot", 0) for step in steps)
 
 
 def upright(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The picture as it stands, and whether it had to be turned. `ImageOps` would also write new EXIF, and copy."""
+    """The upright picture, and whether it was rotated. `ImageOps` would also write new EXIF, and copy."""
     method = TURNS.get(orientation_of(image))
     if method is None:
         return image, False
@@ -218,16 +218,16 @@ def upright(image: Image.Image) -> tuple[Image.Image, bool]:
     return turned, True
 
 
-# What can be said of it
+# The verdict
 
 
 def small_grey(image: Image.Image) -> Image.Image:
-    """The picture without its colours, at half its size, a third ... as long as its long side is enough to look at."""
+    """The picture in grey, reduced by the largest whole factor that leaves its long side 1024 px or more."""
     return image.reduce(max(1, max(image.size) // (2 * SHARPNESS_PX))).convert("L")
 
 
 def judge(photo: Photo, sharp: float) -> None:
-    """Put into a verdict what the picture is good for, with a note for whatever was done or is in doubt."""
+    """Add notes to the verdict: what was converted, and what may be a problem in training."""
     photo.sharpness = round(sharp, 1)
     photo.blurred = sharp < BLURRED_BELOW
     photo.too_small = min(photo.width, photo.height) < SMALL_PX
@@ -254,16 +254,16 @@ def sharpness(grey: Image.Image) -> float:
 
 
 def digest_of(image: Image.Image) -> str:
-    """The same for the same pixels in the same size, whatever the files were."""
+    """sha256 of pixels and size; it does not depend on the file format."""
     sha = hashlib.sha256(f"{image.width}x{image.height}".encode())
     for top in range(0, image.height, STRIP_PX):
         sha.update(image.crop((0, top, image.width, min(top + STRIP_PX, image.height))).tobytes())
     return sha.hexdigest()
 
 
-def look_of(grey: Image.Image) -> int:
-    """A hash of 64 bits that is much the same for pictures that look the same: whether it gets brighter to the right,
-    in 8 x 8 places (dHash; N. Krawetz, hackerfactor.com, 2013)."""
+def difference_hash(grey: Image.Image) -> int:
+    """Perceptual hash of 64 bits (dHash; N. Krawetz, hackerfactor.com, 2013): similar pictures differ in few bits.
+    Each bit: does brightness rise to the right, in 8 x 8 places?"""
     small = np.asarray(grey.resize((9, 8), Image.Resampling.LANCZOS), np.int16)
     return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
 

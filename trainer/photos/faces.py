@@ -1,4 +1,4 @@
-"""What the looking child process does with photos: finds, restores and crops faces, keeps identities, makes masks.
+"""The work of the child process that analyzes photos: faces are found, restored and cropped; identities; masks.
 
 The only user of facexlib, gfpgan, cv2 and torchvision. Models are loaded once, from files whose sha256 was checked,
 with `weights_only=True`. Pictures are (H, W, 3) arrays in RGB, 0 to 255, unless a model wants them otherwise.
@@ -29,28 +29,28 @@ from trainer.photos.masks import LEAST_SHARE, masks
 from trainer.photos.nets import LONG_SIDE, Array, load
 from trainer.photos.restore import restore
 
-# Of the detector's score. On the tests' photos of people it finds every face but some that are painted, half hidden or
-# behind glass, and nothing else. Animals are not asked: of cats' and dogs' faces some score 0.9, and no threshold sets
-# them apart from people's.
+# Of the detector's score. On the tests' photos of people it finds all faces except some that are painted, half hidden
+# or behind glass, and nothing else. Photos of animals are skipped: some faces of cats and dogs score 0.9, so no
+# threshold separates them from people.
 THRESHOLD = 0.8
-OVERLAP = 0.4  # of two boxes from which they are one face; facexlib's
+OVERLAP = 0.4  # IoU from which two boxes are one face; facexlib's value
 FACE_PX = 112  # side of an aligned face, for its sharpness and its identity
-IDENTIFIED = 8  # faces of a photo, the largest first: who stands further back is not the subject
-# The hosted service's closeup: wider than the face by so much on each side, higher, and at least so many px.
+IDENTIFIED = 8  # faces of a photo, the largest first: a smaller face is not the subject
+# The hosted service's closeup: margins on each side and above, in box sizes, and the least side in px.
 CROP_SIDE, CROP_ABOVE, CROP_LEAST = 0.4, 0.5, 512
-CLOSEUP_SHARE = 0.003  # of the photo's area: a smaller face makes no closeup there either
+CLOSEUP_SHARE = 0.003  # of the photo's area: smaller faces get no closeup, as in the hosted service
 SHOWN_PX = 320
-# How each recognizer wants a face of 0 to 255: (mean, deviation) of red, green and blue.
+# Input normalization of each recognizer, for values 0 to 255: (mean, deviation) of red, green and blue.
 RECOGNIZERS = {
     "face_recognition_sface_2021dec.onnx": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "mobilefacenet_112.onnx": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     ARCFACE.name: ((127.5,) * 3, (127.5,) * 3),  # insightface, model_zoo/arcface_onnx.py
 }
-PLAIN = {ARCFACE.name}  # adapters were trained on the identity of the face as it is (`normed_embedding`)
+PLAIN = {ARCFACE.name}  # not averaged with the mirrored face, as adapters were trained (`normed_embedding`)
 
 
 def begin() -> None:
-    """Run first in the child. Threads that wait for each other would take the cores of a tune that trains."""
+    """Runs first in the child process. One thread: more would take the cores of a tune that trains."""
     torch.set_num_threads(1)
 
 
@@ -73,8 +73,8 @@ def find(photo: Path, detector: Path, recognizer: Path | None) -> list[Found]:
 def detect(image: Array, model: RetinaFace) -> Array:
     """Rows of left, top, right, bottom, score, and five landmarks x, y, in pixels.
 
-    facexlib's `RetinaFace.detect_faces`, but for its anchors: they are the same for all pictures of one size, and
-    making them again is a quarter of its time.
+    facexlib's `RetinaFace.detect_faces` with cached anchors: they depend on the size only, and computing them takes a
+    quarter of its time.
     """
     height, width = image.shape[:2]
     pixels = torch.from_numpy(image[:, :, ::-1].astype(np.float32)).permute(2, 0, 1)[None] - model.mean_tensor
@@ -93,13 +93,13 @@ def detect(image: Array, model: RetinaFace) -> Array:
 
 @lru_cache(maxsize=8)
 def anchors_of(height: int, width: int) -> Tensor:
-    """Where RetinaFace may put a face in a picture of this size."""
+    """RetinaFace's anchors for a picture of this size."""
     anchors: Tensor = PriorBox(generate_config("mobile0.25"), image_size=(height, width)).forward()
     return anchors
 
 
 def read_small(photo: Path) -> tuple[Array, float]:
-    """A photo at the size at which faces are detected, and the scale of it."""
+    """A photo at the size for face detection, and its scale."""
     with Image.open(photo) as opened:
         width, height = opened.size
         scale = min(2.0, LONG_SIDE / max(width, height))
@@ -117,7 +117,7 @@ def load_detector(file: Path) -> RetinaFace:
 
 
 def align(image: Array, landmarks: Array) -> Array:
-    """A face, turned upright and scaled to 112 px, as recognizers are trained on it (ArcFace)."""
+    """A face, rotated upright and scaled to 112 px, as recognizers expect it (ArcFace)."""
     where = get_reference_facial_points(default_square=True)
     return np.asarray(warp_and_crop_face(image, landmarks.tolist(), where, crop_size=(FACE_PX, FACE_PX)))
 
@@ -128,9 +128,9 @@ def sharpness(face: Array) -> float:
 
 
 def identify(face: Array, recognizer: Path) -> tuple[float, ...]:
-    """Who an aligned face is: a vector of length 1.
+    """Identity of an aligned face: a vector of length 1.
 
-    The mirrored face is added, which evens out light and pose, but for the recognizers that are PLAIN.
+    The mirrored face is added, which evens out light and pose, except for PLAIN recognizers.
     """
     mean, deviation = (np.array(values, np.float32) for values in RECOGNIZERS[recognizer.name])
     pixels = (face.astype(np.float32) - mean) / deviation
@@ -148,7 +148,7 @@ def load_recognizer(file: Path) -> cv2.dnn.Net:
 
 
 def save_identity(identity: Sequence[float], file: Path, metadata: Mapping[str, str]) -> None:
-    """Write a person's identity (D,) as the tensor `identity`, float32 and of length 1; whole or not at all.
+    """Write a person's identity (D,) as the tensor `identity`, float32 and of length 1, atomically.
 
     Raises ValueError for a vector without a direction.
     """
@@ -161,7 +161,7 @@ def save_identity(identity: Sequence[float], file: Path, metadata: Mapping[str, 
 
 
 def prepare(task: Task) -> Made:
-    """Write what a task asks for into its folder, each file whole or not at all; what lies there already stays."""
+    """Write the files of a task into its folder, each one atomically; existing files stay."""
     made = Made()
     with Image.open(task.photo) as opened:
         image = opened.convert("RGB")
@@ -180,13 +180,13 @@ def prepare(task: Task) -> Made:
             continue
         write(mask, folder / "masks" / kind / f"{stem}.png")
         made.masks.append(kind)
-        if closeup and (cropped := mask.crop(closeup)).getbbox():  # the face may lie outside what was found
+        if closeup and (cropped := mask.crop(closeup)).getbbox():  # the face may be outside the mask
             write(cropped, folder / "masks" / kind / f"{stem}{geometry.FACE_SUFFIX}.png")
     return made
 
 
 def write(image: Image.Image, file: Path) -> None:
-    """Whole, or not at all."""
+    """Write an image atomically."""
     if file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -209,10 +209,10 @@ def around(boxes: list[Box]) -> Box:
 
 
 def closeup_box(boxes: list[Box], size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """What a closeup shows of a photo of this size; None where the face is too small for one.
+    """The box of a closeup in a photo of this size; None where the face is too small.
 
-    The box of the face, wider by 40 % of its width on each side and by 50 % of its height above and below, at least
-    512 px where the photo has them: the hosted service's numbers.
+    The face's box with margins of 40 % of its width on each side and 50 % of its height above and below, at least
+    512 px where the photo is large enough: the hosted service's numbers.
     """
     if not boxes:
         return None
@@ -225,14 +225,14 @@ def closeup_box(boxes: list[Box], size: tuple[int, int]) -> tuple[int, int, int,
 
 
 def widened(low: float, high: float, margin: float, limit: int) -> tuple[int, int]:
-    """An interval with a margin at both ends, at least 512 long, moved and cut so as to lie between 0 and `limit`."""
+    """An interval with a margin at both ends, at least 512 long, moved and cut to fit into 0 to `limit`."""
     length = min(limit, max(CROP_LEAST, round((high - low) * (1 + 2 * margin))))
     start = round(min(max(0.0, (low + high) / 2 - length / 2), limit - length))
     return start, start + length
 
 
 def preview(photo: Path, mask: Path | None, resolution: int, buckets: bool) -> bytes:
-    """A photo as the trainer sees it, what the loss leaves out dimmed, as a small JPEG."""
+    """The training view of a photo as a small JPEG; what the loss ignores is dimmed."""
     with Image.open(photo) as opened:
         whole, side = opened.size, geometry.square(resolution, 64)
         size = geometry.bucket(whole, resolution, 64) if buckets else (side, side)

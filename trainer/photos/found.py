@@ -1,4 +1,4 @@
-"""What the child process that analyzes photos is given and answers."""
+"""Requests and answers of the child process that analyzes photos."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Task:
-    """What the child is to make of one photo, in `folder` (the tune's `dataset/`). Weights that are None: not that."""
+    """Work on one photo, written to `folder` (the tune's `dataset/`). Weights that are None skip their part."""
 
     photo: Path
     folder: Path
@@ -53,15 +53,15 @@ class Task:
 
 @dataclass
 class Made:
-    """What the child has made of one photo."""
+    """The results for one photo."""
 
     closeup: bool = False
     restored: int = 0
     masks: list[str] = field(default_factory=list)
 
 
-def put_down(photo: Photo, task: Task, made: Made) -> None:
-    """What was made of a photo, into its verdict."""
+def put_into_verdict(photo: Photo, task: Task, made: Made) -> None:
+    """Put the results for a photo into its verdict."""
     photo.cropped, photo.restored, photo.masks = made.closeup, made.restored > 0, made.masks
     if task.closeup and not made.closeup:
         photo.notes.append("the face is too small for a closeup")
@@ -72,5 +72,5 @@ def put_down(photo: Photo, task: Task, made: Made) -> None:
 
 
 def masks_of(config: TrainConfig) -> set[str]:
-    """The masks that a configuration looks at."""
+    """The masks that a configuration uses."""
     return ({config.mask} | ({"subject"} if config.mask_widen else set())) - {"none"}

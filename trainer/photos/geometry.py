@@ -10,14 +10,16 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-BUCKETS_PER_SIDE = 16  # sides of pictures differ by a sixteenth of the resolution: 64 px at 1024, as everywhere
-MAX_STRETCH = 2.0  # the longest bucket's side, in resolutions: 2 x 1/2
-DIMMED = 0.3  # of its brightness is left of what the loss does not look at, on the page
+from trainer.photos.picture_file import open_picture
+
+BUCKETS_PER_SIDE = 16  # sides are multiples of a sixteenth of the resolution: 64 px at 1024, as is common
+MAX_STRETCH = 2.0  # the longest bucket is 2 x 1/2 resolutions
+DIMMED = 0.3  # brightness of what the loss ignores, on the page
 FACE_SUFFIX = "-face"
 
 
 def square(resolution: int, multiple: int) -> int:
-    """The largest side up to `resolution` that is a multiple; at least one."""
+    """The largest multiple up to `resolution`; at least one `multiple`."""
     return max(multiple, resolution // multiple * multiple)
 
 
@@ -29,7 +31,7 @@ def bucket(size: tuple[int, int], resolution: int, multiple: int) -> tuple[int, 
     step = multiple * max(1, round(resolution / BUCKETS_PER_SIDE / multiple))
     widths = range(step, round(MAX_STRETCH * resolution) + 1, step)
     sizes = [(width, resolution**2 // width // step * step) for width in widths if 2 * width >= resolution]
-    side = square(resolution, step)  # is not among them where the resolution is not a multiple of the step
+    side = square(resolution, step)  # not in `sizes` where the resolution is not a multiple of the step
     known = [(side, side), *(one for one in sizes if resolution <= 2 * one[1] <= 2 * MAX_STRETCH * resolution)]
     aspect = math.log(size[0] / size[1])
     return min(known, key=lambda one: abs(math.log(one[0] / one[1]) - aspect))
@@ -40,11 +42,11 @@ def crops(
 ) -> list[tuple[float, float, float, float]]:
     """`count` boxes (left, top, right, bottom) of the aspect of `size`, as large as the image allows; centred first.
 
-    Fewer where the image has that very aspect, and there is nothing to choose.
+    Fewer where the image has the same aspect: then there is only one.
     """
     scale = min(image[0] / size[0], image[1] / size[1])
     width, height = size[0] * scale, size[1] * scale
-    slack = max(0.0, image[0] - width), max(0.0, image[1] - height)  # rounding leaves less than none at times
+    slack = max(0.0, image[0] - width), max(0.0, image[1] - height)  # rounding may give a value below 0
     rng = torch.Generator().manual_seed(seed)
     places = [0.5, *torch.rand(count - 1, generator=rng).tolist()] if max(slack) >= 1 else [0.5]
     return [(slack[0] * at, slack[1] * at, slack[0] * at + width, slack[1] * at + height) for at in places]
@@ -64,9 +66,8 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def load_mask(file: Path, size: tuple[int, int]) -> Image.Image:
-    """A mask as grey picture. Raises ValueError where it is not of its picture's size, or all black."""
-    with Image.open(file) as opened:
-        mask = opened.convert("L")
+    """A mask as grey picture. Raises ValueError where it is broken, its size is not `size`, or it is all black."""
+    mask = open_picture(file, "L")
     if mask.size != size:
         ours, theirs = (f"{width} x {height}" for width, height in (mask.size, size))
         raise ValueError(f"the mask {file.name} has {ours} pixels, its picture {theirs}")

@@ -1,4 +1,4 @@
-"""The pictures that prompts start from: uploads and URLs -> upright RGB files beside the prompts' own."""
+"""Input pictures of prompts: uploads and URLs -> upright RGB files."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ def fetch_inputs(
     within: str | None = None,
     progress: ProgressCallback = no_progress,
 ) -> Iterator[dict[int, Path]]:
-    """Fetch and decode the pictures of prompts; yields a folder with `input_image.*` and `mask_image.*` for each.
+    """Fetch and decode the pictures of prompts; yields number of the request -> folder with `input_image.*` and so on.
 
-    The folders, by the number of their request, are the caller's to `keep`; what is left of them at the end is removed.
-    within: the parameter that the requests are a list of; None: there is one, and its own parameters are named. Raises
-    InvalidRequest naming every bad picture.
+    The caller keeps a folder with `move_into_place`; the others are removed at the end. within: the parameter that has
+    the list of requests, for messages; None: there is one request. Raises InvalidRequest that names every bad picture.
     """
     wanted = [(number, name) for number, one in enumerate(requests) for name in PICTURES if of(one, name) is not None]
     if not wanted:
@@ -63,7 +62,7 @@ def fetch_inputs(
 
 
 def of(request: PromptRequest, name: str) -> Upload | str | None:
-    """A picture of a request: its file, or its address."""
+    """A picture of a request: an upload, or a URL."""
     given: Upload | str | None = getattr(request, name)
     return getattr(request, f"{name}_url") if given is None else given
 
@@ -72,7 +71,7 @@ def _upload(settings: Settings, given: Upload | str | None, folder: Path, progre
     if isinstance(given, str):
         (folder / "fetched").mkdir()
         return fetch_all(settings, [given], folder / "fetched", progress)[0]
-    assert given is not None, "only pictures that are there are taken in"
+    assert given is not None, "only pictures of the request are fetched"
     size = given.path.stat().st_size
     if size > settings.max_image_mb * 2**20:
         raise ValueError(f"has {size / 2**20:.1f} MB; at most {settings.max_image_mb} MB are allowed")
@@ -80,9 +79,9 @@ def _upload(settings: Settings, given: Upload | str | None, folder: Path, progre
 
 
 def move_into_place(folder: Path, target: Path) -> None:
-    """Move a folder of pictures to where it stays."""
+    """Move a folder of pictures to its final place."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)  # left by a crash before the commit, so that its number came again
+    shutil.rmtree(target, ignore_errors=True)  # left by a crash before the commit; its number is used again
     for path in folder.iterdir():
         fsync(path)
     folder.rename(target)
@@ -90,5 +89,5 @@ def move_into_place(folder: Path, target: Path) -> None:
 
 
 def find(folder: Path, name: str) -> Path | None:
-    """A picture of a prompt, where it has one. folder: that of its pictures."""
+    """A picture of a prompt; None: it has none. folder: of its pictures."""
     return next(folder.glob(f"{name}.*"), None)

@@ -1,6 +1,6 @@
 """Intake: uploads and URLs become upright 8-bit sRGB files, decoded in limited child processes.
 
-Decoders have bugs (reference: Pillow's own security handbook); a photo that breaks one costs that child, not the app.
+Decoders have bugs (reference: Pillow's own security handbook); a photo that crashes one ends the child, not the app.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from trainer.photos.urls import fetch_all
 from trainer.settings import Settings
 
 MAX_CAPTION_BYTES = 10_000
-SAME_PICTURE = "the very same picture as"  # begins why a photo that came twice is dropped
-CHILDREN = 2  # a photo each at a time; more would take the cores that train
+SAME_PICTURE = "the very same picture as"  # first words of the reason why a duplicate is dropped
+CHILDREN = 2  # one photo each at a time; more would take cores from training
 
 
 class Decoder:
@@ -32,14 +32,13 @@ class Decoder:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._worker_processes = [SubprocessWorker("trainer.photos.decode", "decodes photos") for _ in range(CHILDREN)]
-        self._free: queue.LifoQueue[SubprocessWorker] = (
-            queue.LifoQueue()
-        )  # the one that worked last is the one that is awake
+        # Last in, first out: the one that worked last is in memory.
+        self._free: queue.LifoQueue[SubprocessWorker] = queue.LifoQueue()
         for child in self._worker_processes:
             self._free.put(child)
 
     def warm(self) -> None:
-        """Start the children, so that the first request need not wait for them."""
+        """Start the child processes, so that the first request does not wait for them."""
         for child in self._worker_processes:
             child.warm()
 
@@ -48,7 +47,7 @@ class Decoder:
             child.close()
 
     def decode(self, source: Path, target: Path, name: str) -> Decoded:
-        """Write `source` as an upright RGB file, `target` with a suffix. Raises ValueError saying what is wrong."""
+        """Write `source` as an upright RGB file, `target` plus suffix. Raises ValueError with the reason."""
         seconds, child = self._settings.decode_seconds, self._free.get()
         try:
             decoded: Decoded = child.run(
@@ -77,9 +76,8 @@ def intake(
 ) -> Iterator[tuple[Path, list[Photo]]]:
     """Fetch, check and convert all photos of a request; yields a folder with `images/` in it, and the verdicts.
 
-    The folder is the caller's to rename away; whatever is left of it at the end is removed. `.txt` files are captions,
-    paired with the photo of the same base name. A photo that came twice is kept once. Raises InvalidRequest naming
-    every bad file.
+    The caller may move the folder; else it is removed at the end. A `.txt` file is the caption of the photo of the same
+    base name. Duplicates are kept once. Raises InvalidRequest that names every bad file.
     """
     work = settings.outputs / "incoming" / f"{PARTIAL}{uuid.uuid4().hex[:12]}"
     images, fetched = work / "images", work / "fetched"
@@ -139,7 +137,7 @@ def _take(settings: Settings, decoder: Decoder, upload: Upload, caption: Upload 
 
 
 def _name_duplicates(decoded: list[Decoded], folder: Path) -> list[Photo]:
-    """Keep the same picture once, the first time it comes, and say which photos look almost alike."""
+    """Keep the first of identical pictures, and note which photos look almost alike."""
     kept: list[Decoded] = []
     for one in decoded:
         photo = one.photo

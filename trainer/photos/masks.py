@@ -1,4 +1,4 @@
-"""Masks of the subject: of people, of faces, and of what a text names."""
+"""Masks of the subject: people, faces, and objects named by a text."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 MASK_MARGIN = 0.15  # of the box on each side: the detector's boxes end at chin and brow
 MATTING_PX = 512  # MODNet's reference size, of the shorter side; a multiple of 32
 WORDS_PX = 352  # CLIPSeg's
-LEAST_SHARE = 0.005  # a mask that covers less of the picture has found nothing
+LEAST_SHARE = 0.005  # of the picture: a smaller mask counts as not found
 
 
 def masks(task: Task, image: Image.Image, boxes: list[Box]) -> dict[str, Image.Image | None]:
-    """The masks that a task asks for, white on black, of the size of the image; None where nothing was found."""
+    """The masks of a task, white on black, of the image's size; None where nothing was found."""
     drawn: dict[str, Image.Image | None] = {}
     if task.mask_face:
         drawn["face"] = mask_boxes(boxes, image.size) if boxes else None
@@ -46,7 +46,7 @@ def mask_boxes(boxes: list[Box], size: tuple[int, int]) -> Image.Image:
 
 
 def mask_people(image: Image.Image, weights: Path) -> Image.Image:
-    """Where people are, by MODNet (Ke et al. 2020, arXiv 2011.11961)."""
+    """Mask of people by MODNet (Ke et al. 2020, arXiv 2011.11961)."""
     scale = MATTING_PX / min(image.size)
     width, height = (max(32, round(side * scale / 32) * 32) for side in image.size)
     pixels = geometry.to_pixels(image.resize((width, height), Image.Resampling.BILINEAR))[None]
@@ -63,10 +63,10 @@ def load_matting(weights: Path) -> MODNet:
 
 
 def mask_words(image: Image.Image, words: str, weights: Path) -> Image.Image | None:
-    """Where the thing of this name is, by CLIPSeg (Lüddecke and Ecker 2021, arXiv 2112.10003); None where nowhere.
+    """Mask of what the words name, by CLIPSeg (Lüddecke and Ecker 2021, arXiv 2112.10003); None: not found.
 
-    Its probabilities are vague at the edges and seldom reach 1: from a fifth of the largest they count, from three
-    fifths they count in full.
+    Its probabilities are vague at the edges and rarely reach 1: the mask rises from 0 at a fifth of the largest to 1 at
+    three fifths.
     """
     tokenizer, model = load_segmenter(weights.parent)
     pixels = geometry.to_pixels(image.resize((WORDS_PX, WORDS_PX), Image.Resampling.BILINEAR)) / 2 + 0.5
@@ -91,7 +91,7 @@ def mask_png(picture: Path, words: str, weights: Path) -> bytes | None:
     return stream.getvalue()
 
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation that CLIPSeg's preprocessing has
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of CLIPSeg's preprocessing
 
 
 @lru_cache(maxsize=1)

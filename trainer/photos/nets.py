@@ -15,7 +15,7 @@ LONG_SIDE = 1024  # px at which faces are detected; a smaller photo is enlarged,
 
 
 def load(model: M, file: Path, key: str | None = None) -> M:
-    """Put weights into a model, all of them. key: under which the file has them."""
+    """Load all weights of a model. key: their entry in the file."""
     state = torch.load(file, map_location="cpu", weights_only=True)
     state = state[key] if key else state
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})

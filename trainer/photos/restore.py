@@ -1,4 +1,4 @@
-"""Face restoration (GFPGAN), and how large and sharp a face must be for it."""
+"""Face restoration (GFPGAN), and the face sizes and sharpness that profit from it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from torch import nn
 from trainer.photos.found import Found
 from trainer.photos.nets import LONG_SIDE, Array, load
 
-GAIN_PX = 256  # a face smaller than this gains by restoration (half of what the restorer works at) ...
-GAIN_SHARPNESS = 100.0  # ... and so does one that is blurred; sharp faces of the tests' data have 200 and more
+GAIN_PX = 256  # a smaller face profits from restoration (half of the restorer's own size) ...
+GAIN_SHARPNESS = 100.0  # ... and so does a blurred one; sharp faces in the tests' data have 200 and more
 RESTORED_PX = 512  # the restorer's own size
-# Where FFHQ's faces have eyes, nose and the corners of the mouth at 512 px (facexlib, FaceRestoreHelper).
+# Eyes, nose and corners of the mouth of FFHQ's faces at 512 px (facexlib, FaceRestoreHelper).
 FFHQ = np.array([[192.98, 239.95], [318.90, 240.19], [256.63, 314.02], [201.26, 371.41], [313.09, 371.15]])
-EDGE = 0.1  # of the restored face's side: over this width it fades into the photo
+EDGE = 0.1  # of the restored face's side: width of the fade into the photo
 
 
 def gains(face: Found) -> bool:
-    """Whether a face is so small or blurred that restoration adds to it instead of smoothing it."""
+    """Whether a face is so small or blurred that restoration adds detail instead of smoothing it."""
     left, top, right, bottom = face.box
     return max(right - left, bottom - top) < GAIN_PX or face.sharpness < GAIN_SHARPNESS
 
 
 def restore(image: Image.Image, faces: list[Found], weights: Path, strength: float) -> tuple[Image.Image, float, int]:
-    """Restore the faces that gain by it; returns the picture, by how much it was enlarged, and how many they were.
+    """Restore the faces that profit from it; returns the picture, its enlargement, and the number of restored faces.
 
-    A picture whose faces are tiny is enlarged, up to four times, so that what is restored is not thrown away again.
-    strength: 0 leaves a face as it was, 1 takes the restorer's.
+    A picture with tiny faces is enlarged, up to four times, so that restored detail is kept. strength: 0 leaves a face
+    unchanged, 1 takes the restorer's face.
     """
     chosen = [face for face in faces if gains(face)]
     if not chosen:
@@ -52,7 +52,7 @@ def restore(image: Image.Image, faces: list[Found], weights: Path, strength: flo
 
 
 def restore_all(picture: Path, faces: list[Found], weights: Path, strength: float) -> None:
-    """Restore faces of a picture in its file (a PNG), whether they gain by it or not: the user asked for it."""
+    """Restore all these faces in a picture's file (a PNG), as the user asked for."""
     with Image.open(picture) as opened:
         pixels = np.array(opened.convert("RGB"))
     model = load_restorer(weights)
@@ -62,7 +62,7 @@ def restore_all(picture: Path, faces: list[Found], weights: Path, strength: floa
 
 
 def restore_face(pixels: Array, landmarks: Array, model: nn.Module, strength: float) -> None:
-    """Restore one face of a picture, in place, with an edge that fades. Only its surroundings are touched."""
+    """Restore one face of a picture, in place, with a soft edge. Other pixels stay unchanged."""
     matrix = cv2.estimateAffinePartial2D(landmarks, FFHQ, method=cv2.LMEDS)[0]
     if matrix is None:
         raise RuntimeError("a face could not be aligned, so it was not restored")
@@ -104,8 +104,8 @@ def load_restorer(weights: Path) -> nn.Module:
 
 
 def gfpgan(channel_multiplier: int = 2, narrow: float = 1.0) -> nn.Module:
-    """Its architecture; the defaults are those of the released weights."""
-    # basicsr, which gfpgan imports, still asks for a module that torchvision has renamed.
+    """GFPGAN's architecture; the defaults are those of the released weights."""
+    # basicsr, which gfpgan imports, needs a module that torchvision has renamed.
     sys.modules.setdefault("torchvision.transforms.functional_tensor", torchvision.transforms.functional)
     from gfpgan.archs.gfpganv1_clean_arch import GFPGANv1Clean
 

@@ -1,4 +1,4 @@
-"""Who and what is in the photos: the main face, one person or several, what is dropped and why."""
+"""The subject of the photos: main faces, one person or several, and which photos are dropped."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from trainer.contract.photos import Photo
 from trainer.library import weights
 from trainer.photos.found import Found
 
-SAME = {  # cosine of two identities from which they are one person
+SAME = {  # least cosine of two identities of one person
     "face_recognition_sface_2021dec.onnx": 0.363,  # OpenCV's own figure
     "mobilefacenet_112.onnx": 0.4,  # same person 0.53 and more, others 0.25 and less, on the tests' data
-    weights.ARCFACE.name: 0.28,  # from which insightface's own example says "the same" (web-demos/src_recognition)
+    weights.ARCFACE.name: 0.28,  # threshold of insightface's own example (web-demos/src_recognition)
 }
-CANDIDATE = 0.25  # of the area of a photo's largest face: a smaller one is a person in the background
+CANDIDATE = 0.25  # of the area of the photo's largest face: a smaller face is in the background
 STRANGER = "not the person of the other photos"
-PAIRS = {"couple"}  # class names of two people; then two faces of a photo are the subject
-CROWDS = {"men", "women", "boys", "girls", "children", "people"}  # and of more: all of them
+PAIRS = {"couple"}  # class names of two people: two faces of a photo are the subject
+CROWDS = {"men", "women", "boys", "girls", "children", "people"}  # of more people: all faces are
 
 
 def not_people(parameter: str, name: str) -> str:
@@ -27,7 +27,7 @@ def not_people(parameter: str, name: str) -> str:
 
 
 def drop_faceless(photos: list[Photo], config: TrainConfig) -> list[str]:
-    """What becomes of photos of people in which no face is seen, as the configuration says; warnings for all."""
+    """Drop or keep photos of people without a face, as `faceless` says; returns warnings for all photos."""
     faceless = [photo for photo in photos if photo.faces == []]
     if config.faceless == "drop" and len(faceless) == len(photos):
         return ["no face was found in any photo: all are kept"]
@@ -40,20 +40,20 @@ def drop_faceless(photos: list[Photo], config: TrainConfig) -> list[str]:
 
 
 def of_one_person(name: str) -> bool:
-    """Whether a class name is of one person, as a faceid is."""
+    """Whether a class name means one person, as a faceid needs."""
     return kind_of(name) == "person" and not set(name.lower().split()) & (PAIRS | CROWDS)
 
 
 def drop_unusable(photos: list[Photo], subjects: dict[str, list[Found]]) -> list[str]:
-    """Drop the photos that do not show who a faceid is of, and say so in a warning each."""
+    """Drop the photos that do not show the person of a faceid; returns a warning for each."""
     warnings = []
     for photo in photos:
         if not photo.faces:
             photo.dropped = "no face was found"
         elif photo.same_person is False:
             photo.dropped = STRANGER
-        elif not subjects[photo.file][0].identity:  # it is one of many, and smaller than most
-            photo.dropped = f"{len(photo.faces)} faces were found, and none that stands out"
+        elif not subjects[photo.file][0].identity:  # only the IDENTIFIED largest faces have one
+            photo.dropped = f"{len(photo.faces)} faces were found, and none is prominent"
         else:
             continue
         warnings.append(f"{photo.name} is left out: {photo.dropped}")
@@ -61,9 +61,9 @@ def drop_unusable(photos: list[Photo], subjects: dict[str, list[Found]]) -> list
 
 
 def doubts(photos: list[Photo], faces: dict[str, Found], same: float) -> list[str]:
-    """Warnings for a faceid whose person is not clear. faces: the main ones, by their photo's file."""
+    """Warnings for a faceid whose person is not clear. faces: file of the photo -> main face."""
     warnings = []
-    if any(photo.same_person is None for photo in photos):  # there is no majority that tells
+    if any(photo.same_person is None for photo in photos):  # no majority, so it is not known
         alike = [likeness(one, other) for one, other in combinations(faces.values(), 2)]
         if alike and min(alike) < same:
             names = ", ".join(photo.name for photo in photos)
@@ -86,10 +86,10 @@ def mean(vectors: Sequence[Sequence[float]]) -> list[float]:
 def choose(
     photos: Sequence[Photo], found: Sequence[list[Found]], name: str, same: float | None
 ) -> tuple[list[list[Found]], list[bool | None]]:
-    """Of each photo the faces that are the subject, and whether they are the person of the other photos.
+    """For each photo: the faces of the subject, and whether they show the person of the other photos (None: not known).
 
-    The subject is the most prominent face; with identities and three photos or more, the person who recurs in most of
-    them. Of a couple it is two faces, of several people all. None: not known.
+    The subject is the most prominent face; with identities and three photos or more, the person who is in most of them.
+    For a couple it is two faces, for several people all.
     """
     words = set(name.lower().split())
     ranked = [
@@ -113,15 +113,15 @@ def choose(
 
 
 def prominence(face: Found, photo: Photo) -> float:
-    """Large, in the middle and sharp: the root of its share of the photo, less by up to a half for each of the rest."""
+    """How large, central and sharp a face is: the root of its share of the photo, up to halved by each other factor."""
     left, top, right, bottom = face.box
-    away = max(abs((left + right) / photo.width - 1), abs((top + bottom) / photo.height - 1))  # 0 in the middle
+    away = max(abs((left + right) / photo.width - 1), abs((top + bottom) / photo.height - 1))  # 0 at the centre
     sharp = min(1.0, face.sharpness / 100)
     return float((face.area / (photo.width * photo.height)) ** 0.5 * (1 - away / 2) * (0.5 + sharp / 2))
 
 
 def candidates(faces: list[Found]) -> list[Found]:
-    """Those that may be the subject: no person in the background."""
+    """The faces that may be the subject, without people in the background."""
     largest = max((face.area for face in faces), default=0.0)
     return [face for face in faces if face.identity and face.area >= CANDIDATE * largest]
 
@@ -132,7 +132,7 @@ def likeness(one: Found, other: Found) -> float:
 
 
 def recurring(ranked: Sequence[list[Found]], same: float) -> Found | None:
-    """The face that is seen in most photos; None where it is not seen in more than half of three or more."""
+    """The face that is in most photos; None unless it is in more than half, of three photos or more."""
     asked = [candidates(faces) for faces in ranked if faces]
     if len(asked) < 3:
         return None

@@ -1,4 +1,4 @@
-"""A long-lived child process that runs the functions of a module: what breaks, hangs or leaks costs only that child."""
+"""A long-lived child process that runs the functions of a module: a crash, hang or leak ends only the child."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ START_SECONDS = 180.0  # imports, on a machine that may be busy
 
 
 class WorkerCrashed(Exception):
-    """The child ended in the middle of this work, and so did the one that tried it again."""
+    """The child process died during this call, and so did the one that tried it again."""
 
 
 class NotStarted(RuntimeError):
-    """The child does not even begin: a library is missing, for one."""
+    """The child process did not start: for example, a library is missing."""
 
 
 class Closed(Exception):
-    """The app is ending; no child works any more."""
+    """The app is shutting down; no child process works any more."""
 
 
 class SubprocessWorker:
-    """One process that works for all callers, one call at a time. It is started when first needed, and again when
-    it has died or was ended because a call took too long; it ends with the app, also when that is killed."""
+    """One child process for all callers, one call at a time. It starts at the first call, and again after it died or a
+    call timed out. It ends with the app, also when the app is killed."""
 
     def __init__(self, module: str, purpose: str) -> None:
-        """module: its name, for only the child imports it; its function `begin` is run first. purpose: of the process,
-        for messages."""
+        """module: its name, because only the child imports it; its function `begin` runs first. purpose: what the
+        process does, for messages."""
         self._module = module
         self._purpose = purpose
         self._turn = threading.Lock()
@@ -47,17 +47,17 @@ class SubprocessWorker:
         self._closed = False
 
     def warm(self) -> None:
-        """Start the process in the background, so that the first call need not wait for it."""
+        """Start the process in the background, so that the first call does not wait for it."""
         threading.Thread(target=self._try, daemon=True).start()
 
     def run(self, seconds: float, function: str, *args: object) -> Any:
-        """What a function of the module returns or raises.
+        """Call a function of the module in the child; returns or raises what it does.
 
-        Raises TimeoutError where it takes longer than so many seconds (the child is ended then), Broke where it ends
-        the child twice, NotStarted, Closed.
+        Raises TimeoutError after so many seconds (the child is ended then), WorkerCrashed where the child died twice,
+        NotStarted, Closed.
         """
         with self._turn:
-            for _ in range(2):  # the child may have been killed while it was idle, which is not this call's fault
+            for _ in range(2):  # the child may have been killed before this call, while it was idle
                 pool = self._running()
                 try:
                     return self._result(pool, seconds, call, self._module, function, *args)
@@ -74,7 +74,7 @@ class SubprocessWorker:
             self._running()
 
     def close(self) -> None:
-        """End the process now, also in the middle of its work."""
+        """End the process now, also during a call."""
         self._closed = True
         if task := self._task:
             task.cancel()
@@ -86,7 +86,7 @@ class SubprocessWorker:
             self.start()
 
     def _running(self) -> ProcessPool:
-        """The child, which has its own time to start: on a busy machine that may take longer than a call may."""
+        """The running child. Its start has a limit of its own: on a busy machine it may take longer than a call may."""
         if self._closed:
             raise Closed
         if self._pool is None:
@@ -103,15 +103,15 @@ class SubprocessWorker:
         return self._pool
 
     def _result(self, pool: ProcessPool, seconds: float, function: Callable[..., object], *args: object) -> object:
-        """What the child returns or raises.
+        """Wait for the child; returns or raises what its function does.
 
-        The limit is not Pebble's: that begins only when the child takes the task, and a child may die before it does.
+        Pebble's own limit is not used: it begins when the child takes the task, and the child may die before that.
         """
         try:
             task = self._task = pool.schedule(function, args)
-        except RuntimeError as problem:  # the child ended since it last worked
+        except RuntimeError as problem:  # the child has died since its last call
             raise BrokenProcessPool from problem
-        if self._closed:  # meanwhile
+        if self._closed:  # in the meantime
             task.cancel()
         try:
             return task.result(seconds)
@@ -126,10 +126,10 @@ class SubprocessWorker:
 
 
 def _wait_for_cv2() -> None:
-    """Return when no other thread is importing cv2, or after the time that a start may take: an import may fail.
+    """Wait until no other thread is importing cv2, at most as long as a start may take: the import may fail.
 
-    While it is imported, its folder is in `sys.path`. A child that starts then gets this path, takes `cv2/typing` for
-    Python's `typing`, and dies.
+    During the import, its folder is in `sys.path`. A child that starts then inherits this path, imports `cv2/typing`
+    instead of Python's `typing`, and dies.
     """
     deadline = time.monotonic() + START_SECONDS
     # cv2 sets this name before it changes the path, and deletes it afterwards.
@@ -139,7 +139,7 @@ def _wait_for_cv2() -> None:
 
 def begin(module: str) -> None:
     """Run first in the child."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it at once: in a decoder that hangs, Python runs no handler
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends at once: while a decoder hangs, Python runs no handler
     threading.Thread(target=_end_with_parent, daemon=True).start()
     importlib.import_module(module).begin()
 
@@ -151,7 +151,7 @@ def call(module: str, function: str, *args: object) -> object:
 
 
 def _end_with_parent() -> None:
-    """A pool's child waits for work for ever, also when its parent was killed."""
+    """End the child when its parent was killed; else it would wait for work for ever."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)

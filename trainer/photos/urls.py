@@ -1,4 +1,4 @@
-"""The one HTTP client for addresses that a user gives: what may be reached, how much, how long."""
+"""The only HTTP client for URLs from users, with limits on addresses, sizes and times."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import ProgressCallback, Upload, no_progress
 from trainer.settings import Settings
 
-TOTAL_SECONDS = 20.0  # of all photos of a request together: the caller waits for the answer
+TOTAL_SECONDS = 20.0  # for all photos of a request together: the caller is waiting
 STALL_SECONDS = 10.0  # without a connection, or without a byte
-ANSWER_SECONDS = 15.0  # until the receiver has answered
-WAKE_SECONDS = 0.5  # what a thread gets to see that its connection was cut off
+ANSWER_SECONDS = 15.0  # until the receiver of a POST has answered
+WAKE_SECONDS = 0.5  # for a thread to notice that its connection was closed
 MAX_REDIRECTS = 3
 PARALLEL = 8
-# Two addresses that ssrfguard's table lets through: Azure's metadata service, and IPv4 in an old IPv6 form.
+# Two kinds of address that ssrfguard's table allows: Azure's metadata service, and IPv4 in an old IPv6 form.
 DENIED = AddressTable(
     (
         *DEFAULT_DENIED.blocks,
@@ -39,21 +39,21 @@ DENIED = AddressTable(
     )
 )
 PHOTOS = Policy(denied_networks=DENIED)
-# Receivers listen on all sorts of ports, but mail and database servers do so below 1024.
+# Receivers use many ports; below 1024 there are mail and database servers.
 PORTS = frozenset({80, 443, *range(1024, 65_536)})
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 
 
 class Unreachable(Exception):
-    """Nothing answered: what is known of it."""
+    """The receiver cannot be reached; the message says why."""
 
 
 class _Unfit(Exception):
-    """Why a photo is refused, in a message of our own: no text of a library, which could name an inner address."""
+    """Why a photo is refused. The message is our own: a library's text could name an internal address."""
 
 
 class _Deadline:
-    """The end of all fetches of a request. `cut` ends their connections: a timeout starts again with every byte."""
+    """The common deadline of all fetches of a request. `cut` closes connections: timeouts restart with each byte."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -68,14 +68,14 @@ class _Deadline:
             raise TimeoutError
 
     def trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """An httpcore trace: it notes every connection, and lets none begin when the time is up."""
+        """An httpcore trace: records every connection, and starts none after the deadline."""
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
             self._sockets.append(info["return_value"].get_extra_info("socket"))
         if event.startswith("connection."):
             self.check()
 
     def cut(self) -> None:
-        """End the time now, and wake every thread that waits for a byte."""
+        """End the time now, and wake every thread that is reading."""
         self._end = time.monotonic()
         for one in list(self._sockets):
             with suppress(OSError):  # it was closed already
@@ -85,7 +85,7 @@ class _Deadline:
 def fetch_all(
     settings: Settings, urls: list[str], folder: Path, progress: ProgressCallback = no_progress
 ) -> list[Upload]:
-    """Fetch photos into `folder`, in parallel. Raises InvalidRequest naming every URL that is not available."""
+    """Fetch photos into `folder`, in parallel. Raises InvalidRequest that names every URL that is not available."""
     seconds = TOTAL_SECONDS
     deadline = _Deadline(seconds)
     pool = ThreadPoolExecutor(PARALLEL)
@@ -97,7 +97,7 @@ def fetch_all(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         deadline.cut()
-        # Nothing wakes a thread that waits for a name server; when it comes back it ends before it writes anything.
+        # Nothing wakes a thread that waits for DNS; when it continues, it ends before it writes anything.
         wait([fetch for fetch in fetches if not fetch.cancelled()], WAKE_SECONDS)
     late = f"did not arrive within {seconds:g} s"
     answers = [fetch.result() if fetch.done() and not fetch.cancelled() else None for fetch in fetches]
@@ -112,7 +112,7 @@ def fetch_all(
 
 
 def _await(fetches: list[Future[Upload | str | None]], deadline: _Deadline, progress: ProgressCallback) -> None:
-    """Wait until all have ended or the time is up, and tell of each that has ended."""
+    """Wait until all have ended or the time is up, and report each that has ended."""
     done, pending = 0, set(fetches)
     while pending and deadline.left():
         ended, pending = wait(pending, deadline.left(), FIRST_COMPLETED)
@@ -123,14 +123,14 @@ def _await(fetches: list[Future[Upload | str | None]], deadline: _Deadline, prog
 
 @cache
 def _tls() -> ssl.SSLContext:
-    """The certificates that are trusted. Reading them takes longer than many a photo, so it is done once."""
+    """The trusted certificates, read once: reading them takes longer than fetching many photos does."""
     return httpx.create_ssl_context()
 
 
 def _client(settings: Settings, policy: Policy) -> httpx.Client:
-    """A client that takes no proxy from the environment and no cookie.
+    """A client without cookies and without proxies from the environment.
 
-    It follows no redirect of itself, because it would read the whole body of each, and unpack it.
+    It does not follow redirects: it would read and unpack the whole body of each.
     """
     plain = settings.private_urls == "allow"
     make: Callable[..., httpx.Client] = httpx.Client if plain else partial(guarded.Client, policy=policy)
@@ -144,9 +144,9 @@ def _client(settings: Settings, policy: Policy) -> httpx.Client:
 
 
 def post(settings: Settings, url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, str | None]:
-    """Post to an address that a user gave; returns the status of the answer and its `Retry-After`.
+    """POST to a URL from a user; returns the status of the answer and its `Retry-After`.
 
-    No redirect is followed. Raises Unreachable.
+    Redirects are not followed. Raises Unreachable.
     """
     deadline = _Deadline(ANSWER_SECONDS)
     timer = threading.Timer(ANSWER_SECONDS, deadline.cut)
@@ -161,7 +161,7 @@ def post(settings: Settings, url: str, body: bytes, headers: Mapping[str, str]) 
             with closing(client.send(request, stream=True)) as response:
                 return response.status_code, response.headers.get("Retry-After")
     except (SSRFGuardError, httpx.HTTPError, httpx.InvalidURL, ValueError, OverflowError, OSError):
-        # One text for what is refused and what cannot be reached, as for photos.
+        # One text for refused and for unreachable addresses, as for photos.
         message = "cannot be reached" if deadline.left() else f"did not answer within {ANSWER_SECONDS:g} s"
         raise Unreachable(message) from None
     finally:
@@ -169,23 +169,23 @@ def post(settings: Settings, url: str, body: bytes, headers: Mapping[str, str]) 
 
 
 def _fetch(settings: Settings, url: str, target: Path, deadline: _Deadline) -> Upload | str | None:
-    """The photo, or why it is not taken; None: the time was up."""
+    """The photo, or why it is refused; None: the time was up."""
     try:
         if urlsplit(url).scheme not in ("http", "https"):
             return "must begin with http:// or https://"
         _download(settings, url, target, deadline)
-        deadline.check()  # a connection that was cut off can look like the end of a body
+        deadline.check()  # a closed connection can look like the end of a body
     except _Unfit as unfit:
         return str(unfit)
     except (SSRFGuardError, httpx.HTTPError, httpx.InvalidURL, ValueError, OverflowError, OSError):
-        # One text for what is refused and what cannot be reached, so that this is no port scanner.
+        # One text for refused and for unreachable addresses: else this would be a port scanner.
         return "cannot be fetched" if deadline.left() else None
     name = PurePosixPath(unquote(urlsplit(url).path)).name
     return Upload(name or url[:80], target)
 
 
 def _download(settings: Settings, url: str, target: Path, deadline: _Deadline) -> None:
-    """Write what the URL leads to; every redirect goes through the same checks as the URL itself."""
+    """Write the body behind a URL; each redirect passes the same checks as the URL itself."""
     with _client(settings, PHOTOS) as client:
         seconds = min(STALL_SECONDS, deadline.left())
         request = client.build_request("GET", url, timeout=seconds, extensions={"trace": deadline.trace})
@@ -199,7 +199,7 @@ def _download(settings: Settings, url: str, target: Path, deadline: _Deadline) -
 
 
 def _write(settings: Settings, response: httpx.Response, target: Path, deadline: _Deadline) -> None:
-    """Write the body as it comes, packed if it is, until it is too large."""
+    """Write the body as received, still compressed, until it is too large."""
     if response.status_code != httpx.codes.OK:
         raise _Unfit(f"answers {response.status_code}")
     limit = settings.max_image_mb * 2**20

@@ -1,4 +1,4 @@
-"""After diffusion, in the hosted service's order: enlarge, draw again, mend the faces, develop as a film."""
+"""Postprocessing in the hosted service's order: upscaling, hires fix, faces, film look."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from trainer.rendering.job import RESAMPLING, Job, Loaded, Picture
 from trainer.rendering.plan import BLOCK_PX
 from trainer.settings import Settings
 
-MOST_TO_ENLARGE = 16_000_000  # pixels; the network's own answer has sixteen times as many
+MOST_TO_ENLARGE = 16_000_000  # pixels; the network's output has sixteen times as many
 MOST_ENLARGED = 64_000_000  # pixels
-RESTORE_STRENGTH = 0.8  # of face_correct, as of training_face_correct: a fifth of the face keeps its grain
-LARGEST_GAIN = 1.5  # of the base's size: a face's square that is larger would be drawn smaller than it is
+RESTORE_STRENGTH = 0.8  # for face_correct, as for training_face_correct: a fifth of the original keeps its grain
+LARGEST_GAIN = 1.5  # of the base's size: a larger face would be drawn smaller than it is
 
 
 def postprocess(job: Job, picture: Picture, seed: int) -> Picture:
-    """What is done to each picture after it was drawn."""
+    """All postprocessing of one picture."""
     request = job.plan.request
-    job.go_on()
+    job.report_progress()
     if job.plan.enlarges and job.loaded.upscaler is not None:
         picture = enlarge(job, picture)
         if request.hires_fix:
@@ -44,7 +44,7 @@ def postprocess(job: Job, picture: Picture, seed: int) -> Picture:
 
 
 def load_upscaler(loaded: Loaded, settings: Settings, report: Report) -> list[str]:
-    """Returns what to warn of: a picture that is not enlarged is still the picture that was asked for."""
+    """Load the upscaler. Returns warnings, because pictures can be rendered without it."""
     if loaded.upscaler is None:
         try:
             file = weights.obtain(settings, weights.UPSCALER, progress=lambda what, *_: report.stage(what))
@@ -57,7 +57,7 @@ def load_upscaler(loaded: Loaded, settings: Settings, report: Report) -> list[st
 def enlarge(job: Job, picture: Picture) -> Picture:
     """Super-resolution: four times below 512 x 512 pixels, else twice, as the hosted service does.
 
-    The same picture, where nothing was drawn, is enlarged once.
+    An input picture that is not redrawn is enlarged once for all seeds.
     """
     if job.enlarged and job.enlarged[0] is picture:
         return job.enlarged[1]
@@ -73,13 +73,13 @@ def enlarge(job: Job, picture: Picture) -> Picture:
         job.warnings.append(f"the picture is too large to be enlarged as it is: its {message}")
     factor = min(factor, math.sqrt(MOST_ENLARGED / (source.width * source.height)))
     with torch.no_grad(), torch.autocast(job.branch.device.type, enabled=False):
-        larger = upscale.upscale(source, job.loaded.upscaler, factor, watch=lambda _done, _of: job.go_on())
+        larger = upscale.upscale(source, job.loaded.upscaler, factor, watch=lambda _done, _of: job.report_progress())
     job.enlarged = picture, larger
     return larger
 
 
 def hires_fix(job: Job, picture: Picture, seed: int) -> Picture:
-    """Draw the enlarged picture once more, with a little noise: detail that enlarging cannot know."""
+    """Draw the enlarged picture again with a little noise, which adds detail."""
     if not job.plan.defaults.hires_strength:
         job.warnings.append(f"hires_fix has no effect: the base of {job.family} knows one size only")
         return picture
@@ -97,12 +97,12 @@ def hires_fix(job: Job, picture: Picture, seed: int) -> Picture:
 
 
 def redraw(job: Job, picture: Picture, seed: int, strength: float, cfg_scale: float) -> Picture:
-    """One picture drawn again over itself."""
+    """Draw one picture again (image-to-image)."""
     return sample(job, "image", [seed], picture.size, cfg_scale, strength, image=picture)[0]
 
 
 def inpaint_faces(job: Job, picture: Picture, seed: int) -> Picture:
-    """Each face drawn again, large, and put back with a soft edge."""
+    """Draw each face again, enlarged, and paste it back with a soft edge."""
     if not job.models.people:
         job.warnings.append("inpaint_faces has no effect: none of the models is of people")
         return picture
@@ -127,7 +127,7 @@ def inpaint_faces(job: Job, picture: Picture, seed: int) -> Picture:
 
 
 def find_faces(job: Job, picture: Picture, what: str) -> list[Found]:
-    """The faces of a picture; none, and a warning, where face detection is not available."""
+    """The faces of a picture; empty, with a warning, where there are none or face detection is not available."""
     try:
         with job.kept(picture) as file:
             found = job.analyzer.faces(file, progress=job.progress)

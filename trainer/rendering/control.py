@@ -1,6 +1,6 @@
-"""ControlNets (Zhang et al. 2023, arXiv 2302.05543): how they are loaded, and the arguments of their pipelines.
+"""ControlNets (Zhang et al. 2023, arXiv 2302.05543): loading, and the arguments of their pipelines.
 
-Which architectures a family takes stands in its file (`Branch.control_nets`).
+The architectures for a family are in its file (`Branch.control_nets`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Picture = Image.Image
 def load_control(branch: Branch, folder: Path) -> ModelMixin:
     """The control model of a diffusers folder (config.json and safetensors), frozen, on the branch's device.
 
-    Raises OSError where files are missing, ValueError where they are not those of a control model of this base.
+    Raises OSError where files are missing, ValueError where they are not a control model for this base.
     """
     kinds = branch.control_nets
     if not kinds:
@@ -50,12 +50,12 @@ def load_control(branch: Branch, folder: Path) -> ModelMixin:
 
 
 def kind_of(branch: Branch, control: ModelMixin) -> ControlNet:
-    """Which of the architectures that a branch takes a loaded control model is of."""
+    """The architecture of a loaded control model, from those of the branch."""
     return next(kind for kind in branch.control_nets if isinstance(control, kind.model))
 
 
 def control_mode(branch: Branch, control: ModelMixin, kind: str) -> int | None:
-    """The number that a union model knows a kind by; None for a model that is for one kind, or takes no number.
+    """The number of a kind in a union model; None for a model that is for one kind, or takes no number.
 
     Raises ValueError where a union model does not know the kind.
     """
@@ -72,9 +72,9 @@ def control_mode(branch: Branch, control: ModelMixin, kind: str) -> int | None:
 def arguments(
     branch: Branch, control: ModelMixin, kind: str, image: Picture, scale: float, task: Task
 ) -> dict[str, Any]:
-    """Keyword arguments for the call of a pipeline of `pipeline`, beside those that it has without a control model.
+    """Additional keyword arguments for the call of a pipeline with a control model.
 
-    image: what the model sees of a picture. scale: how strongly it works; 0 is not at all.
+    image: the control image. scale: the model's strength; 0 is no effect.
     """
     arguments: dict[str, Any] = {"controlnet_conditioning_scale": float(scale)}
     if (mode := control_mode(branch, control, kind)) is not None:
@@ -84,10 +84,10 @@ def arguments(
 
 
 def pipeline(branch: Branch, control: ModelMixin, task: Task) -> DiffusionPipeline:
-    """The stock diffusers pipeline for a task with a control model, over the very same modules of the loaded one.
+    """The stock diffusers pipeline for a task with a control model; it shares the modules of the loaded pipeline.
 
-    Not by diffusers' own from_pipe: that of a pipeline's class turns all weights to float32, and that of AutoPipeline
-    knows no union models.
+    diffusers' from_pipe is not used: a pipeline class's own converts all weights to float32, and AutoPipeline's does
+    not know union models.
     """
     stock, made_by = branch.pipeline, kind_of(branch, control).pipelines[task]
     given = {**stock.config, **stock.components, "controlnet": control, "add_watermarker": False}

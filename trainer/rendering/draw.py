@@ -1,4 +1,4 @@
-"""Diffusion: what is drawn from the text, from a picture, into a mask and after a control picture."""
+"""Diffusion: drawing from text, from a picture, inside a mask, with a control image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEAST_STRENGTH = 0.001  # one of the 1000 steps that models are trained with
 
 
 def draw_pictures(job: Job) -> list[Picture]:
-    """What diffusion makes of the text, and of the picture that it starts from."""
+    """The pictures that diffusion makes from the text and the input picture."""
     plan, size = job.plan, (job.plan.width, job.plan.height)
     if plan.picture is None:
         job.report.stage("rendering")
@@ -51,13 +51,13 @@ def draw_pictures(job: Job) -> list[Picture]:
 
 
 def repaint_mask(job: Job, start: Picture) -> Picture | None:
-    """Where the picture is redrawn, white on black, of its size; None: everywhere."""
+    """Mask of the part that is redrawn, white on black, of the picture's size; None: all of it."""
     plan, asked = job.plan, job.plan.flags
     if plan.mask:
         mask = ImageOps.fit(plan.mask, start.size, RESAMPLING)
     elif asked.mask_prompt:
         found = mask_of_words(job, start, asked.mask_prompt)
-        if found is None:  # without it all of the picture would be redrawn, which was not asked for
+        if found is None:  # without a mask all of the picture would be redrawn
             raise AnalysisUnavailable(f"--mask_prompt: {asked.mask_prompt!r} was not found in the picture")
         mask = found
         if asked.mask_negative and (less := mask_of_words(job, start, asked.mask_negative)):
@@ -72,7 +72,7 @@ def repaint_mask(job: Job, start: Picture) -> Picture | None:
 
 
 def mask_of_words(job: Job, picture: Picture, words: str) -> Picture | None:
-    """Where the thing of these words is in the picture; None: nowhere. Raises CannotLook."""
+    """Mask of what the words name; None: not found. Raises AnalysisUnavailable."""
     with job.kept(picture) as file:
         png = job.analyzer.mask(file, words, progress=job.progress)
     if png is None:
@@ -124,11 +124,10 @@ def sample(
     model: ModelMixin | None = None,
     **more: object,
 ) -> list[Picture]:
-    """A picture for each seed, as many at once as there is room for. Raises Stopped.
+    """Draw a picture for each seed, as many at once as fit into memory. Raises Stopped.
 
-    strength: of the noise on a picture that it starts from. model: a control model. more: what the stock pipeline
-    takes besides. A picture's noise comes from its own seed, drawn on the CPU: it does not depend on its
-    neighbours, nor on the card.
+    strength: of the noise on the input picture. model: a control model. more: other arguments of the stock pipeline. A
+    picture's noise comes from its own seed, on the CPU: it depends neither on the other pictures nor on the card.
     """
     stock, steps = job.branch.pipeline, job.plan.steps
     pipeline, takes = pipeline_for(job.branch, task, model)
@@ -137,13 +136,13 @@ def sample(
         job.warnings.append(f"{job.family} takes a picture as a reference: denoising strengths have no effect")
     elif task != "text":
         strength = max(strength, LEAST_STRENGTH)
-        steps = max(steps, math.ceil(1 / strength))  # one step at least, else nothing would be drawn
+        steps = max(steps, math.ceil(1 / strength))  # at least one step, else nothing would be drawn
         while int(steps * strength) < 1:  # where the division was rounded
             steps += 1
         each, more["strength"] = int(steps * strength), strength
-    if "original_inference_steps" in pipeline.scheduler.config:  # LCM and TCD take theirs among so many
+    if "original_inference_steps" in pipeline.scheduler.config:  # LCM and TCD choose their steps among these
         pipeline.scheduler.register_to_config(original_inference_steps=max(DISTILLED_STEPS, steps))
-    if "width" in takes:  # others take the picture's
+    if "width" in takes:  # else the picture's size is used
         more["width"], more["height"] = size
     job.steps += each * len(seeds)
     if face := job.models.face:
@@ -171,5 +170,5 @@ def sample(
         if at_once > 1:
             at_once = (at_once + 1) // 2
         else:
-            stock.vae.enable_tiling()  # the picture is decoded in parts from now on, which takes less room
+            stock.vae.enable_tiling()  # from now on the picture is decoded in parts, which takes less memory
     return drawn

@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from trainer.config.looks import FilmLook
 
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # of red, green and blue (ITU-R BT.709)
-TABLE = 33  # points on a side of a look's table, as colour tables commonly have
-GRAIN = 0.01  # deviation in mid-tones, of 1: the hosted service's
+TABLE = 33  # points on a side of a look's table, as is common for colour tables
+GRAIN = 0.01  # deviation in mid-tones, for values 0 to 1, as in the hosted service
 FINE, COARSE = 0.8, 0.6  # shares of the two scales; their squares sum to 1
 COARSE_PX = 3
 
 
 def grade(image: Picture, look: FilmLook) -> Picture:
-    """A picture in the colours of a film, looked up in a table that is interpolated linearly."""
+    """A picture in the colours of a film, by a colour table with linear interpolation."""
     blue, green, red = np.meshgrid(*[np.linspace(0, 1, TABLE, dtype=np.float32)] * 3, indexing="ij")
     table = developed(np.stack([red, green, blue], axis=-1), look)
     return image.convert("RGB").filter(ImageFilter.Color3DLUT(TABLE, table.ravel().tolist()))
 
 
 def developed(colours: Array, look: FilmLook) -> Array:
-    """Colours (..., 3), RGB from 0 to 1 as sRGB encodes them, as a film shows them."""
+    """Colours (..., 3), sRGB from 0 to 1 -> the colours of a film."""
     mixed = colours @ np.array(look.matrix, np.float32).T
     grey = (mixed @ LUMA)[..., None]
     mixed = np.clip(grey + look.saturation * (mixed - grey), 0, 1)
@@ -48,7 +48,7 @@ def curve(points: Sequence[Sequence[float]], x: Array) -> Array:
 def grain(image: Picture, seed: int) -> Picture:
     """Film grain: Gaussian noise in the luminance at two scales, strongest in mid-tones, none in black and white.
 
-    The same seed gives the same grain; the mean of the picture stays.
+    The same seed gives the same grain; the picture's mean does not change.
     """
     pixels = np.asarray(image.convert("RGB"), np.float32)
     height, width = pixels.shape[:2]

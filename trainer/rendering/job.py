@@ -1,4 +1,4 @@
-"""One prompt while it is rendered: what is loaded, what is asked for, and how far it has come."""
+"""One prompt while it is rendered: loaded models, parameters and progress."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Picture = Image.Image
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA to be put on the base: a file, or the `model/` of a tune, and how strongly."""
+    """A LoRA for the base: a file, or the `model/` of a tune, and its weight."""
 
     model: Path
     weight: float
@@ -38,7 +38,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class FaceID:
-    """A person to be drawn: the `model/` of a faceid tune, the weights of the base's adapter, and how strongly."""
+    """A person to be drawn: the `model/` of a faceid tune, the weights of the base's adapter, and its strength."""
 
     folder: Path
     adapter: Path
@@ -47,13 +47,13 @@ class FaceID:
 
 @dataclass(frozen=True)
 class Models:
-    """What a prompt is rendered with. title: of the tune that it belongs to."""
+    """The models of a prompt. title: of its tune."""
 
     title: str
     base: Base
     loras: Sequence[Lora]  # on the base
     face: FaceID | None
-    people: bool  # whether one of the models is of people
+    people: bool  # whether one of the models was trained on people
 
 
 class Stopped(Exception):
@@ -62,15 +62,15 @@ class Stopped(Exception):
 
 @dataclass
 class Loaded:
-    """A base in memory, and everything beside it that the next prompt may need again."""
+    """A base in memory, and everything that the next prompt may need again."""
 
     base: Base
     branch: Branch
-    scheduler: SchedulerMixin  # the base's own; the pipeline may have another one, which a prompt asked for
-    decoder: AutoencoderTiny | None  # a tiny one for previews (TAESD)
-    loras: tuple[tuple[Path, int], ...] | None = ()  # files on the base, and when they changed; None: not known
-    weights: tuple[float, ...] = ()  # of these LoRAs
-    texts: dict[tuple[object, ...], dict[str, Tensor]] = field(default_factory=dict)  # encoded, with these LoRAs
+    scheduler: SchedulerMixin  # the base's own; the pipeline may have the one of a prompt
+    decoder: AutoencoderTiny | None  # for previews (TAESD)
+    loras: tuple[tuple[Path, int], ...] | None = ()  # files on the base, and their change times; None: not known
+    weights: tuple[float, ...] = ()  # of `loras`
+    texts: dict[tuple[object, ...], dict[str, Tensor]] = field(default_factory=dict)  # prompt embeddings, with `loras`
     control: tuple[ControlRow, ModelMixin] | None = None  # the last control model
     upscaler: Upscaler | None = None
 
@@ -83,14 +83,14 @@ class Job:
     models: Models
     loaded: Loaded
     embeds: dict[str, Tensor]  # the prompt, encoded
-    folder: Path  # for files that the looker reads
+    folder: Path  # for files that face analysis reads
     analyzer: PhotoAnalyzer
     report: Report
     preview: Preview
     warnings: list[str]
     enlarged: tuple[Picture, Picture] | None = None  # the last picture that was enlarged, and the result
     done: int = 0  # steps of diffusion, counted for each picture
-    steps: int = 0  # those that are known of so far
+    steps: int = 0  # steps that are known so far
 
     @property
     def branch(self) -> Branch:
@@ -101,8 +101,8 @@ class Job:
         """The name of the branch."""
         return self.models.base.branch
 
-    def go_on(self) -> None:
-        """Tell where it is. Raises Stopped."""
+    def report_progress(self) -> None:
+        """Report the steps so far. Raises Stopped."""
         if not self.report.step(min(self.done, self.steps), self.steps):
             raise Stopped
 
@@ -127,8 +127,8 @@ class Job:
 
     @contextmanager
     def kept(self, picture: Picture) -> Iterator[Path]:
-        """A picture as a file, for the child that looks."""
-        file = self.folder / "looked-at.png"
+        """A picture as a file, for the child process that analyzes it."""
+        file = self.folder / "analyzed.png"
         picture.save(file, compress_level=1)
         try:
             yield file

@@ -1,4 +1,4 @@
-"""Faces and masks: which are drawn again, and how they are pasted back with a soft edge."""
+"""Faces and masks: which faces are drawn again, and pasting with a soft edge."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from trainer.rendering.pixels import Array, Picture, grey
 
 Box = tuple[float, float, float, float]
 Square = tuple[int, int, int, int]
-FACE_MARGIN = 1.8  # side of the square around a face, of the face's longer side: the hosted service's
-FACE_SHARES = 0.003, 0.3  # of the picture: smaller and larger faces are not re-rendered there either
-EDGE = 0.1  # of the square's side: over this width it fades into the picture
+FACE_MARGIN = 1.8  # side of the square around a face, in longer sides of the face, as in the hosted service
+FACE_SHARES = 0.003, 0.3  # of the picture: smaller and larger faces are not re-rendered, as in the hosted service
+EDGE = 0.1  # of the square's side: width of the fade into the picture
 
 
 def worth_it(box: Box, size: tuple[int, int]) -> str | None:
@@ -30,9 +30,9 @@ def worth_it(box: Box, size: tuple[int, int]) -> str | None:
 
 
 def face_square(box: Box, size: tuple[int, int], margin: float = FACE_MARGIN) -> Square:
-    """The square around a face, `margin` times its longer side, moved into the picture (width, height).
+    """The square around a face, `margin` times the face's longer side, moved into the picture (width, height).
 
-    It is a square always: where the picture is smaller, its shorter side is the square's.
+    Its side is at most the picture's shorter side.
     """
     side = max(1, min(*size, round(margin * max(box[2] - box[0], box[3] - box[1]))))
     middles = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
@@ -43,9 +43,9 @@ def face_square(box: Box, size: tuple[int, int], margin: float = FACE_MARGIN) ->
 
 
 def paste(picture: Picture, patch: Picture, square: Square) -> Picture:
-    """Put a re-rendered patch of any size back into its square, which fades into the picture.
+    """Paste a re-rendered patch of any size into its square, with a soft edge.
 
-    Pixels outside the square, and those on its edge, stay as they are.
+    Pixels outside the square and on its edge stay unchanged.
     """
     left, top, right, bottom = square
     size = right - left, bottom - top
@@ -64,7 +64,7 @@ def _bump(length: int) -> Array:
 
 
 def paste_mask(picture: Picture, original: Picture, mask: Picture) -> Picture:
-    """The picture where the mask is 255, the original's own pixels where it is 0, between the two in between.
+    """Blend: the picture where the mask is 255, the original where it is 0, a mixture between.
 
     Raises ValueError where the three differ in size.
     """
@@ -75,17 +75,17 @@ def paste_mask(picture: Picture, original: Picture, mask: Picture) -> Picture:
 
 
 def grow(mask: Picture, amount: int | str) -> Picture:
-    """A mask grown by so many px in all directions, diagonals too; shrunk by a negative number.
+    """A mask grown by so many px in all directions, also diagonally; a negative number shrinks it.
 
-    amount: px, or a share of the mask's longer side as "5%". A shrinking mask keeps to the picture's edges. Raises
-    ValueError for other words.
+    amount: px, or a share of the mask's longer side such as "5%". A mask does not shrink at the picture's edges. Raises
+    ValueError for other texts.
     """
     radius = _pixels(amount, max(mask.size))
     levels = torch.from_numpy(np.array(mask.convert("L"), np.float32))[None, None]
     if radius < 0:
         levels = 255 - levels
     reached, wanted = 0, min(abs(radius), max(mask.size))
-    while reached < wanted:  # three points at this distance continue what is reached without a gap
+    while reached < wanted:  # three points at this distance leave no gap
         step = min(wanted - reached, 2 * reached + 1)
         levels = functional.max_pool2d(functional.pad(levels, (step,) * 4), 3, stride=1, dilation=step)
         reached += step
@@ -95,7 +95,7 @@ def grow(mask: Picture, amount: int | str) -> Picture:
 
 
 def _pixels(amount: int | str, side: int) -> int:
-    """`12`, `"-3"` and `"5%"` as px."""
+    """`12`, `"-3"` or `"5%"` in px."""
     text = str(amount).strip()
     try:
         return round(float(text[:-1]) / 100 * side) if text.endswith("%") else round(float(text))
@@ -104,8 +104,7 @@ def _pixels(amount: int | str, side: int) -> int:
 
 
 def soften(mask: Picture, px: float) -> Picture:
-    """A mask blurred with a Gaussian of this deviation in px, so that it reaches about twice as far. Raises ValueError
-    for one below 0."""
+    """A mask blurred by a Gaussian; px: its deviation; it reaches about twice as far. Raises ValueError below 0."""
     if not 0 <= px < math.inf:
         raise ValueError(f"a mask cannot be blurred by {px} px; it must be 0 or more")
     return mask.convert("L").filter(ImageFilter.GaussianBlur(px))

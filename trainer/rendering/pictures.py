@@ -1,8 +1,8 @@
-"""How rendered pictures are kept: files, thumbnails and a contact sheet, and in each file how it was made.
+"""Files of rendered pictures: pictures, thumbnails and a contact sheet, with the facts of how each was made.
 
-Other programs read how a picture was made from one text: the prompt, a line `Negative prompt: ...`, and a line
-`Steps: 30, Sampler: Euler a, ...`. AUTOMATIC1111's web UI writes it under the PNG keyword `parameters`, and in JPEGs as
-EXIF UserComment. Beside it stands the whole as JSON, which `read_facts` gives back.
+Other programs read one text: the prompt, a line `Negative prompt: ...`, and a line `Steps: 30, Sampler: Euler a, ...`.
+AUTOMATIC1111's web UI writes it under the PNG keyword `parameters`, and in JPEGs as EXIF UserComment. All facts are
+also written as JSON, which `read_facts` returns.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import TypeAdapter
 
-QUALITY = 95  # of JPEGs; small ones are for looking at
+QUALITY = 95  # of JPEGs
 SMALL_QUALITY = 85
 THUMB, CELL, PREVIEW = 256, 512, 512  # pixels of the long side, at most
 GAP = 4  # pixels between the cells of a sheet
-PAPER = (255, 255, 255)  # what transparent pictures and sheets are drawn on
-COMMENT_ENCODING = b"UNICODE\0"  # the EXIF standard's mark of a UserComment in UTF-16
+PAPER = (255, 255, 255)  # background of transparent pictures and sheets
+COMMENT_ENCODING = b"UNICODE\0"  # the EXIF standard's prefix of a UserComment in UTF-16
 FACTS = TypeAdapter(dict[str, object])
-MOST_EXIF = 65_533  # bytes, with its mark: a JPEG counts them in 16 bits
+MOST_EXIF = 65_533  # bytes with prefix: a JPEG segment has a length of 16 bits
 
 
 @dataclass(frozen=True)
 class Facts:
-    """How one picture was made. All of it is written into the file: nothing of the machine belongs here, as paths.
+    """How one picture was made. All of it is written into the file: it must not contain paths of this machine.
 
-    sampler: its name as users know it. model, base: titles. loras: titles and weights. more: every other attribute that
-    was used, of what JSON has.
+    sampler: its usual name. model, base: titles. loras: titles and weights. more: every other attribute that was used,
+    as JSON values.
     """
 
     prompt: str
@@ -55,13 +55,13 @@ class Facts:
 def write(
     folder: Path, images: Sequence[Image.Image], facts: Sequence[Facts], picture_format: Literal["png", "jpeg"]
 ) -> list[str]:
-    """Write `0.png` or `0.jpg` and so on, `0.thumb.jpg` of each, and of two or more `sheet.jpg`; names of the pictures.
+    """Write `0.png` or `0.jpg`, ..., `0.thumb.jpg`, ..., and `sheet.jpg` for two or more; returns the pictures' names.
 
-    A picture with transparency is a PNG in either format, and so is one whose facts are too long for a JPEG (64 KiB).
-    Raises ValueError unless there are as many facts as images.
+    A picture with transparency, or with facts too long for a JPEG (64 KiB), is always a PNG. Raises ValueError unless
+    there are as many facts as images.
     """
     names = []
-    plain = [plainly(image) for image in images]
+    plain = [without_metadata(image) for image in images]
     for number, (image, one) in enumerate(zip(plain, facts, strict=True)):
         exif = exif_of(one)
         if picture_format == "jpeg" and image.mode == "RGB" and len(exif.tobytes()) <= MOST_EXIF:
@@ -70,7 +70,7 @@ def write(
         else:
             names.append(f"{number}.png")
             info = PngInfo()
-            info.add_text("parameters", parameters(one))  # as iTXt where it is not Latin-1
+            info.add_text("parameters", parameters(one))  # an iTXt chunk where it is not Latin-1
             info.add_text("tunebooth", as_json(one))
             image.save(folder / names[-1], pnginfo=info)
         (folder / f"{number}.thumb.jpg").write_bytes(small_jpeg(image, THUMB))
@@ -98,13 +98,13 @@ def parameters(facts: Facts) -> str:
 
 
 def quoted(value: str) -> str:
-    """A value of the line of settings, as JSON where a reader would not find its end."""
+    """A value in the line of settings; as JSON where a reader could not find its end."""
     odd = any(character in value for character in ',:"\n\r') or value != value.strip()
     return json.dumps(value, ensure_ascii=False) if odd else value
 
 
 def read_facts(file: Path) -> dict[str, object]:
-    """The facts that `write` got of a picture. Raises ValueError for other pictures, OSError for other files."""
+    """The facts that `write` put into a picture. Raises ValueError for other pictures, OSError for other files."""
     try:
         with Image.open(file) as image:
             text = image.getexif().get(ExifTags.Base.ImageDescription) if image.format == "JPEG" else None
@@ -117,32 +117,32 @@ def read_facts(file: Path) -> dict[str, object]:
 
 
 def preview_bytes(image: Image.Image) -> bytes:
-    """A small JPEG to look at, without facts."""
-    return small_jpeg(plainly(image), PREVIEW)
+    """A small JPEG without facts."""
+    return small_jpeg(without_metadata(image), PREVIEW)
 
 
 def as_json(facts: Facts) -> str:
-    """Facts as JSON, in ASCII: all that EXIF allows in an ImageDescription."""
+    """Facts as JSON in ASCII, because EXIF allows only ASCII in an ImageDescription."""
     return json.dumps(asdict(facts))
 
 
 def exif_of(facts: Facts) -> Image.Exif:
-    exif = Image.Exif()  # big-endian, as its UTF-16BE
+    exif = Image.Exif()  # big-endian, as the UTF-16BE of the comment
     exif[ExifTags.Base.ImageDescription] = as_json(facts)
     comment = COMMENT_ENCODING + parameters(facts).encode("utf-16-be")
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
     return exif
 
 
-def plainly(image: Image.Image) -> Image.Image:
-    """A copy in RGB or RGBA, without comments and profiles, which would be written along with the pixels."""
+def without_metadata(image: Image.Image) -> Image.Image:
+    """A copy in RGB or RGBA without comments and profiles: they would be saved too."""
     plain = image.convert("RGBA" if image.has_transparency_data else "RGB")
     plain.info.clear()
     return plain
 
 
 def on_paper(image: Image.Image) -> Image.Image:
-    """RGB or RGBA -> RGB."""
+    """RGB or RGBA -> RGB on white."""
     if image.mode == "RGB":
         return image
     paper = Image.new("RGB", image.size, PAPER)
@@ -151,7 +151,7 @@ def on_paper(image: Image.Image) -> Image.Image:
 
 
 def small(image: Image.Image, side: int) -> Image.Image:
-    """RGB, its long side at most so many pixels; never enlarged."""
+    """RGB, long side at most `side` pixels; never enlarged."""
     smaller = on_paper(image).copy()
     smaller.thumbnail((side, side), Image.Resampling.LANCZOS)
     return smaller
@@ -164,7 +164,7 @@ def small_jpeg(image: Image.Image, side: int) -> bytes:
 
 
 def sheet(images: Sequence[Image.Image]) -> Image.Image:
-    """All pictures side by side, in rows of about as many as there are rows; from left to right, then down."""
+    """All pictures in a grid with about as many columns as rows; from left to right, then down."""
     cells = [small(image, CELL) for image in images]
     columns = math.ceil(math.sqrt(len(cells)))
     rows = math.ceil(len(cells) / columns)

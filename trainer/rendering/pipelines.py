@@ -1,4 +1,4 @@
-"""The pipeline that a picture is drawn with."""
+"""Choosing the pipeline for a task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger("tunebooth.render")
 
 
 def pipeline_for(branch: Branch, task: Task, control_model: Any = None) -> tuple[Any, frozenset[str]]:
-    """The stock pipeline for a task, with a control model or without, and the arguments that its call takes."""
+    """The stock pipeline for a task, with or without a control model, and the names of its call's arguments."""
     if control_model is None:
         return branch.task_pipeline(task)
     pipeline = control.pipeline(branch, control_model, task)

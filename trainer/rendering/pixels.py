@@ -13,6 +13,6 @@ Picture = Image.Image
 
 
 def grey(weights: Array, size: tuple[int, int]) -> Picture:
-    """Weights of 0 to 1, (H, W) or one of them 1, as a mask of this size."""
+    """Weights of 0 to 1, (H, W), (H, 1) or (1, W), as a mask of this size."""
     levels = np.rint(weights * 255).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(np.broadcast_to(levels, size[::-1])))

@@ -1,4 +1,4 @@
-"""What a prompt asks for, settled before anything is loaded: its text, its size, its seeds, and what it starts from."""
+"""The plan of a prompt, made before anything is loaded: text, size, seeds and input pictures."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from trainer.photos import inputs
 from trainer.photos.picture_file import open_picture
 from trainer.rendering.preprocessors import ANNOTATORS
 
-DEFAULT_SEED = 42  # the hosted service's, so that a prompt without a seed renders the same twice
+DEFAULT_SEED = 42  # the hosted service's: a prompt without a seed renders the same twice
 FIELD = re.compile(r"\{\{\s*([\w-]+)\s*\}\}")
-MOST_PX = 2048  # of a side, as w and h may be
-BLOCK_PX = 16  # sides that were not asked for are multiples of it
+MOST_PX = 2048  # of a side, the limit of w and h
+BLOCK_PX = 16  # sides are multiples of it, unless the user gave them
 
 
 @dataclass(frozen=True)
 class Control:
-    """Where the models of a controlnet come from."""
+    """The sources of a ControlNet's models."""
 
     kind: str
     model: ControlRow | None  # None: the branch has none of this kind
-    annotators: Mapping[str, ControlRow]  # by the names that `outlines` asks for
+    annotators: Mapping[str, ControlRow]  # by their names in `preprocessors`
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is settled of a prompt before anything is loaded. width, height: of what is drawn, in pixels.
+    """The plan of a prompt. width, height: of the drawing, in pixels.
 
-    It holds all that the presets say for this prompt: rendering reads no configuration.
+    It contains everything from the presets: rendering reads no configuration.
     """
 
     request: PromptRequest
@@ -52,9 +52,9 @@ class Plan:
     cfg_scale: float
     width: int
     height: int
-    picture: Image.Image | None  # what it starts from, in its own size
+    picture: Image.Image | None  # input picture, in its own size
     mask: Image.Image | None
-    strength: float  # of the noise on it: 1 redraws it, 0 leaves it as it is
+    strength: float  # of the noise on it: 1 redraws it, 0 leaves it unchanged
     scheduler: str | None  # None: the base's own
     control: Control | None
     film: FilmLook | None
@@ -71,16 +71,16 @@ class Plan:
 
     @property
     def draws(self) -> bool:
-        """Whether anything is drawn at all, and the picture not only worked on."""
+        """Whether anything is drawn; else the input picture is only postprocessed."""
         return self.picture is None or not (self.flags.only_upscale or self.strength == 0)
 
 
 def make_plan(
     prompt: PromptToRender, characteristics: dict[str, str], branch: str, folder: Path, presets: Path
 ) -> Plan:
-    """What a prompt's row means on a branch. characteristics: of its tune. folder: of the pictures that it starts from.
+    """Make the plan of a prompt's row. characteristics: of its tune. folder: of its input pictures.
 
-    This is where the configuration of a prompt is read. Raises ValueError where it lacks what the prompt needs.
+    Only this function reads the configuration for a prompt. Raises ValueError where the prompt needs a missing entry.
     """
     request, defaults = prompt_of(prompt), branch_file.render_config(presets, branch)
     asked = request.parsed.flags
@@ -101,7 +101,7 @@ def make_plan(
     picture = read(inputs.find(folder, "input_image"), "RGB")
     width, height = size(request, picture.size if picture else None, defaults)
     if defaults.fixed_size and (request.w or request.h) and (width, height) != (request.w, request.h):
-        warnings.append(f"{branch} renders {width} x {height} pixels, whatever w and h are")
+        warnings.append(f"{branch} renders {width} x {height} pixels; w and h have no effect")
     elif (request.w or width, request.h or height) != (width, height):
         warnings.append(f"{branch} renders {width} x {height} pixels: its sides are multiples of {defaults.multiple}")
     cfg_scale = defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale
@@ -131,7 +131,7 @@ def make_plan(
 
 
 def control_of(kind: str | None, branch: str, presets: Path) -> Control | None:
-    """The models of a controlnet; None: nothing is to be followed. Raises ValueError where an annotator is missing."""
+    """The models of a ControlNet; None: no ControlNet. Raises ValueError where an annotator is missing."""
     if kind not in CONTROLS:
         return None
     model = branch_file.control_row(presets, branch, kind)
@@ -140,29 +140,29 @@ def control_of(kind: str | None, branch: str, presets: Path) -> Control | None:
 
 
 def read(file: Path | None, mode: str) -> Image.Image | None:
-    """A picture that a prompt starts from, which the decoding child has written."""
+    """An input picture of a prompt, as the decoding child process wrote it."""
     if file is None:
         return None
     return open_picture(file, mode)
 
 
 def fill(text: str, characteristics: dict[str, str]) -> tuple[str, list[str]]:
-    """Put characteristics in place of `{{name}}`, once and as plain text; a name that is missing becomes blank."""
+    """Replace `{{name}}` by characteristics, once and as plain text. Missing names become empty, with a warning."""
     missing = sorted({name for name in FIELD.findall(text) if name not in characteristics})
     filled = FIELD.sub(lambda match: characteristics.get(match[1], ""), text)
     return filled, [f"there is no characteristic {name!r}; it was left out of the prompt" for name in missing]
 
 
 def plain(prompt: PromptToRender, characteristics: dict[str, str]) -> str:
-    """The text of a prompt's row, without the models that it names and without flags."""
+    """The text of a prompt's row, without references to models and without flags."""
     return fill(prompt_of(prompt).parsed.text, characteristics)[0]
 
 
 def size(request: PromptRequest, picture: tuple[int, int] | None, defaults: RenderConfig) -> tuple[int, int]:
-    """Width and height in pixels of what is drawn.
+    """Width and height of the drawing in pixels.
 
-    w and h win over the aspect ratio, that over the picture which the prompt starts from, and that over the base's own.
-    A base of one size keeps the asked aspect below it.
+    Order: w and h, else the aspect ratio, else the input picture's, else the base's own. A base with one size keeps the
+    requested aspect below that size.
     """
     ratio = request.aspect_ratio or (AR[request.ar] if request.ar else None)
     across, down = map(int, ratio.split(":")) if ratio else picture or (defaults.w, defaults.h)

@@ -1,4 +1,4 @@
-"""Control images: edges, depth, pose, lines and colours, drawn from a picture for a ControlNet."""
+"""Preprocessors: from a picture to a control image (edges, depth, pose, lines, colours) for a ControlNet."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ from transformers import (
 from trainer.branches import loading
 from trainer.rendering.control import Picture
 
-Find = Callable[[str], Path]  # the folder of a model that looks at pictures: "depth", "people" or "pose"
+Find = Callable[[str], Path]  # the folder of an annotator model: "depth", "people" or "pose"
 Point = tuple[float, float] | None  # x and y in pixels; None: not seen
-DRAWN_PX = 512  # shorter side at which ControlNet 1.1's annotators draw; widths of lines are meant there
+DRAWN_PX = 512  # shorter side at which ControlNet 1.1's annotators draw; line widths refer to it
 CANNY = 100, 200  # thresholds of ControlNet's demo for its canny model
-# Of the extended difference of Gaussians, at DRAWN_PX. The second deviation is 1.6 times the first, as in the
-# paper; both Gaussians weigh the same, so that flat parts stay free of ink, the dark ones too. Threshold and slope were
-# chosen by looking at photos.
-XDOG_SIGMA, XDOG_RATIO = 1.2, 1.6  # px; of the second deviation to the first
+# For the extended difference of Gaussians, at DRAWN_PX. The second deviation is 1.6 times the first, as in the paper.
+# Both Gaussians have the same weight, so flat parts have no ink, even dark ones. Threshold and slope were chosen by
+# eye on photos.
+XDOG_SIGMA, XDOG_RATIO = 1.2, 1.6  # px; ratio of the second deviation to the first
 XDOG_THRESHOLD, XDOG_SLOPE = -0.003, 80.0  # of brightness from 0 to 1
-SMOOTH_LEVELS, SMOOTH_PX = 25.0, 3.0  # of the bilateral filter before it, which takes texture out
-LEAST_SURE = 0.5  # of a person's box
-LEAST_SEEN = 0.3  # of a body's point, as ViTPose's own demo has it
-# The body's 18 points in OpenPose's order, as places among COCO's 17, which ViTPose finds; -1: the neck, which is the
-# middle of the shoulders (Cao et al. 2017, arXiv 1611.08050, the COCO model).
+SMOOTH_LEVELS, SMOOTH_PX = 25.0, 3.0  # of the bilateral filter before it, which removes texture
+LEAST_SURE = 0.5  # score of a person's box
+LEAST_SEEN = 0.3  # score of a body's point, as in ViTPose's own demo
+# OpenPose's 18 body points as indices into COCO's 17, which ViTPose finds; -1: the neck, the middle of the shoulders
+# (Cao et al. 2017, arXiv 1611.08050, the COCO model).
 BODY = (0, -1, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 SHOULDERS = 5, 6  # COCO's
 LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13),
     (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
 )  # fmt: skip
-# The n-th point and the n-th limb have the n-th of 18 hues; limbs are drawn at 0.6 of their brightness.
+# Point n and limb n have hue n of 18; limbs are drawn at 0.6 of their brightness.
 COLOURS = [tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue / len(BODY), 1, 1)) for hue in range(len(BODY))]
 LIMB_SHADE = 0.6
 STROKE = 4  # px at DRAWN_PX: half a limb's width, and a point's radius
 
 
 def control_image(kind: str, picture: Picture, find: Find, device: torch.device) -> Picture:
-    """What the control model of this kind (schema.CONTROLS) is to see of a picture; of the same size.
+    """The control image of a picture for this kind (schema.CONTROLS), of the same size.
 
-    find: where the models lie that look at pictures; it may fetch them, and is asked only for those that are needed.
-    They are on the device only while they look. Raises ValueError where there is nothing to see, and what `find` raises
-    or the loaders: OSError for missing files, ValueError for wrong ones.
+    find: returns the folder of an annotator model and may fetch it; it is called only for those that are needed. They
+    are on the device only while they run. Raises ValueError where nothing is found, and what `find` and the loaders
+    raise: OSError for missing files, ValueError for wrong ones.
     """
     if kind not in PREPROCESSORS:
         raise ValueError(f"there is no control {kind!r}; there are {', '.join(PREPROCESSORS)}")
@@ -62,12 +62,12 @@ def control_image(kind: str, picture: Picture, find: Find, device: torch.device)
 
 
 def canny(picture: Picture, _find: Find, _device: torch.device) -> Picture:
-    """Edges (Canny 1986), white on black, a pixel wide."""
+    """Edges (Canny 1986), white on black, one pixel wide."""
     return Image.fromarray(cv2.Canny(np.asarray(picture.convert("L")), *CANNY)).convert("RGB")
 
 
 def tile(picture: Picture, _find: Find, _device: torch.device) -> Picture:
-    """The picture itself: what such a model adds to is detail."""
+    """The picture itself: tile models add detail to it."""
     return picture
 
 
@@ -75,13 +75,12 @@ def lineart(picture: Picture, _find: Find, _device: torch.device) -> Picture:
     """A line drawing, white on black, by an extended difference of Gaussians (Winnemöller et al. 2012, "XDoG").
 
     ControlNet 1.1's lineart weights were trained with drawings of a network (Chan et al. 2022, arXiv 2203.12691). This
-    is another way to draw, without weights: its lines are at the dark side of an edge, and there are more of them where
-    a photo has texture.
+    method needs no weights: its lines are on the dark side of an edge, and texture makes more lines.
     """
-    factor = min(1, DRAWN_PX / min(picture.size))  # in a smaller one such lines would vanish
+    factor = min(1, DRAWN_PX / min(picture.size))  # in a smaller picture the lines would disappear
     size = [max(1, round(side * factor)) for side in picture.size]
     grey = np.asarray(picture.convert("L").resize(size, Image.Resampling.LANCZOS))
-    for _ in range(2):  # as in Winnemöller et al. 2006, which the paper builds upon
+    for _ in range(2):  # as in Winnemöller et al. 2006, the basis of the paper
         grey = cv2.bilateralFilter(grey, 0, SMOOTH_LEVELS, SMOOTH_PX)
     light = grey.astype(np.float32) / 255
     near, far = (cv2.GaussianBlur(light, (0, 0), sigma) for sigma in (XDOG_SIGMA, XDOG_SIGMA * XDOG_RATIO))
@@ -92,8 +91,7 @@ def lineart(picture: Picture, _find: Find, _device: torch.device) -> Picture:
 
 @torch.no_grad()
 def depth(picture: Picture, find: Find, device: torch.device) -> Picture:
-    """How near things are, by Depth Anything V2 (Yang et al. 2024, arXiv 2406.09414): the nearest is 255, the farthest
-    of the picture 0."""
+    """Depth map by Depth Anything V2 (Yang et al. 2024, arXiv 2406.09414): the nearest point is 255, the farthest 0."""
     processor, model = _read(AutoModelForDepthEstimation, find("depth"), device)
     seen = model(**processor(images=picture, return_tensors="pt").to(device))
     size = picture.size[::-1]
@@ -114,7 +112,7 @@ def pose(picture: Picture, find: Find, device: torch.device) -> Picture:
     seen = model(**processor(images=picture, return_tensors="pt").to(device))
     things = processor.post_process_object_detection(seen, LEAST_SURE, target_sizes=[picture.size[::-1]])[0]
     boxes = [
-        [left, top, right - left, bottom - top]  # as COCO has them
+        [left, top, right - left, bottom - top]  # COCO's box format
         for label, (left, top, right, bottom) in zip(things["labels"].tolist(), things["boxes"].tolist(), strict=True)
         if model.config.id2label[label] == "person"
     ]
@@ -132,7 +130,7 @@ def pose(picture: Picture, find: Find, device: torch.device) -> Picture:
 
 
 def body(points: Sequence[Point]) -> list[Point]:
-    """COCO's 17 points of a person -> OpenPose's 18: the neck lies between the shoulders, where both are seen."""
+    """COCO's 17 points of a person -> OpenPose's 18: the neck is between the shoulders, where both are visible."""
     left, right = (points[place] for place in SHOULDERS)
     neck = ((left[0] + right[0]) / 2, (left[1] + right[1]) / 2) if left and right else None
     return [neck if place < 0 else points[place] for place in BODY]
@@ -141,7 +139,7 @@ def body(points: Sequence[Point]) -> list[Point]:
 def draw_people(people: Sequence[Sequence[Point]], size: tuple[int, int]) -> Picture:
     """OpenPose's stick figures on black, in its colours; size: width and height in px.
 
-    people: 18 points each, in OpenPose's order. A limb is drawn where both of its ends are seen.
+    people: 18 points each, in OpenPose's order. A limb is drawn where both its ends are visible.
     """
     canvas = np.zeros((size[1], size[0], 3), np.uint8)
     stroke = max(1, round(STROKE * min(size) / DRAWN_PX))
@@ -164,7 +162,7 @@ def draw_people(people: Sequence[Sequence[Point]], size: tuple[int, int]) -> Pic
 def _read(
     kind: type[PreTrainedModel], folder: Path, device: torch.device
 ) -> tuple[BaseImageProcessor, PreTrainedModel]:
-    """A model that looks at pictures, and what prepares them for it. Raises ValueError for missing weights."""
+    """An annotator model and its image processor. Raises ValueError for missing weights."""
     processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     model, facts = kind.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -180,4 +178,4 @@ PREPROCESSORS: dict[str, Callable[[Picture, Find, torch.device], Picture]] = {
     "tile": tile,
     "lineart": lineart,
 }
-ANNOTATORS = {"depth": ("depth",), "pose": ("people", "pose")}  # the models that a kind asks `find` for
+ANNOTATORS = {"depth": ("depth",), "pose": ("people", "pose")}  # annotator models of each kind

@@ -16,13 +16,13 @@ from trainer.rendering.pipelines import log
 
 
 class Preview:
-    """What a prompt looks like so far, in a file that is there while it renders."""
+    """The preview of a prompt, in a file that exists while it is rendered."""
 
-    SHARE = 0.02  # of the time may go into previews
-    FIRST_SECONDS = 0.05  # what the first one is reckoned to take
+    SHARE = 0.02  # of the time, at most, for previews
+    FIRST_SECONDS = 0.05  # estimate for the first preview
 
     def __init__(self, file: Path, branch: Branch, decoder: AutoencoderTiny | None) -> None:
-        """decoder: a tiny one (`load_tiny_decoder`); None: nothing is shown."""
+        """decoder: see `load_tiny_decoder`; None: no previews."""
         self._file = file
         self._branch = branch
         self._decoder = decoder
@@ -36,7 +36,7 @@ class Preview:
         self._file.unlink(missing_ok=True)
 
     def show(self, latents: torch.Tensor, size: tuple[int, int]) -> None:
-        """Draw the first of the latents in a pipeline's loop, where there is time for it.
+        """Draw the first of the latents in a pipeline's loop, if the time limit allows it.
 
         size: width and height of the picture in pixels.
         """
@@ -56,11 +56,11 @@ class Preview:
 
 
 def load_tiny_decoder(repository: str, device: torch.device) -> AutoencoderTiny | None:
-    """A decoder of previews (TAESD, https://github.com/madebyollin/taesd); None where it is not available."""
+    """The preview decoder (TAESD, https://github.com/madebyollin/taesd); None where it is not available."""
     try:
         folder = hub.fetch_model(repository)
         decoder = AutoencoderTiny.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as problem:  # pictures come without it
+    except (OSError, ValueError, RuntimeError) as problem:  # pictures are rendered without it
         log.info("no previews: %s is not available (%s)", repository, problem)
         return None
     return decoder.eval().requires_grad_(False).to(device)

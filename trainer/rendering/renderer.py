@@ -1,4 +1,4 @@
-"""The way of one prompt: its base and the models on it -> pictures drawn, worked on afterwards, and written."""
+"""Rendering one prompt: load base and models, draw pictures, postprocess, write."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from trainer.rendering.preview import Preview, load_tiny_decoder
 from trainer.rendering.schedulers import make_scheduler, sampler_of
 from trainer.settings import Settings
 
-TEXTS_KEPT = 16  # encoded, while the models on the base stay the same
+TEXTS_KEPT = 16  # prompt embeddings, while the models on the base stay the same
 
 
 class Renderer:
-    """Keeps the base of the last prompt loaded, with what lies on it: the next prompt is likely to want it too."""
+    """Keeps the base of the last prompt loaded, with its models: the next prompt probably needs them too."""
 
     def __init__(self, settings: Settings, device: torch.device, analyzer: PhotoAnalyzer) -> None:
         self._settings = settings
@@ -40,7 +40,7 @@ class Renderer:
         self._loaded: Loaded | None = None
 
     def release(self) -> None:
-        """Give the memory back, before something else is trained."""
+        """Free the memory, before a training starts."""
         self._loaded = None
         device_memory.release(self._device)
 
@@ -86,11 +86,11 @@ class Renderer:
         return files, list(dict.fromkeys(warnings))
 
     def _load(self, base: Base, decoder: str | None) -> Loaded:
-        """The base, bare or with the LoRAs of the last prompt. decoder: the hub repository of one for previews."""
+        """The base, bare or with the LoRAs of the last prompt. decoder: hub repository of the preview decoder."""
         if self._loaded is None or self._loaded.base.weights != base.weights:
             self.release()
             branch = load_branch(base, self._device, self._settings.outputs / "cache")
-            # It is in float32 anyway; SDXL's img2img would leave it in half precision.
+            # The VAE is in float32 anyway; SDXL's img2img would convert it to half precision afterwards.
             branch.pipeline.vae.register_to_config(force_upcast=False)
             place_for_rendering(branch.pipeline, self._device)
             tiny = load_tiny_decoder(decoder, self._device) if decoder else None
@@ -102,7 +102,7 @@ class Renderer:
 
 
 def load_loras(loaded: Loaded, loras: Sequence[Lora]) -> list[str]:
-    """Put LoRAs on the base, in place of those that are there; one of weight 0 is none. Returns what to warn of."""
+    """Replace the LoRAs on the base; LoRAs of weight 0 are ignored. Returns warnings."""
     pipeline = loaded.branch.pipeline
     wanted = [one for one in loras if one.weight]
     names = [f"lora{number}" for number in range(len(wanted))]
@@ -110,7 +110,7 @@ def load_loras(loaded: Loaded, loras: Sequence[Lora]) -> list[str]:
     warnings = []
     if there != loaded.loras:
         loaded.texts.clear()
-        loaded.loras = None  # not known, until all are there
+        loaded.loras = None  # not known until all are loaded
         lora.remove(pipeline)
         for name, one in zip(names, wanted, strict=True):
             warnings += lora.load(pipeline, one.model, name)[1]
@@ -122,12 +122,12 @@ def load_loras(loaded: Loaded, loras: Sequence[Lora]) -> list[str]:
 
 
 def changed(model: Path) -> int:
-    """When a model was last written: a file of the models folder may be another one by now."""
+    """Time of the last change: a file in the models folder may have been replaced."""
     return (model / lora.DIFFUSERS_FILE if model.is_dir() else model).stat().st_mtime_ns
 
 
 def encode_prompt(loaded: Loaded, plan: Plan, warnings: list[str]) -> dict[str, Tensor]:
-    """The prompt, encoded; a text that was encoded before, with the same models, is not encoded again."""
+    """Prompt embeddings, from the cache where the same text was encoded with the same models."""
     texts, branch = loaded.texts, loaded.branch
     key = plan.text, plan.negative, bool(plan.request.use_lpw), loaded.weights
     if key in texts:
@@ -139,16 +139,16 @@ def encode_prompt(loaded: Loaded, plan: Plan, warnings: list[str]) -> dict[str, 
             try:
                 texts[key] = weighted.encode(branch.pipeline, plan.text, plan.negative)
                 return texts[key]
-            except ValueError as problem:  # not with these text encoders
+            except ValueError as problem:  # these text encoders do not support weights
                 warnings.append(str(problem))
         embeds = branch.encode_for_pipeline(plan.text, plan.negative)
-    if not plan.request.use_lpw:  # else the warning is due again
+    if not plan.request.use_lpw:  # not cached, so that the warning comes each time
         texts[key] = embeds
     return embeds
 
 
 def describe(plan: Plan, seed: int, drawn: Picture, sampler: str, models: Models) -> Facts:
-    """What is written into a picture of how it was made."""
+    """The facts that are written into a picture."""
     request = plan.request.model_dump(exclude_none=True, exclude_defaults=True)
     elsewhere = {
         "text",

@@ -1,4 +1,4 @@
-"""Samplers by the names that prompts use."""
+"""Samplers by their names in prompts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Options = dict[str, str | bool]
 PLUS_PLUS: Options = {"algorithm_type": "dpmsolver++"}
 SDE: Options = {"algorithm_type": "sde-dpmsolver++"}
 KARRAS: Options = {"use_karras_sigmas": True}
-# What the API calls a scheduler -> what its users do, and its class with options. The classes are those of diffusers'
-# own table (docs, api/schedulers/overview), but that DPM++ SDE draws noise in every step, as its name says.
+# API name of a scheduler -> its usual name, its class, and options. The classes are those of diffusers' own table
+# (docs, api/schedulers/overview), except that DPM++ SDE draws noise in every step, as its name says.
 SCHEDULERS: dict[str, tuple[str, type[SchedulerMixin], Options]] = {
     "euler": ("Euler", EulerDiscreteScheduler, {}),
     "euler_a": ("Euler a", EulerAncestralDiscreteScheduler, {}),
@@ -28,15 +28,15 @@ SCHEDULERS: dict[str, tuple[str, type[SchedulerMixin], Options]] = {
     "lcm": ("LCM", LCMScheduler, {}),
     "tcd": ("TCD", TCDScheduler, {}),
 }
-DISTILLED_STEPS = 50  # of the teacher: LCM and TCD choose theirs among them (diffusers' default)
+DISTILLED_STEPS = 50  # of the teacher model: LCM and TCD choose their steps among these (diffusers' default)
 
 
 def make_scheduler(own: SchedulerMixin, name: str) -> SchedulerMixin:
-    """The scheduler of this name, with the noise of the base's own."""
+    """The scheduler of this name, with the noise schedule of the base's own."""
     _, kind, options = SCHEDULERS[name]
     return kind.from_config(own.config, **options)
 
 
 def sampler_of(scheduler: SchedulerMixin, name: str | None) -> str:
-    """What users call a scheduler; name: what the API does, None for a base's own."""
+    """The usual name of a scheduler. name: in the API; None for the base's own."""
     return SCHEDULERS[name][0] if name else type(scheduler).__name__.removesuffix("Scheduler").removesuffix("Discrete")

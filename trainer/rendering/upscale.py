@@ -1,7 +1,6 @@
-"""What happens to pictures after diffusion: enlarging, film looks, grain, and putting re-rendered parts back.
+"""Upscaling of pictures with a super-resolution network, in tiles.
 
-Pictures are PIL images in RGB, masks are PIL images in L: 255 is repainted, 0 stays. No function changes what it gets.
-Boxes are (left, top, right, bottom) in pixels.
+Pictures are PIL images in RGB. No function changes its arguments.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from trainer.rendering.pixels import Array, Picture, grey
 if TYPE_CHECKING:
     from spandrel import ImageModelDescriptor
 
-SMALL = 512 * 512  # pixels below which the hosted service enlarges four times, and from which on twice
-LEAST_TILE = 64  # px; a card without room for this has none for the model either
+SMALL = 512 * 512  # pixels: the hosted service enlarges smaller pictures four times, others twice
+LEAST_TILE = 64  # px; a card without room for this has no room for the model
 
-# What safetensors, torch and spandrel raise for a broken file.
+# Errors of safetensors, torch and spandrel for a damaged file.
 UNREADABLE = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SafetensorError,
     TypeError, UnpicklingError, ValueError,
@@ -38,21 +37,21 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Upscaler:
-    """A network that enlarges: (1, 3, H, W) of 0 to 1 -> (1, 3, H * scale, W * scale)."""
+    """A super-resolution network: (1, 3, H, W) of 0 to 1 -> (1, 3, H * scale, W * scale)."""
 
     name: str
     network: ImageModelDescriptor
     scale: int
-    multiple: int  # tiles start at multiples of this many px, as the network groups pixels
+    multiple: int  # tiles start at multiples of this many px, because the network groups pixels
 
 
 def upscaler(file: Path, device: torch.device) -> Upscaler:
-    """Read a super-resolution model, a state dict in .pth or .safetensors, onto a device.
+    """Load a super-resolution model (a state dict in .pth or .safetensors) onto a device.
 
-    ESRGAN (Wang et al. 2018, arXiv 1809.00219), Real-ESRGAN (2021, arXiv 2107.10833) and what else spandrel tells by
-    its weights. Raises ValueError for a file that is broken or another kind of model.
+    ESRGAN (Wang et al. 2018, arXiv 1809.00219), Real-ESRGAN (2021, arXiv 2107.10833) and others that spandrel
+    recognizes by their weights. Raises ValueError for a damaged file or another kind of model.
     """
-    from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError  # seconds, and few prompts need it
+    from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError  # seconds; few prompts need it
 
     try:
         if file.suffix == ".safetensors":
@@ -78,7 +77,7 @@ def upscaler(file: Path, device: torch.device) -> Upscaler:
 
 
 def dtype_for(network: ImageModelDescriptor, device: torch.device) -> torch.dtype:
-    """float16 on a card, which rounds pictures less than bfloat16; what the model supports; float32 elsewhere."""
+    """On a card, float16 (rounds less than bfloat16) or what the model supports; float32 elsewhere."""
     if device.type == "cuda" and network.supports_half:
         return torch.float16
     if device.type == "cuda" and network.supports_bfloat16 and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -87,7 +86,7 @@ def dtype_for(network: ImageModelDescriptor, device: torch.device) -> torch.dtyp
 
 
 def sr_factor(width: int, height: int) -> int:
-    """By how much `super_resolution` enlarges a picture of this size: the hosted service's rule."""
+    """The factor of `super_resolution` for a picture of this size: the hosted service's rule."""
     return 4 if width * height < SMALL else 2
 
 
@@ -99,19 +98,19 @@ def upscale(
     overlap: int = 32,
     watch: Callable[[int, int], object] = lambda done, tiles: None,
 ) -> Picture:
-    """Enlarge a picture by `factor`; None: by the model's scale, other factors by Lanczos from what the model gives.
+    """Enlarge a picture by `factor`; None: the model's scale; other factors: the model, then Lanczos.
 
-    Works in tiles of `tile` px, each of which sees at least `overlap` px beyond the middle of its seams, and starts
-    again with smaller ones where a card has no room. watch: told after each tile how many of how many are done; what
-    it raises goes through. Raises ValueError for a factor that is not above 0, torch.OutOfMemoryError where a tile of
-    64 px has no room either, RuntimeError where the model gives no numbers.
+    Works in tiles of `tile` px, each with at least `overlap` px beyond the middle of its seams; smaller tiles where the
+    card has no room. watch: called after each tile with the numbers of tiles done and in all; it may raise. Raises
+    ValueError for a factor not above 0, torch.OutOfMemoryError where even tiles of 64 px do not fit, RuntimeError where
+    the model returns values that are not finite.
     """
     if factor is not None and not 0 < factor < math.inf:
         raise ValueError(f"the factor is {factor}; it must be above 0")
     image = image.convert("RGB")
     side = min(tile, max(image.size))
     while (enlarged := _if_room(image, model, side, overlap, watch)) is None:
-        release(model.network.device)  # only here: the traceback of the error kept its tensors alive
+        release(model.network.device)  # not earlier: the traceback of the error kept its tensors alive
         if side <= LEAST_TILE:
             raise torch.OutOfMemoryError(f"{model.name} has no room on the card, even for tiles of {side} px")
         side = max(LEAST_TILE, side // 2)
@@ -124,7 +123,7 @@ def upscale(
 def _if_room(
     image: Picture, model: Upscaler, tile: int, overlap: int, watch: Callable[[int, int], object]
 ) -> Picture | None:
-    """The picture in the model's scale; None where the card has no room for tiles of this side."""
+    """The enlarged picture; None where the card has no room for tiles of this side."""
     try:
         return _in_tiles(image, model, tile, min(overlap, tile // 4), watch)
     except torch.OutOfMemoryError:
@@ -132,7 +131,7 @@ def _if_room(
 
 
 def _in_tiles(image: Picture, model: Upscaler, tile: int, overlap: int, watch: Callable[[int, int], object]) -> Picture:
-    """Rows of tiles become strips, and strips the picture: only the tile at work is on the card."""
+    """Tiles are joined to strips, strips to the picture; only the current tile is on the card."""
     scale, ramp = model.scale, overlap * model.scale // 2
     rows, columns = (spans(side, tile, overlap, model.multiple) for side in (image.height, image.width))
     whole = Image.new("RGB", (image.width * scale, image.height * scale))
@@ -153,9 +152,9 @@ def _in_tiles(image: Picture, model: Upscaler, tile: int, overlap: int, watch: C
 
 
 def spans(length: int, tile: int, overlap: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """Intervals of `tile` px that cover 0 to `length`, evenly, neighbours sharing 2 * overlap or more.
+    """Intervals of `tile` px that cover 0 to `length` evenly; neighbours share 2 * overlap px or more.
 
-    They start at multiples of `multiple`, for which they share up to so many px less.
+    They start at multiples of `multiple`, so neighbours may share up to `multiple` px less.
     """
     if length <= tile:
         return [(0, length)]
@@ -165,9 +164,9 @@ def spans(length: int, tile: int, overlap: int, multiple: int = 1) -> list[tuple
 
 
 def _ramp(length: int, shared: int, width: int) -> Array:
-    """Weights (length,) of a tile along one axis: from 0 to 1, linearly, in the middle of what it shares with the tile
-    before. The outer part of the shared, where either tile lacks its surroundings, is not used."""
-    if shared <= 0:  # the first one
+    """Weights (length,) of a tile along one axis: they rise linearly from 0 to 1 in the middle of the part shared with
+    the tile before. The outer shared part is not used: there one tile lacks its surroundings."""
+    if shared <= 0:  # the first tile
         return np.ones(length, np.float32)
     place = np.arange(length, dtype=np.float32) + 0.5 - shared / 2
     return np.clip(place / max(width, 1) + 0.5, 0, 1)
@@ -178,7 +177,7 @@ def _run(model: Upscaler, image: Picture) -> Picture:
     pixels = torch.from_numpy(np.array(image)).to(network.device).permute(2, 0, 1)[None].float() / 255
     bigger: Tensor = network(pixels.to(network.dtype))
     if not torch.isfinite(bigger).all() and network.dtype != torch.float32:
-        network.float()  # some cards and models overflow in half precision; it stays so for the next tiles
+        network.float()  # some models overflow in half precision; the next tiles use float32 too
         bigger = network(pixels)
     if not torch.isfinite(bigger).all():
         raise RuntimeError(f"{model.name} gave values that are not finite numbers: its file is damaged")

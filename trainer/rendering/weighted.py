@@ -1,8 +1,8 @@
-"""Prompts with weights, and of any length, for bases that read them with CLIP alone (sd15, sdxl1).
+"""Weighted prompts of any length, for bases with CLIP text encoders only (sd15, sdxl1).
 
-What users of the hosted service's `use_lpw` write, `(word:1.3)`, is that of diffusers' community pipeline Long Prompt
-Weighting (lpw_stable_diffusion): a text is read in chunks of 75 tokens, each token's hidden state is multiplied by its
-weight, and the mean of all is restored afterwards.
+The syntax of the hosted service's `use_lpw`, `(word:1.3)`, is that of diffusers' community pipeline Long Prompt
+Weighting (lpw_stable_diffusion): a text is encoded in chunks of 75 tokens, each token's hidden state is multiplied by
+its weight, and then the mean of all is restored.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UP, DOWN = 1.1, 1 / 1.1
-MOST = 100.0  # a weight beyond this is a slip of the hand; far beyond it hidden states would overflow
+MOST = 100.0  # a larger weight is a typing error; much larger ones would overflow hidden states
 BREAK = "BREAK"
 NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 MARK = re.compile(rf"\\[()\[\]]|[(\[\])]|:\s*({NUMBER})\s*\)|\b{BREAK}\b")
-# Negative weights can take the mean near 0 or beyond it; restoring it would then blow the whole text up or turn it
-# around. Usual weights (0.5 to 1.5) stay well within this range.
+# Limits for restoring the mean: with negative weights it may be near or below 0, and the factor would become huge or
+# negative. Usual weights (0.5 to 1.5) stay well within.
 RATIOS = (0.5, 2.0)
 Tokens = list[tuple[int, float]]
 
 
 def parse(text: str) -> list[tuple[str, float]]:
-    """A prompt as pieces of text with their weights, from -100 to 100; the piece `BREAK` begins a new chunk.
+    """Split a prompt into pieces of text and their weights, from -100 to 100; the piece `BREAK` begins a new chunk.
 
-    `(word)` is 1.1, `[word]` 1/1.1, `(word:1.3)` 1.3, and one within another their product; `\\(`, `\\)`, `\\[` and
-    `\\]` are brackets of the text. Brackets without a partner are read as they stand.
+    `(word)` is 1.1, `[word]` 1/1.1, `(word:1.3)` 1.3; nested brackets multiply. `\\(`, `\\)`, `\\[` and `\\]` are plain
+    brackets, and so are brackets without a partner.
     """
     marks = list(MARK.finditer(text))
     partners = pairs(marks)
@@ -44,7 +44,7 @@ def parse(text: str) -> list[tuple[str, float]]:
     def put(piece: str) -> None:
         weight = max(-MOST, min(MOST, weights[-1]))
         if pieces and pieces[-1][1] == weight and pieces[-1][0] != BREAK:
-            pieces[-1] = (pieces[-1][0] + piece, weight)  # a word that a mark runs through is still one word
+            pieces[-1] = (pieces[-1][0] + piece, weight)  # a word with a bracket inside is still one word
         elif piece:
             pieces.append((piece, weight))
 
@@ -68,10 +68,10 @@ def parse(text: str) -> list[tuple[str, float]]:
 
 
 def pairs(marks: list[re.Match[str]]) -> dict[int, int]:
-    """Which marks are the two ends of one bracket, both ways. What is left open within it has no partner."""
+    """Position of each bracket -> position of its partner. An open bracket inside a closed pair has no partner."""
     partners: dict[int, int] = {}
     opened: list[int] = []
-    waiting = {"(": 0, "[": 0}  # how many of either kind are open: without it, many odd brackets would take long
+    waiting = {"(": 0, "[": 0}  # open brackets of each kind: without it, many unmatched brackets would take long
     for number, mark in enumerate(marks):
         if mark[0] in waiting:
             opened.append(number)
@@ -89,12 +89,12 @@ def pairs(marks: list[re.Match[str]]) -> dict[int, int]:
 
 @torch.no_grad()
 def encode(pipeline: DiffusionPipeline, text: str, negative: str | None) -> dict[str, Tensor]:
-    """What a stock pipeline of SD 1.5 or SDXL takes in place of `prompt` and `negative_prompt`, for one picture.
+    """Prompt embeddings for a stock pipeline of SD 1.5 or SDXL, for one picture.
 
     prompt_embeds and negative_prompt_embeds (1, 77 n, D) of n chunks, as many as the longer text has; for SDXL
-    pooled_prompt_embeds and negative_pooled_prompt_embeds (1, P) of the first chunk. The numbers are the very ones of
-    `pipeline.encode_prompt` where a text has no weights and fits in one chunk. Raises ValueError for a pipeline with
-    other text encoders than CLIP's.
+    pooled_prompt_embeds and negative_pooled_prompt_embeds (1, P) of the first chunk. For a text without weights that
+    fits in one chunk, the values equal those of `pipeline.encode_prompt`. Raises ValueError for a pipeline with other
+    text encoders than CLIP's.
     """
     parts = [part for part in TOKENIZERS if getattr(pipeline, part, None) is not None]
     for part in parts:
@@ -109,7 +109,7 @@ def encode(pipeline: DiffusionPipeline, text: str, negative: str | None) -> dict
         for part in parts
     }
     count = max(map(len, read.values()))
-    # SDXL was trained with zeros for no text at all, and its pipeline gives it these.
+    # SDXL was trained with zeros for no text, and its pipeline uses them.
     zeros = wide and negative is None and pipeline.config.force_zeros_for_empty_prompt
     inputs: dict[str, Tensor] = {}
     for key in texts:
@@ -140,8 +140,8 @@ def chunks(
         if piece == BREAK:
             made += [[]] if made[-1] else []
             continue
-        spelled = pipeline.maybe_convert_prompt(piece, tokenizer)  # new words become their tokens
-        # verbose: it would warn of texts that CLIP cannot read in one go.
+        spelled = pipeline.maybe_convert_prompt(piece, tokenizer)  # replaces learned tokens
+        # verbose: else it would warn of texts longer than CLIP's limit.
         for token in tokenizer(spelled, add_special_tokens=False, verbose=False).input_ids:
             if len(made[-1]) == room:
                 made.append([])
@@ -156,7 +156,7 @@ def hidden_states(
     encoder, tokenizer = getattr(pipeline, part), getattr(pipeline, TOKENIZERS[part])
     device, length = pipeline._execution_device, tokenizer.model_max_length
     states, pooled, weights = [], [], []
-    for tokens in texts:  # each alone: the embedding of a chunk does not depend on its neighbours
+    for tokens in texts:  # one at a time: the embedding of a chunk does not depend on its neighbours
         ids = [tokenizer.bos_token_id, *(token for token, _ in tokens), tokenizer.eos_token_id]
         ids += [tokenizer.pad_token_id] * (length - len(ids))
         output = encoder(torch.tensor([ids], device=device), output_hidden_states=penultimate)

@@ -99,9 +99,9 @@ def title_warnings(services: Services, title: str, new_id: int) -> list[str]:
     return [f"tune {other['id']} has the same title, and was another request; this is a new tune"] if other else []
 
 
-def equal_prompt(services: Services, place_id: int, digest: str) -> PromptRow | None:
+def equal_prompt(services: Services, place_id: int, digest: str | None) -> PromptRow | None:
     """The prompt that an equal request has made at the same place, where the setting `idempotency` is `all`."""
-    if services.settings.idempotency != "all":
+    if services.settings.idempotency != "all" or digest is None:
         return None
     found = services.store.find("prompts", body_digest=digest)
     return next((row for row in found if place_of(row) == place_id and row["status"] not in UNANSWERED), None)

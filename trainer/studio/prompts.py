@@ -36,16 +36,19 @@ def create_prompt(
     progress: ProgressCallback = no_progress,
     key: IdempotencyKey | None = None,
     listed: Bases | None = None,
+    *,
+    always_new: bool = False,
 ) -> Prompt:
     """Queue a prompt on a tune that has, or is getting, a model, or on a base. Raises NotFound, InvalidRequest.
 
-    place_id: of the tune or base. listed: all bases, where the request has listed them already.
+    place_id: of the tune or base. listed: all bases, where the request has listed them already. always_new: an equal
+    prompt does not answer, whatever the setting `idempotency` is.
     """
     listed = listed or bases.listed_once(services.settings)
     place = tune_or_base(services, place_id, listed)
     tune, branch = (None, place.branch) if isinstance(place, Base) else (place, place["branch"])
     request = parse_request(PromptRequest, data)
-    digest = body_digest(request)
+    digest = None if always_new else body_digest(request)
     check_prompt(services, request)
     named = resolve(services.store, listed, request.parsed, branch, tune)
     if known := find_by_idempotency_key(services, "prompts", key) or equal_prompt(services, place_id, digest):
@@ -102,7 +105,7 @@ def duplicate_prompt(
         if name in data or f"{name}_url" in data:
             same = {field: value for field, value in same.items() if field not in (name, f"{name}_url")}
     same = {**still_good(row["kept"]), **same}
-    return create_prompt(services, place_of(row), pack_file.over(same, data), progress, key)
+    return create_prompt(services, place_of(row), pack_file.over(same, data), progress, key, always_new=True)
 
 
 def own_pictures(services: Services, row: PromptRow) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""A saved model is checked: its file, and that it changes a picture."""
+"""Checks of a saved model: its file, and its effect on a picture."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from trainer.branches.protocol import Branch
 from trainer.methods.protocol import Method
 
-CHECK_STEPS = 2  # enough to see that a model changes something
-ROUNDING = 4  # units in the last place of the largest value: what summing in another order changes as well
+CHECK_STEPS = 2  # enough to see an effect
+ROUNDING = 4  # units in the last place of the largest value: another order of summing changes as much
 Render = Callable[[int, str], Tensor]  # (steps, "latent") -> the latents of a picture
 
 
 class BadArtefact(Exception):
-    """What was saved is not what a trained model looks like."""
+    """The saved model is not usable."""
 
 
 def check_file(file: Path) -> None:

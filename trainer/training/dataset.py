@@ -1,12 +1,12 @@
 """The training set: pictures and captions, encoded once and kept on the device.
 
-It is made from a tune's folder:
+It is built from a tune's folder:
 
-    images/NAME.jpg|png          the photos; NAME.txt beside one is its caption
+    images/NAME.jpg|png          the photos; NAME.txt next to one is its caption
     dataset/restored/NAME.jpg    the photo with its faces restored, which is trained in its place
     dataset/faces/NAME-face.*    face crops, a second set (presets that ask for a face set)
-    dataset/masks/face/NAME.png  what the loss looks at, white on black, of the size of the picture of that name;
-    dataset/masks/subject/...    masks/face has those of the face crops, too
+    dataset/masks/face/NAME.png  which pixels count in the loss, white on black, of the picture's size; masks/face
+    dataset/masks/subject/...    also has those of the face crops
     dataset/seen/                written here: every picture as it is trained, and seen.json with the captions
 """
 
@@ -33,7 +33,7 @@ from trainer.photos.geometry import FACE_SUFFIX
 from trainer.training.seeds import derive
 from trainer.training.views import Picture, Sample, View, encode_and_show, mask_file
 
-Image.MAX_IMAGE_PIXELS = None  # the intake has checked that, by the setting
+Image.MAX_IMAGE_PIXELS = None  # the intake has checked the size
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class MicroBatch:
 
 
 class Dataset:
-    """Everything that is trained on, encoded.
+    """All training data, encoded.
 
-    captions: the distinct ones, the empty one last. cond: what they are encoded to, one entry (1, ...) each; None while
-    that is trained as well, and captions are encoded again in each step.
+    captions: the distinct ones, the empty one last. cond: their encodings, one entry (1, ...) each; None while text
+    encoders or tokens are trained: then captions are encoded in each step.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Dataset:
         self._config = config
 
     def names(self, step: int) -> list[str]:
-        """The pictures of a step, by the names that the user knows."""
+        """The pictures of a step, by the user's names."""
         return sorted({sample.picture.name for sample, _ in self._drawn(step)})
 
     def batches(self, branch: Branch, step: int) -> Iterator[MicroBatch]:
-        """The samples of one step, those of one shape together, at most `micro_batch` of them at a time.
+        """The samples of one step, grouped by shape, at most `micro_batch` at a time.
 
-        Everything is a function of the seed and the step, and what is drawn for a sample does not depend on those
-        beside it: a resumed run draws what the first one would have, and a smaller micro-batch sums to the same step.
+        All random numbers depend only on the seed, the step and the sample's place, not on other samples: a resumed
+        run draws the same numbers, and a smaller micro-batch sums to the same step.
         """
         config = self._config
         drawn = self._drawn(step)
@@ -86,8 +86,8 @@ class Dataset:
         view_index = torch.randint(2**31, (len(drawn),), generator=rng).tolist()
         mask = self._mask(step)
         if step < config.text_steps:
-            self.cond = None  # again, where a run went back to before they came to rest
-        elif self.cond is None:  # from here on, what is encoded stays the same
+            self.cond = None  # also after a rollback to such a step
+        elif self.cond is None:  # from here on the encodings are constant
             with torch.no_grad():
                 self.cond = [branch.encode_prompts([caption]) for caption in self.captions]
         groups: dict[tuple[tuple[int, int], float], list[int]] = {}
@@ -98,8 +98,8 @@ class Dataset:
         for number, (share, places) in enumerate(parts, 1):
             views = [drawn[place][0].views[view_index[place] % len(drawn[place][0].views)] for place in places]
             captions = ["" if dropped[place] else drawn[place][0].picture.caption for place in places]
-            chances = [self._chance(branch, view, step, place) for view, place in zip(views, places, strict=True)]
-            latents, noise, timesteps = (torch.cat(values) for values in zip(*chances, strict=True))
+            draws = [self._draw_noise(branch, view, step, place) for view, place in zip(views, places, strict=True)]
+            latents, noise, timesteps = (torch.cat(values) for values in zip(*draws, strict=True))
             cond, masks = self._conditions(branch, captions, views), self._masks(views, mask)
             yield MicroBatch(latents, cond, noise, timesteps, masks, share, number == len(parts))
 
@@ -115,13 +115,13 @@ class Dataset:
         return drawn
 
     def _mask(self, step: int) -> str:
-        """Which mask the step has: every so often the whole subject's in place of the face's."""
+        """The mask of a step: in a share `mask_widen` of the steps, the whole subject's in place of the face's."""
         widen = self._config.mask_widen
         widened = math.floor((step + 1) * widen) > math.floor(step * widen)
         return "subject" if widened else self._config.mask
 
-    def _chance(self, branch: Branch, view: View, step: int, place: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What is drawn for one sample: latents and noise (1, C, H/f, W/f), timesteps (1,)."""
+    def _draw_noise(self, branch: Branch, view: View, step: int, place: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The random draw for one sample: latents and noise (1, C, H/f, W/f), timesteps (1,)."""
         seed = derive(self._config.seed, step, f"noise {place}")
         generator = torch.Generator(view.mean.device).manual_seed(seed)
         fresh = torch.randn(view.mean.shape, generator=generator, device=view.mean.device)
@@ -130,7 +130,7 @@ class Dataset:
 
     def _conditions(self, branch: Branch, captions: list[str], views: list[View]) -> dict[str, Tensor]:
         if self.cond is None:
-            distinct = list(dict.fromkeys(captions))  # most often one: each is encoded once
+            distinct = list(dict.fromkeys(captions))  # usually one: each is encoded once
             rows = [distinct.index(caption) for caption in captions]
             cond = {key: value[rows] for key, value in branch.encode_prompts(distinct).items()}
         else:
@@ -140,16 +140,16 @@ class Dataset:
 
     @staticmethod
     def _masks(views: list[View], mask: str) -> Tensor | None:
-        """A view without this mask counts as a whole."""
+        """In a view without this mask, all pixels count."""
         if not any(mask in view.masks for view in views):
             return None
         return torch.cat([view.masks.get(mask, torch.ones_like(view.mean[:, :1])) for view in views])
 
 
 def join(rows: Sequence[Tensor]) -> Tensor:
-    """Put encoded texts together: several (B, ...) -> one.
+    """Concatenate encoded texts: several (B, ...) -> one.
 
-    Where texts differ in length, (B, L, ...), they are padded with zeros at the end to the longest.
+    Texts of different length, (B, L, ...), are padded at the end with zeros.
     """
     longest = max((row.shape[1] for row in rows if row.dim() > 1), default=0)
     short = [longest - row.shape[1] if row.dim() > 1 else 0 for row in rows]
@@ -166,11 +166,10 @@ def build(
     folder: Path,
     keep: Collection[str] = (),
 ) -> tuple[Dataset, list[dict[str, Tensor]]]:
-    """Encode each picture and each caption once, and write the pictures as they are trained to `folder/seen`.
+    """Encode each picture and each caption once, and write the training views to `folder/seen`.
 
-    folder: the tune's `dataset/`. prompts: texts that will be rendered while training; what they are encoded to is
-    returned beside the set. Encoders are on the device only while they encode; afterwards the text encoders are
-    dropped, but for those to `keep`.
+    folder: the tune's `dataset/`. prompts: texts of previews; their encodings are returned with the set. Encoders are
+    on the device only while they encode; then all text encoders except those in `keep` are freed.
     """
     encoders = list(branch.text_encoders.values())
     captions = [*dict.fromkeys(picture.caption for picture in pictures if picture.caption), ""]
@@ -190,7 +189,7 @@ def build(
 
 
 def without_mask(pictures: Sequence[Picture], folder: Path, config: TrainConfig) -> list[str]:
-    """What the configuration asks for and `dataset/` does not have, as warnings."""
+    """Warnings for masks and face crops that the configuration needs and `dataset/` lacks."""
     wanted = {config.mask} | ({"subject"} if config.mask_widen else set())
     warnings = []
     for kind in sorted(wanted - {"none"}):
@@ -205,9 +204,9 @@ def without_mask(pictures: Sequence[Picture], folder: Path, config: TrainConfig)
 def find_pictures(
     folder: Path, names: dict[str, str], token: str, class_name: str, config: TrainConfig
 ) -> list[Picture]:
-    """The pictures of a tune: its photos, and their face crops where the configuration asks for them.
+    """The pictures of a tune: its photos, and face crops where the configuration asks for them.
 
-    folder: `outputs/tunes/ID`. names: file name of each photo -> what the user calls it.
+    folder: `outputs/tunes/ID`. names: file name of each photo -> the user's name for it.
     """
     photos = [folder / "images" / file for file in names]
     captions = captions_for(photos, token, class_name)
@@ -227,7 +226,7 @@ def find_pictures(
 
 
 def captions_for(photos: list[Path], token: str, class_name: str) -> list[str]:
-    """The text of `NAME.txt` beside a photo, else what the hosted service writes: `A photo of TOKEN CLASS`.
+    """The text of `NAME.txt` next to a photo, else the hosted service's caption: `A photo of TOKEN CLASS`.
 
     Raises Unreadable for a text that is broken: another caption would train another model.
     """
@@ -244,7 +243,7 @@ def _caption(file: Path, otherwise: str) -> str:
 
 
 def epoch_order(seed: int, samples: list[Sample], start: int, count: int) -> list[Sample]:
-    """`count` places of an endless list that goes through all samples again and again, shuffled again each time."""
+    """`count` samples, from place `start`, of an endless list of epochs; each epoch has all samples, shuffled."""
     shapes = tuple(sample.shape for sample in samples)
     rows = range(start, start + count)
     return [samples[shuffled(seed, shapes, row // len(samples))[row % len(samples)]] for row in rows]
@@ -252,10 +251,10 @@ def epoch_order(seed: int, samples: list[Sample], start: int, count: int) -> lis
 
 @lru_cache(maxsize=8)
 def shuffled(seed: int, shapes: tuple[tuple[int, int], ...], epoch: int) -> list[int]:
-    """All places in a random order in which samples of one shape stand together: they are cheaper side by side."""
+    """All places in a random order that keeps samples of one shape together, which makes batches cheaper."""
     generator = torch.Generator().manual_seed(derive(seed, epoch, "order"))
     places: list[int] = torch.randperm(len(shapes), generator=generator).tolist()
     rank: dict[tuple[int, int], int] = {}
-    for place in places:  # the first of its shape decides where they stand
+    for place in places:  # the first sample of a shape decides the position of all
         rank.setdefault(shapes[place], len(rank))
     return sorted(places, key=lambda place: rank[shapes[place]])

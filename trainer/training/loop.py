@@ -18,8 +18,8 @@ from trainer.training.dataset import Dataset
 from trainer.training.optimizers import Adafactor
 from trainer.training.states import Diverged, Parameters, go_back, resume, save
 
-READ_LOSS_EVERY = 10  # reading a number from the device waits for it
-MAX_HALVINGS = 2  # of the learning rate, where the loss stops being a number
+READ_LOSS_EVERY = 10  # steps: reading a number waits for the device
+MAX_HALVINGS = 2  # of the learning rate, when the loss is not finite
 
 
 def train(
@@ -29,17 +29,17 @@ def train(
     config: TrainConfig,
     report: Report,
     states: Path,
-    look: Callable[[int], None] = lambda step: None,
-    look_at: Collection[int] = (),
+    preview: Callable[[int], None] = lambda step: None,
+    preview_steps: Collection[int] = (),
     after_step: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Run `config.steps` optimizer steps, going on from the newest whole state in `states`.
+    """Run `config.steps` optimizer steps; resumes from the newest whole state in `states`.
 
-    groups: parameter groups of `Method.attach`. look(n) is called when n steps are done, for each n in `look_at`, where
-    all is finite and the report allows to go on, also right after resuming: previews are made there. after_step is
-    called after each step. Returns False when the report asked to stop: the state is saved then. A loss that is not
-    finite goes back to the last state and halves the learning rate, twice at most; then Diverged is raised, which names
-    the pictures of that step. No state with a non-finite value is ever written.
+    groups: parameter groups of `Method.attach`. preview(n) is called after n steps for each n in `preview_steps`, also
+    right after resuming, unless a value is not finite or the report asks to stop. after_step: called after each step.
+    Returns False when the report asked to stop: the state is saved then. When the loss is not finite, training returns
+    to the last state with half the learning rate, twice at most; then Diverged is raised, which names the pictures of
+    that step. No state with a non-finite value is written.
     """
     params: Parameters = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
     optimizer = optimizers.make(groups, config.optimizer, config.weight_decay, config.seed)
@@ -47,8 +47,8 @@ def train(
     done, halvings = resume(states, optimizer, params, config) or (0, 0)
     report.resumed(done)
     readings: list[Tensor] = []  # loss and gradient norm of each step since the last reading, (2,) each
-    if (keep_going := report.step(done, config.steps)) and done in look_at:
-        look(done)
+    if (keep_going := report.step(done, config.steps)) and done in preview_steps:
+        preview(done)
     while done < config.steps and keep_going:
         rate = lr_scale(done, config) * 0.5**halvings
         set_rates(optimizer, groups, rate, done)
@@ -60,7 +60,7 @@ def train(
         try:
             if last or save_now or done % READ_LOSS_EVERY == 0:
                 mean = read(readings, done)
-            elif done in look_at:
+            elif done in preview_steps:
                 check(readings, done)
             keep_going = report.step(done, config.steps, mean, config.lr * rate)
             if last or save_now or not keep_going:
@@ -79,13 +79,13 @@ def train(
             report.resumed(done)
             keep_going = True
             continue
-        if done in look_at and keep_going:
-            look(done)
+        if done in preview_steps and keep_going:
+            preview(done)
     return done == config.steps
 
 
 def set_rates(optimizer: torch.optim.Optimizer, groups: list[Group], rate: float, step: int) -> None:
-    """Give each group its learning rate times `rate`; 0 to a group that rests from its step `until` on."""
+    """Set each group's learning rate times `rate`; 0 for a group from its step `until` on."""
     for group, described in zip(optimizer.param_groups, groups, strict=True):
         group["lr"] = described["lr"] * rate if step < described.get("until", math.inf) else 0.0
 
@@ -98,14 +98,14 @@ def step_once(
     optimizer: torch.optim.Optimizer,
     params: list[Tensor],
 ) -> Tensor:
-    """One optimizer step; returns loss and gradient norm, (2,), on the device. Nothing here waits for the device."""
+    """One optimizer step; returns loss and gradient norm, (2,), on the device. It does not wait for the device."""
     total = torch.zeros((), device=branch.device)
     norm = total
     for batch in data.batches(branch, step):
         losses = branch.loss(batch.latents, batch.cond, batch.noise, batch.timesteps, config, batch.mask)
         loss = losses.sum() * batch.share
         if batch.last and isinstance(optimizer, Adafactor):
-            # Each gradient is used and freed as soon as it is whole; the updates are clipped one by one.
+            # Each gradient is used and freed as soon as it is complete; the updates are clipped one by one.
             with optimizers.released(optimizer, params) as squared:
                 loss.backward()  # type: ignore[no-untyped-call]
             norm = squared.sqrt()
@@ -120,9 +120,9 @@ def step_once(
 
 
 def read(readings: list[Tensor], step: int) -> float | None:
-    """The mean loss of the steps since the last reading, which are then forgotten. None: there were none.
+    """The mean loss since the last reading; None: there were no steps. Clears `readings`.
 
-    step: how many steps are done. Raises Diverged where a loss or a gradient is not finite.
+    step: the number of finished steps. Raises Diverged where a loss or a gradient is not finite.
     """
     if not readings:
         return None
@@ -132,7 +132,7 @@ def read(readings: list[Tensor], step: int) -> float | None:
 
 
 def check(readings: list[Tensor], step: int) -> Tensor:
-    """The readings as (N, 2) in ordinary memory. Raises Diverged where one is not finite."""
+    """The readings as (N, 2) on the CPU. Raises Diverged where one is not finite."""
     values = torch.stack(readings).cpu()
     broken = (~torch.isfinite(values).all(dim=1)).nonzero()
     if len(broken):

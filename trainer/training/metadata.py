@@ -1,4 +1,4 @@
-"""What is written into a model file about its training."""
+"""The metadata of a model file: how it was trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.training.views import Picture
 def describe(
     tune: TuneRow, base: Base, branch: Branch, config: TrainConfig, pictures: list[Picture], step: int
 ) -> dict[str, str]:
-    """What a model file says of itself: modelspec.* (Stability-AI/ModelSpec 1.0.0), kohya's ss_*, and our own words."""
+    """Metadata of a model file: modelspec.* (Stability-AI/ModelSpec 1.0.0), kohya's ss_*, and our own tunebooth.*."""
     model_type = MODEL_TYPES[tune["method"]]
     side, tags = config.resolution[0], Counter(picture.caption for picture in pictures if picture.kind != "class")
     facts: dict[str, object] = {

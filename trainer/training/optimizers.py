@@ -1,4 +1,4 @@
-"""What turns gradients into steps: AdamW for adapters, Adafactor for whole models. It knows no model and no loop."""
+"""Optimizers: AdamW for adapters, Adafactor for whole models. Independent of models and of the training loop."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from trainer.methods.protocol import Group
 
 FORGET = -0.8  # beta2 of step t is 1 - t^-0.8 (Shazeer & Stern 2018, §7.2)
-LARGEST_UPDATE = 1.0  # root mean square to which one weight's update is clipped (§6)
-LEAST_SQUARE = 1e-30  # added to squared gradients, so that nothing is divided by zero
+LARGEST_UPDATE = 1.0  # largest root mean square of one weight's update (§6)
+LEAST_SQUARE = 1e-30  # added to squared gradients against division by zero
 
 
 def make(groups: list[Group], config_optimizer: str, weight_decay: float, seed: int) -> torch.optim.Optimizer:
     """The optimizer that a configuration names: `adamw` or `adafactor`.
 
-    groups: those of `Method.attach`. seed: of the rounding.
+    groups: of `Method.attach`. seed: of the rounding.
     """
     known = ("params", "lr", "weight_decay")
     plain = [{key: value for key, value in group.items() if key in known} for group in groups]
@@ -35,12 +35,12 @@ def make(groups: list[Group], config_optimizer: str, weight_decay: float, seed: 
 class Adafactor(torch.optim.Optimizer):
     """Adam without a first moment, and with a second one that is n + m numbers for n x m weights.
 
-    Shazeer & Stern 2018, arXiv 1804.04235, with the learning rate as it is given: no relative steps and no parameter
-    scaling, as kohya's sd-scripts advise for whole models. The weights of a convolution are taken as (out, the rest).
-    It computes in float32. Steps far below the spacing of bfloat16 are not lost: such weights are rounded at random,
-    by bits that follow from seed, step and the weight's place in `groups` alone, so that a resumed run repeats them.
+    Shazeer & Stern 2018, arXiv 1804.04235, with the given learning rate: no relative steps and no parameter scaling, as
+    kohya's sd-scripts advise for whole models. The weights of a convolution are reshaped to (out, rest). It computes in
+    float32. bfloat16 weights are rounded at random, so steps far below their spacing are not lost; the random bits
+    depend only on seed, step and the weight's place in `groups`, so a resumed run repeats them.
 
-    State of each weight, float32 and where the weight is: `step` (), and `row` (n,) and `col` (m,), the means of the
+    State of each weight, in float32 on the weight's device: `step` (), and `row` (n,) and `col` (m,), the means of the
     squared gradients along rows and columns, or `sq` for vectors.
     """
 
@@ -49,7 +49,7 @@ class Adafactor(torch.optim.Optimizer):
         self._seed = seed
         held = [(at, weight) for at, group in enumerate(self.param_groups) for weight in group["params"]]
         self._places = {weight: (at, number) for number, (at, weight) in enumerate(held)}
-        # What the `step` tensors hold, since reading them waits for the device. Those of a resumed run are read once.
+        # The values of the `step` tensors: reading them waits for the device. After a resume they are read once.
         self._counts = WeakTensorKeyDictionary()
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -60,7 +60,7 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_parameter(self, weight: Tensor) -> None:
-        """Update one weight by its gradient. Nothing here waits for the device, but for the first step of a resume."""
+        """Update one weight by its gradient. It waits for the device only in the first step after a resume."""
         assert weight.grad is not None, "a weight without a gradient stays as it is"
         at, number = self._places[weight]
         lr, decay = self.param_groups[at]["lr"], self.param_groups[at]["weight_decay"]
@@ -80,7 +80,7 @@ class Adafactor(torch.optim.Optimizer):
         weight.copy_(round_at_random(update, generator))
 
     def _bits_seed(self, step: Tensor, number: int) -> int:
-        """step (): as it is now, with the current step counted."""
+        """step (): counts the current step already."""
         count = self._counts[step] + 1 if step in self._counts else int(step)
         self._counts[step] = count
         digest = hashlib.sha256(f"{self._seed} {count} {number}".encode()).digest()
@@ -88,23 +88,23 @@ class Adafactor(torch.optim.Optimizer):
 
 
 def beginning(weight: Tensor) -> dict[str, Tensor]:
-    """The state of a weight that has not been updated yet; see Adafactor."""
+    """The initial state of a weight; see Adafactor."""
     sides = {"sq": weight.shape} if weight.dim() < 2 else {"row": weight.shape[:1], "col": (weight.shape[1:].numel(),)}
     shapes = {"step": (), **sides}
     return {key: torch.zeros(shape, device=weight.device) for key, shape in shapes.items()}
 
 
 def scaled(gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """The gradient over the root of its second moment, float32 and of its shape; takes it into the state first.
+    """The gradient divided by the root of its second moment, in float32; updates the state first.
 
-    state: `step` has counted this step already.
+    state: its `step` counts this step already.
     """
-    new = state["step"] ** FORGET  # share of this gradient in the moments: all of it in step 1
+    new = state["step"] ** FORGET  # share of this gradient in the moments: 1 in step 1
     if gradient.dim() < 2:
         squares = gradient.float().square() + LEAST_SQUARE
         return gradient * state["sq"].lerp_(squares, new).rsqrt()
     matrix = gradient.flatten(1)
-    # By norms, since squares of all would be a float32 copy of the gradient.
+    # By norms: the squares would be a float32 copy of the gradient.
     rows, cols = (vector_norm(matrix, dim=dim, dtype=torch.float32).square() / matrix.shape[dim] for dim in (1, 0))
     row, col = state["row"].lerp_(rows + LEAST_SQUARE, new), state["col"].lerp_(cols + LEAST_SQUARE, new)
     update = matrix * (row / row.mean()).rsqrt()[:, None]
@@ -112,25 +112,25 @@ def scaled(gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 
 def round_at_random(values: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 -> the numbers of bfloat16 on either side, the nearer the likelier: right on average.
+    """Stochastic rounding: float32 -> one of the two neighbouring bfloat16 numbers, unbiased.
 
-    Works in place, and returns float32 whose low 16 bits are zero. What is not finite stays so.
+    Works in place, and returns float32 whose low 16 bits are zero. Values that are not finite stay so.
     """
     bits = values.view(torch.int32)
     noise = torch.empty_like(bits).random_(0, 1 << 16, generator=generator)
-    # A card's NaN has all bits set: one more would make it -0.
+    # A GPU's NaN has all bits set: adding 1 would make it -0.
     bits.add_(noise.mul_(values.isfinite())).bitwise_and_(-1 << 16)
     return values
 
 
 @contextmanager
 def released(optimizer: Adafactor, weights: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Within, a backward pass updates each weight as soon as its gradient is whole, and frees the gradient.
+    """Inside, a backward pass updates each weight as soon as its gradient is complete, and frees the gradient.
 
-    Yields the sum of the squared gradients so far, () in float32 on the device: the square of their norm, and not
-    finite where one of them is not. They cannot be clipped to a common norm, which is known too late. Gradients that
-    are accumulated over several passes are held until the last one, so only that one belongs in here; what it does not
-    reach is used at the end.
+    Yields the sum of the squared gradients so far, () in float32 on the device: the square of their norm, not finite
+    where one of them is not. Gradients cannot be clipped to a common norm, which is known too late. When gradients are
+    accumulated over several passes, only the last pass runs inside; weights that it does not reach are updated at the
+    end.
     """
     weights = list(weights)
     squared = torch.zeros((), device=weights[0].device)

@@ -1,4 +1,4 @@
-"""States to resume from: written whole, checked, and rolled back when a run diverges."""
+"""States to resume from: written atomically, checked, and used for rollback when a run diverges."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from trainer.files import discard, read_for_show, read_json, steps_in, whole_fol
 
 STATES_KEPT = 2
 SCHEMA = 2
-# Words that came after it: a state without them is of a run that had them so.
-SINCE = {
+# Hyper-parameters that are newer than this schema: a state without them had these values.
+ADDED_LATER = {
     "optimizer": "adamw", "trained_dtype": "float32", "on_top": "continue", "tokens": 0, "token_lr": 0.0,
     "token_share": 0.0,
 }  # fmt: skip
@@ -55,7 +55,7 @@ def go_back(
     config: TrainConfig,
     beginning: dict[str, Tensor],
 ) -> int:
-    """Put the newest state back, or the beginning where there is none; returns its step."""
+    """Load the newest state, or the beginning where there is none; returns its step."""
     optimizer.state.clear()
     if found := resume(states, optimizer, params, config):
         return found[0]
@@ -87,7 +87,7 @@ def save(
         facts = {"schema": SCHEMA, "step": step, "sha256": sha256(file), "halvings": halvings}
         facts |= {"torch": torch.__version__, "config": config.model_dump(mode="json")}
         (folder / "manifest.json").write_text(json.dumps(facts))
-    # What lies beyond this step could not be resumed from; kept, it would push out the states that can.
+    # States beyond this step are from before a rollback; if kept, they would displace the valid ones.
     whole = [folder for folder in steps_in(states) if folder.name <= f"step-{step:06d}"]
     for folder in steps_in(states):
         if folder not in whole[-STATES_KEPT:]:
@@ -97,15 +97,15 @@ def save(
 def resume(
     states: Path, optimizer: torch.optim.Optimizer, params: Parameters, config: TrainConfig
 ) -> tuple[int, int] | None:
-    """Load the newest state that is whole and of this configuration.
+    """Load the newest state that is complete and has this configuration.
 
-    Returns its step and how often the learning rate had been halved; None where there is no such state.
+    Returns its step and the number of halvings of the learning rate; None where there is no such state.
     """
     wanted = config.model_dump(mode="json")
     for folder in reversed(steps_in(states)):
         file, facts = folder / "state.safetensors", manifest(folder)
         expected = {"schema": SCHEMA, "step": int(folder.name.removeprefix("step-"))}
-        same_run = expected.items() <= facts.items() and SINCE | facts.get("config", {}) == wanted
+        same_run = expected.items() <= facts.items() and ADDED_LATER | facts.get("config", {}) == wanted
         if not same_run or not file.is_file() or facts.get("sha256") != sha256(file):
             continue
         with safe_open(file, "pt") as tensors, torch.no_grad():
@@ -115,8 +115,8 @@ def resume(
                     moments.setdefault(name, []).append(key)
             for name, param in params.items():
                 param.copy_(tensors.get_tensor(f"weight/{name}"))
-                # None where a layer never had a gradient, as the last one of SDXL's first encoder, whose output nobody
-                # reads.
+                # None where a layer never had a gradient, such as the last layer of SDXL's first encoder, which is
+                # not used.
                 optimizer.state[param] = {
                     key: tensors.get_tensor(f"{key}/{name}").to(param.device) for key in moments.get(name, [])
                 }
@@ -125,7 +125,7 @@ def resume(
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """What a state says about itself; nothing where that cannot be read."""
+    """The manifest of a state; empty where it cannot be read."""
     file = folder / "manifest.json"
     facts = read_for_show(file, partial(read_json, content=MANIFEST), None)
     return {} if facts is None else facts.model_dump(exclude={"schema_"}) | {"schema": facts.schema_}

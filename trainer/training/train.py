@@ -1,4 +1,4 @@
-"""The story of one tune, top to bottom: photos -> captions -> load -> encode -> attach -> loop -> save -> check."""
+"""Training of one tune, top to bottom: photos -> captions -> load -> encode -> attach -> loop -> save -> check."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from trainer.training.views import Picture
 if TYPE_CHECKING:
     from PIL import Image
 
-PREVIEW_STEPS = 20  # of the sampler: enough to see what has been learned
+PREVIEW_STEPS = 20  # of the sampler: enough to see what the model has learned
 PREVIEW_SEED = 42
-MODELS_KEPT_FROM = 0.5  # of the run; earlier ones are not worth a download
+MODELS_KEPT_FROM = 0.5  # of the run; earlier models are not useful
 
 
 @dataclass
 class Run:
-    """A tune while it is trained: what is loaded for it, and what its previews show."""
+    """A tune in training: its loaded modules, and the data of its previews."""
 
     tune: TuneRow
     base: Base
@@ -53,7 +53,7 @@ class Run:
     defaults: RenderConfig
     preview: str
     pictures: list[Picture]
-    encoded: Sequence[dict[str, Tensor]] = ()  # the preview's prompt and an empty one, before anything was trained
+    encoded: Sequence[dict[str, Tensor]] = ()  # the preview's prompt and an empty one, encoded before training
 
 
 def train_tune(
@@ -68,8 +68,8 @@ def train_tune(
     """Train a tune whose photos are in `outputs/tunes/ID/images`, and write `model/`.
 
     tune: its row in the store. preview: the prompt that is rendered at every quarter of the run. Returns the names of
-    the files to keep, the most widely read one first; None when the report asked to stop: the state to go on from is on
-    disk then. Starting and resuming are the same call.
+    the model files, the most widely supported format first; None when the report asked to stop: then a state to resume
+    from is on disk. Starting and resuming are the same call.
     """
     folder = settings.outputs / "tunes" / str(tune["id"])
     (folder / "config.json").write_text(json.dumps({"base": base.title, **config.model_dump(mode="json")}, indent=1))
@@ -105,7 +105,7 @@ def train_tune(
 
 
 def find_pictures(tune: TuneRow, folder: Path, config: TrainConfig, report: Report) -> list[Picture]:
-    """The photos that are trained, with their captions. folder: of the tune."""
+    """The training pictures with their captions. folder: of the tune."""
     names = {photo["file"]: photo["name"] for photo in tune["photos"] if not photo.get("dropped")}
     pictures = dataset.find_pictures(folder, names, token_of(tune), tune["name"], config)
     for warning in dataset.without_mask(pictures, folder / "dataset", config):
@@ -127,7 +127,7 @@ def token_of(tune: TuneRow) -> str:
 
 
 def encode(run: Run) -> Dataset:
-    """Encode pictures and captions; then what trains is on the device, and what is not needed any more is not."""
+    """Encode pictures and captions; then only modules that are trained or still needed are on the device."""
     kept = run.method.needed_text_encoders(run.branch, run.config)
     data, run.encoded = dataset.build(
         run.branch, run.pictures, [run.preview, ""], run.config, run.folder / "dataset", kept
@@ -144,14 +144,14 @@ def attach(run: Run) -> list[Group]:
     with torch.random.fork_rng():
         torch.manual_seed(seeds.derive(run.config.seed, 0, "adapters"))
         groups = run.method.attach(run.branch, run.config)
-    run.branch.denoiser.to(run.device)  # what was attached, too
+    run.branch.denoiser.to(run.device)  # also the attached adapters
     if run.config.gradient_checkpointing:
         run.branch.pipeline.components[run.branch.denoiser_name].enable_gradient_checkpointing()
     return groups
 
 
 def render(run: Run, steps: int, output_type: str) -> Any:
-    """The preview of the model as it is now: a picture (`pil`), or its latents (`latent`)."""
+    """The preview of the current model: a picture (`pil`), or its latents (`latent`)."""
     branch, side = run.branch, run.config.resolution[0]
     with torch.no_grad(), placed(run.device, branch.vae), autocast(run.device, branch.dtype):
         trained_texts = run.config.text_steps > 0
@@ -168,7 +168,7 @@ def render(run: Run, steps: int, output_type: str) -> Any:
 
 
 def save_quarter(run: Run, step: int) -> None:
-    """At every quarter: a preview, and from the middle on the model as it is then."""
+    """At every quarter: write a preview, and from the middle on also the current model."""
     try:
         write_picture(render(run, PREVIEW_STEPS, "pil")[0], run.folder / "samples" / f"step-{step:06d}.png")
     except torch.OutOfMemoryError:
@@ -179,7 +179,7 @@ def save_quarter(run: Run, step: int) -> None:
 
 
 def save_model(run: Run, folder: Path, step: int) -> list[str]:
-    """Write the model of this step into a folder, and check each file. Returns their names."""
+    """Write the model of this step into a folder, and check each file. Returns the files' names."""
     facts = describe(run.tune, run.base, run.branch, run.config, run.pictures, step)
     files = run.method.save(run.branch, folder, run.config, facts)
     for file in files:
@@ -188,12 +188,12 @@ def save_model(run: Run, folder: Path, step: int) -> list[str]:
 
 
 def quarters(steps: int) -> dict[int, float]:
-    """The steps after which a quarter, a half, ... of a run is done."""
+    """Step -> share of the run that is done after it: a quarter, a half, ..."""
     return {max(1, round(steps * quarter / 4)): quarter / 4 for quarter in (1, 2, 3, 4)}
 
 
 def write_picture(image: Image.Image, file: Path) -> None:
-    """Whole, or not at all."""
+    """Write a picture atomically."""
     file.parent.mkdir(exist_ok=True)
     partial = file.with_suffix(".partial")
     image.save(partial, "PNG")
@@ -209,9 +209,9 @@ def class_pictures(
     cache: Path,
     report: Report,
 ) -> list[Picture] | None:
-    """Pictures of the class as the base draws it, for prior preservation (Ruiz et al. 2022, arXiv 2208.12242).
+    """Pictures of the class, drawn by the base, for prior preservation (Ruiz et al. 2022, arXiv 2208.12242).
 
-    Rendered once and kept for the next tune of the same base, class and resolution. None: the report asked to stop.
+    Rendered once and kept for later tunes of the same base, class and resolution. None: the report asked to stop.
     """
     caption, side = f"a photo of {name}", config.resolution[0]
     folder = cache / "class" / f"{base.id}-{name.lower().replace(' ', '-')}-{side}"

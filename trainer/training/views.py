@@ -1,4 +1,4 @@
-"""One photo as the trainer sees it: cropped, scaled, encoded, and shown to the user."""
+"""The training views of one photo: cropped, scaled, encoded, and shown to the user."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.branches.protocol import Branch
 from trainer.config.train_config import TrainConfig
 from trainer.photos.geometry import DIMMED, bucket, crops, cut, load_mask, square, to_pixels
+from trainer.photos.picture_file import open_picture
 from trainer.training.seeds import derive
 
 MASKS = ("face", "subject")
@@ -22,7 +23,7 @@ Kind = Literal["photo", "face", "class"]
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to train on. `name` is what the user knows it by."""
+    """One picture to train on. `name` is the user's name for it."""
 
     path: Path
     caption: str
@@ -32,10 +33,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class View:
-    """One crop of a picture, perhaps mirrored, encoded.
+    """One crop of a picture, encoded; it may be mirrored.
 
-    mean, std (1, C, H/f, W/f): of the latents' distribution; every step draws a fresh sample. size: what the family is
-    told of the picture's size. masks: which part counts, (1, 1, H/f, W/f) of mean 1; "none" is not in it.
+    mean, std (1, C, H/f, W/f): of the latents' distribution; every step draws a new sample. size: the family's size
+    conditioning. masks: loss weights (1, 1, H/f, W/f) of mean 1; there is no entry "none".
     """
 
     mean: Tensor
@@ -46,7 +47,7 @@ class View:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture at one resolution, in all the views that are trained in turn."""
+    """One picture at one resolution, with all its views; each step trains one of them."""
 
     picture: Picture
     views: list[View]
@@ -60,7 +61,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Opened:
-    """A picture, decoded, with those masks of it that there are."""
+    """A decoded picture with its existing masks."""
 
     picture: Picture
     image: Image.Image
@@ -70,9 +71,9 @@ class Opened:
 def encode_and_show(
     branch: Branch, picture: Picture, config: TrainConfig, folder: Path, target: Path
 ) -> tuple[list[Sample], list[dict[str, object]]]:
-    """A picture at all resolutions, and what is shown of it in `target`: nothing of a class picture.
+    """Encode a picture at all resolutions, and write its views to `target`; class pictures are not shown.
 
-    folder: the tune's `dataset/`. The picture is decoded once, and no longer in memory when this returns.
+    folder: the tune's `dataset/`. The picture is decoded once, and freed before this returns.
     """
     opened = read(picture, folder)
     samples = [encode(branch, opened, resolution, config) for resolution in config.resolution]
@@ -103,7 +104,7 @@ def encode(branch: Branch, opened: Opened, resolution: int, config: TrainConfig)
 
 
 def show(branch: Branch, opened: Opened, resolution: int, config: TrainConfig, target: Path) -> dict[str, object]:
-    """Write what the first view of a picture looks like into `target`, what the loss leaves out dimmed; and say so."""
+    """Write the first view of a picture to `target`, with what the loss ignores dimmed; returns its description."""
     picture, image, masks = opened.picture, opened.image, opened.masks
     size = trained_size(branch, image, resolution, config)
     box = crops(image.size, size, 1, 0)[0]
@@ -118,7 +119,7 @@ def show(branch: Branch, opened: Opened, resolution: int, config: TrainConfig, t
 
 
 def read(picture: Picture, folder: Path) -> Opened:
-    """A picture with its masks, which are in `folder/masks`; class pictures have none."""
+    """A picture with its masks from `folder/masks`; class pictures have none."""
     image = open_picture(picture.path, "RGB")
     if picture.kind == "class":
         return Opened(picture, image, {})
@@ -140,10 +141,10 @@ def mask_file(folder: Path, picture: Picture, kind: str) -> Path:
 
 
 def to_weights(mask: Image.Image, latents: Tensor, floor: float) -> Tensor:
-    """Loss weights (1, 1, H/f, W/f) of mean 1, `floor` times as much outside as inside."""
+    """Loss weights (1, 1, H/f, W/f) of mean 1; weights outside the mask are `floor` times those inside."""
     height, width = latents.shape[-2:]
     small = torch.from_numpy(np.asarray(mask.resize((width, height), Image.Resampling.BOX), np.float32).copy()) / 255
     weights = floor + (1 - floor) * small
-    if not weights.any():  # the mask lies outside this crop
+    if not weights.any():  # the mask is outside this crop
         weights = torch.ones_like(weights)
     return (weights / weights.mean())[None, None].to(latents.device)

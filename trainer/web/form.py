@@ -120,7 +120,9 @@ class PromptForm:
         try:
             if not tune_id:
                 raise InvalidRequest({"tune": ["choose the tune that is to be drawn"]})
-            prompt = prompts.create_prompt(self._services, int(tune_id), data, progress_callback(gr.Progress()))
+            prompt = prompts.create_prompt(
+                self._services, int(tune_id), data, progress_callback(gr.Progress()), always_new=True
+            )
             gr.Info(f"prompt {prompt.id} is queued", duration=4)
         except NotFound as gone:
             return note([str(gone)])

@@ -25,7 +25,7 @@ from trainer.library.bases import Base, Bases
 from trainer.library.weights import Unavailable
 from trainer.methods.protocol import get_method
 from trainer.names import FACE_REFERENCE, IDENTITY_FILE, LORA_REFERENCE, MODEL_TYPES
-from trainer.photos.analysis import PhotoAnalyzer, begin_anew
+from trainer.photos.analysis import PhotoAnalyzer, remove_unfinished
 from trainer.photos.subprocess_worker import Closed
 from trainer.rendering.job import FaceID, Lora, Models, Stopped
 from trainer.rendering.plan import make_plan, plain
@@ -115,7 +115,7 @@ class JobRunner:
         if done.exists():
             self._store.update("tunes", tune["id"], photos=verdicts(prepared(done, tune)))
             return self._must(self._store.get("tunes", tune["id"]))
-        begin_anew(done.parent)
+        remove_unfinished(done.parent)
 
         def progress(what: str, number: int, of: int) -> None:
             reporter.stage(f"{what}: {number} of {of}")
