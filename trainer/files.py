@@ -85,8 +85,8 @@ class Unreadable(ValueError):
     """A file that cannot be read, or whose content is not what it must be. The message names the file."""
 
 
-def unreadable(file: Path, problem: Exception) -> Unreadable:
-    """What a library says about a file, in one line: no folder of this machine is named."""
+def reason(problem: Exception) -> str:
+    """What a library says that could not read something, in one line: no folder of this machine is named."""
     if isinstance(problem, OSError):
         why = problem.strerror or type(problem).__name__
     elif isinstance(problem, ValidationError):
@@ -94,7 +94,11 @@ def unreadable(file: Path, problem: Exception) -> Unreadable:
         why = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
     else:
         why = str(problem) or type(problem).__name__
-    return Unreadable(f"{printable(file.name)} cannot be read: {why[:MOST_MESSAGE]}")
+    return why[:MOST_MESSAGE]
+
+
+def unreadable(file: Path, problem: Exception) -> Unreadable:
+    return Unreadable(f"{printable(file.name)} cannot be read: {reason(problem)}")
 
 
 def read_bytes(file: Path) -> bytes:
@@ -152,15 +156,15 @@ def warn_once(file: Path, message: str) -> None:
         log.warning("%s (in %s)", message, printable(str(file.parent)))
 
 
-def read_for_show(file: Path, read: Callable[[Path], T], nothing: T) -> T:
-    """What is only shown: `nothing` where there is no file, and also, with a warning in the log, where it is broken."""
+def read_for_show(file: Path, read: Callable[[Path], T]) -> T | None:
+    """What is only shown: None where there is no file, and also, with a warning in the log, where it is broken."""
     try:
         return read(file)
     except FileNotFoundError:
-        return nothing
+        return None
     except Unreadable as problem:
         warn_once(file, str(problem))
-        return nothing
+        return None
 
 
 def printable(name: str) -> str:

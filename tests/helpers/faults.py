@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,16 @@ CONTENTS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def instead_of(file: Path) -> dict[str, Callable[[], None]]:
-    """What may lie in place of a file: a folder, or a link to itself."""
+INSTEAD = ("a folder", "a link to itself")
 
-    def folder() -> None:
-        remove(file)
+
+def instead_of(file: Path, fault: str) -> None:
+    """Put a folder, or a link that leads to itself, in the place of a file."""
+    remove(file)
+    if fault == "a folder":
         (file / "inside").mkdir(parents=True)
-
-    def loop() -> None:
-        remove(file)
+    else:
         file.symlink_to(file)
-
-    return {"a folder": folder, "a link to itself": loop}
 
 
 def remove(path: Path) -> None:
@@ -59,11 +57,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def spoiled(good: Any) -> Iterator[tuple[str, Any]]:
-    """Copies of a JSON value: in each, one value in it is taken out, or another one of a wrong type or size."""
+def spoiled(good: Any, wrong_values: Sequence[object] = WRONG) -> Iterator[tuple[str, Any]]:
+    """Copies of a JSON value: in each, one value in it is taken out, or is another one of a wrong type or size."""
     for path in list(paths(good)):
         name = ".".join(map(str, path))
-        for wrong in WRONG:
+        for wrong in wrong_values:
             changed = copy.deepcopy(good)
             inner(changed, path)[path[-1]] = wrong
             yield f"{name}={wrong!r:.20}", changed

@@ -16,6 +16,7 @@ from trainer.files import Unreadable, printable, warn_once
 from trainer.names import BRANCHES, DEFAULT_METHOD, METHODS
 
 PROGRAM = Path(__file__).parents[2] / "presets"  # a user's own folder may take its place
+MOST_GIB = 1e6
 FACTS = ("detect", "placeholder", "face_adapter", "base")  # what a family is, and not how a user wants it
 
 
@@ -66,11 +67,16 @@ class BranchFile(BaseModel):
 def check_branch(table: Table) -> None:
     """Raises ValueError for the TOML of a branch that cannot be used."""
     BranchFile.model_validate(table)
-    for name, make in {"render": RenderConfig, "base": BaseRow, "control": ControlRow}.items():
-        given = table.get(name, {})
-        rows = {"render": [given], "base": given or []}.get(name) or list(dict(given).values())
-        for row in rows:
-            _check_row(name, row, make)
+    bases, controls = table.get("base", []), table.get("control", {})
+    if not isinstance(bases, list):
+        raise ValueError("base must be one or more tables, [[base]]")
+    if not isinstance(controls, dict):
+        raise ValueError("[control] must be a table")
+    _check_row("render", table.get("render"), RenderConfig)
+    for row in bases:
+        _check_row("base", row, BaseRow)
+    for row in controls.values():
+        _check_row("control", row, ControlRow)
     if "detect" in table:
         detection(table["detect"])
     for method in {DEFAULT_METHOD} | (table.keys() & set(METHODS)):
@@ -97,7 +103,9 @@ def _check_method(method: str, table: object) -> None:
     rows, least = table.get("memory", []), table.get("least_gib", 0)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "below_gib" in row for row in rows):
         raise ValueError(f"[[{method}.memory]] must be tables with below_gib")
-    if not all(type(number) in (int, float) for number in (least, *(row["below_gib"] for row in rows))):
+    if not all(
+        type(gib) in (int, float) and 0 <= gib < MOST_GIB for gib in (least, *(row["below_gib"] for row in rows))
+    ):
         raise ValueError(f"[{method}] least_gib and below_gib must be numbers")
     if not all(type(row.get("resolution", 0)) is int for row in rows):
         raise ValueError(f"[[{method}.memory]] resolution must be a whole number")

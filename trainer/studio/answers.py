@@ -29,14 +29,14 @@ FLAGS = ("use_lpw", "film_grain", "hires_fix", "inpaint_faces", "face_correct", 
 
 def readings(services: Services, tune_id: int) -> list[dict[str, Any]]:
     """The log of a run: `step`, `loss` (mean of the last steps), `lr`, `peak_gib` and `seconds` of each line."""
-    lines = read_for_show(tune_folder(services, tune_id) / "log.jsonl", read_log, [])
+    lines = read_for_show(tune_folder(services, tune_id) / "log.jsonl", read_log) or []
     return [line for line in lines if "loss" in line]
 
 
 def trained_pictures(services: Services, tune_id: int) -> list[dict[str, Any]]:
     """The pictures as they are trained: `url`, `name`, `kind`, `caption`, `width`, `height` and `mask` of each."""
     file = tune_folder(services, tune_id) / "dataset" / "seen" / "seen.json"
-    listed = read_for_show(file, partial(read_json, content=SEEN), [])  # none yet, or it is just being made again
+    listed = read_for_show(file, partial(read_json, content=SEEN)) or []  # none yet, or it is just being made again
     return [
         one.model_dump() | {"url": make_link(services.settings, f"{tune_id}/dataset/seen/{one.file}")} for one in listed
     ]

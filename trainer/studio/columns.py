@@ -15,6 +15,7 @@ from trainer.contract.parsed_text import of_row
 from trainer.contract.photos import Photo
 from trainer.contract.rows import ExportRow, PromptRow, TuneRow
 from trainer.contract.states import Progress
+from trainer.files import reason
 
 log = logging.getLogger("tunebooth.store")
 Row = TuneRow | PromptRow | ExportRow
@@ -53,7 +54,7 @@ def decode(row: sqlite3.Row) -> Row:
                 if key == "parsed" and value:
                     of_row(value)
             except (ValidationError, ValueError, TypeError, LookupError, AttributeError) as problem:
-                _warn(int(row["id"]), key, str(problem))
+                _warn(int(row["id"]), key, reason(problem))
                 value = empty.copy() if isinstance(empty, dict | list) else empty
                 broken += [] if key in FOR_SHOW else [key]
         decoded[key] = value
@@ -64,4 +65,4 @@ def _warn(row_id: int, column: str, problem: str) -> None:
     """Write it into the log, once for each value."""
     if (row_id, column, problem) not in _logged:
         _logged.add((row_id, column, problem))
-        log.warning("the database has a broken column %s in row %s: %.200s", column, row_id, problem)
+        log.warning("the database has a broken column %s in row %s: %s", column, row_id, problem)

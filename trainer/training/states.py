@@ -127,7 +127,7 @@ def resume(
 def manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a state; empty where it cannot be read."""
     file = folder / "manifest.json"
-    facts = read_for_show(file, partial(read_json, content=MANIFEST), None)
+    facts = read_for_show(file, partial(read_json, content=MANIFEST))
     return {} if facts is None else facts.model_dump(exclude={"schema_"}) | {"schema": facts.schema_}
 
 

@@ -55,14 +55,14 @@ def picture_fields(services: Services) -> dict[str, Component]:
         write("seed", "Seed", "42")
     with gr.Row():
         choose("aspect_ratio", "Aspect ratio", ASPECT_RATIOS, "base's own")
-        choose("style", "Style", look_names(looks.styles, folder))
+        choose("style", "Style", look_names("styles", looks.styles, folder))
     with gr.Row():
         for name, label in (("steps", "Sampling steps"), ("cfg_scale", "cfg_scale"), ("w", "Width"), ("h", "Height")):
             write(name, label)
     write("negative_prompt", "Negative prompt")
     with gr.Row():
         choose("scheduler", "Scheduler", SCHEDULERS, "base's own")
-        choose("color_grading", "Film", look_names(looks.film_looks, folder))
+        choose("color_grading", "Film", look_names("film", looks.film_looks, folder))
     for row in (
         (("super_resolution", "Enlarge"), ("hires_fix", "and add detail"), ("film_grain", "Film grain")),
         (("inpaint_faces", "Redraw faces"), ("face_correct", "Restore faces"), ("use_lpw", "Weights (word:1.2)")),
@@ -74,9 +74,9 @@ def picture_fields(services: Services) -> dict[str, Component]:
     return fields
 
 
-def look_names(read: Callable[[Path], Mapping[str, object]], folder: Path) -> list[str]:
+def look_names(name: str, read: Callable[[Path], Mapping[str, object]], folder: Path) -> list[str]:
     """The names of styles or film looks; none where their TOML is broken, which the log says."""
-    return list(read_for_show(folder / "looks", lambda _: read(folder), {}))
+    return list(read_for_show(folder / "looks" / f"{name}.toml", lambda _: read(folder)) or ())
 
 
 class PromptForm:

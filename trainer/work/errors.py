@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.files import unreadable
+from trainer.files import printable, reason
 
 OF_TRAINING = "try args micro_batch=1 gradient_checkpointing=true, a lower resolution or a lower rank"
 OF_PICTURES = "try a smaller w and h, no super_resolution or hires_fix, or no controlnet"
@@ -13,7 +13,8 @@ OF_PICTURES = "try a smaller w and h, no super_resolution or hires_fix, or no co
 def explain(error: Exception, remedy: str = OF_TRAINING) -> str:
     """An unexpected error as a message, with a remedy where one is known. remedy: for a card that is full."""
     if isinstance(error, OSError) and isinstance(error.filename, str):
-        return str(unreadable(Path(error.filename), error))
+        file = Path(error.filename)
+        return f"{printable(f'{file.parent.name}/{file.name}')} cannot be used: {reason(error)}"
     text = f"{type(error).__name__}: {error}".strip().rstrip(":")
     if type(error).__name__ == "OutOfMemoryError":
         return f"{text} -- the card's memory is full: {remedy}; or close what else uses the card"

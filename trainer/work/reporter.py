@@ -92,7 +92,7 @@ class Reporter:
 
     def resumed(self, step: int) -> None:
         """Log where the run goes on, and drop the lines of steps that are now done again."""
-        kept = [line for line in read_for_show(self._log, read_log, []) if line["step"] <= step]
+        kept = [line for line in read_for_show(self._log, read_log) or () if line["step"] <= step]
         if self._log.is_file():
             self._log.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._write({"step": step, "event": "resumed" if step else "started", "at": now()})
