@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 log = logging.getLogger("tunebooth.settings")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LEAST_SECRET_CHARACTERS = 22  # of 6 bits each: 128 and more
+SIGNS_LINKS = r"[!-~]{22,}"  # of 6 bits each: 128 and more
 LEAST_SECRET_BYTES = 24  # Standard Webhooks
 
 
@@ -100,7 +100,7 @@ class Settings(BaseSettings):
         """The secret that signs links; made once and kept, so that links survive a restart."""
         path = self.outputs / ".link-secret"
         kept = _kept_secret(path)
-        if len(kept) < LEAST_SECRET_CHARACTERS:  # what a power cut leaves could be guessed
+        if not re.fullmatch(SIGNS_LINKS, kept):  # what a power cut leaves, as zeros, could be guessed
             if kept:
                 log.warning(".link-secret is broken; a new one is made, and links that were given out end")
             kept = secrets.token_urlsafe(24)

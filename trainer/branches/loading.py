@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trainer.branches.protocol import Task
 from trainer.files import unreadable, whole_folder
 from trainer.library.bases import Base
+from trainer.library.hub import WrongConfig
 from trainer.library.models_folder import sidecar
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -45,10 +46,10 @@ def loading_errors(base: Base) -> Iterator[None]:
         raise ValueError(f"{base.title} cannot be loaded: weights are missing from it") from problem
     except KeyError as problem:  # diffusers does not find a weight by name
         raise ValueError(f"{base.title} cannot be loaded: {problem} is missing from it") from problem
-    # A configuration with values of other types than the libraries expect makes them raise the last three.
+    # A configuration with values of other types than the libraries expect makes them raise those of the second line.
     except (
         RuntimeError, ValueError, SafetensorError, SingleFileComponentError, TypeError, AttributeError, LookupError,
-        ArithmeticError,
+        ArithmeticError, WrongConfig,
     ) as problem:  # fmt: skip
         raise ValueError(f"{base.title} cannot be loaded: {problem}") from problem
 

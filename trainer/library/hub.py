@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from huggingface_hub.hf_api import RepoSibling
 from pydantic import BaseModel, TypeAdapter
@@ -45,6 +46,9 @@ SMALL = (".json", ".txt", ".model")  # configurations and vocabularies
 WEIGHTS = {"model", "diffusion_pytorch_model"}  # the names that transformers and diffusers look for
 # From the names of all files, and a way to have one of them here, to the names of the wanted ones.
 Pick = Callable[[Collection[str], Callable[[str], Path]], list[str]]
+
+
+WrongConfig = StrictDataclassError  # of transformers' configurations: a value of a wrong type
 
 
 class _Shards(BaseModel):
