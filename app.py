@@ -1,4 +1,4 @@
-"""Tunebooth: `uv run app.py` serves page, Gradio API and REST on one port."""
+"""Tunebooth: `uv run app.py` serves the page, the Gradio API and REST on one port."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def main() -> None:
     settings = settings.model_copy(update={"port": listening.getsockname()[1]})
     check_secrets(settings)
     store = open_store(settings.outputs)
-    import uvicorn  # after the port is taken: a browser that is early waits instead of being refused
+    import uvicorn  # after the port is taken: an early browser waits instead of being refused
 
     studio = Studio(settings, store)
     guard = Guard(settings, load=studio.load, begin=studio.begin, unload=studio.close)
-    # An open page holds a connection for as long as it is open; the server does not wait for it.
+    # An open page holds a connection; at the end the server does not wait for it.
     config = uvicorn.Config(guard, log_level="warning", ws="none", timeout_graceful_shutdown=2)
     print(f"Tunebooth is at {settings.base_url}", flush=True)
     uvicorn.Server(config).run(sockets=[listening])

@@ -1,4 +1,4 @@
-"""Tunebooth: photos in, a personal model and rendered prompts out."""
+"""Tunebooth trains a personal model on photos, and renders prompts with it."""
 
 from __future__ import annotations
 

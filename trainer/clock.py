@@ -1,4 +1,4 @@
-"""The time in UTC, as the API writes it; and a thread that acts at intervals."""
+"""The time in UTC, as the API writes it; and a thread that calls a function at intervals."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def now() -> str:
     return stamp(datetime.now(UTC))
 
 
-def stamp(moment: datetime) -> str:
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def stamp(time: datetime) -> str:
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class Loop:
-    """A thread that acts at once, and again some seconds after each time. An error is logged, and ends nothing."""
+    """A thread that calls a function at once and then at intervals. An error is logged and does not end the thread."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class Loop:
         wake: threading.Event | None = None,
         retry_seconds: float | None = None,
     ) -> None:
-        """name: of the thread. seconds: between two acts. wake: set by others, it ends the wait. retry_seconds: the
-        wait after an error, which nothing but the end cuts short; None: as after any other act."""
+        """name: of the thread. seconds: the wait between two calls. wake: an event that ends the wait. retry_seconds:
+        the wait after an error, which only `close` ends early; None: `seconds`."""
         self.stopping = threading.Event()
         self._name = name
         self._seconds = seconds
@@ -45,7 +45,7 @@ class Loop:
         self._thread.start()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Let the act that runs come to its end, and wait for that; at most so many seconds."""
+        """Stop after the call that runs now, and wait for its end; timeout_s: at most so long."""
         self.stopping.set()
         self._wake.set()
         if self._thread.is_alive():
@@ -53,7 +53,7 @@ class Loop:
 
     def _run(self) -> None:
         while True:
-            self._wake.clear()  # before the act: what is set from now on ends the wait
+            self._wake.clear()  # before the call: an event set during the call ends the wait
             pause = self._wake, self._seconds
             try:
                 self._act()

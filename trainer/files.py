@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there at all, also after a power cut; and readers of broken ones."""
+"""Files and folders that are complete or absent, even after a power cut; readers for files that may be broken."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pydantic_core import from_json
 log = logging.getLogger("tunebooth.files")
 T = TypeVar("T")
 STEP = re.compile("step-[0-9]{6}")
-MOST_MESSAGE = 200  # characters of what a parser says
-PARTIAL = ".partial-"  # in the name of every folder that is not finished; swept at start
+MOST_MESSAGE = 200  # characters of a parser's message
+PARTIAL = ".partial-"  # in the name of every unfinished file or folder; these are deleted at start
 
 
 def fsync(path: Path) -> None:
-    """Make a file's content, or a folder's names, survive a power cut."""
+    """Write a file's content, or a folder's names, to the disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,10 +33,10 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Write a folder so that `target` shows up complete or not at all.
+    """Write a folder so that `target` is complete or absent.
 
-    Yields a temporary folder beside `target`. At the end every file in it is fsynced, the folder is renamed to
-    `target` (replacing an older one) and the parent is fsynced. On an error nothing is left.
+    Yields a temporary folder next to `target`. At the end every file in it is fsynced, the folder is renamed to
+    `target` (replacing an older one) and the parent is fsynced. After an error the temporary folder is deleted.
     """
     partial = target.with_name(f"{target.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
@@ -44,7 +44,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield partial
         for path in sorted(partial.rglob("*"), reverse=True):
             if path.is_file():
-                path.chmod(0o644)  # safetensors leaves 0600 behind, which no download tool can read
+                path.chmod(0o644)  # safetensors writes 0600, which no download tool can read
             fsync(path)
         fsync(partial)
         if target.exists():
@@ -56,7 +56,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file so that it is complete or not there, also after a power cut."""
+    """Write a file so that it is complete or absent, even after a power cut."""
     partial = file.with_name(f"{file.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
     partial.write_bytes(content if isinstance(content, bytes) else content.encode())
     fsync(partial)
@@ -65,7 +65,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder; a crash half-way leaves only something that the sweep at start knows to be waste."""
+    """Delete a folder; what a crash leaves of it is deleted by `sweep` at start."""
     if folder.exists():
         waste = folder.with_name(f"{folder.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
         folder.rename(waste)
@@ -73,7 +73,7 @@ def discard(folder: Path) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Remove what a killed process left half-written below `root`."""
+    """Delete the unfinished files and folders below `root`, left by a killed process."""
     for waste in list(root.rglob(f"*{PARTIAL}*")):
         if waste.is_dir():
             shutil.rmtree(waste, ignore_errors=True)
@@ -82,11 +82,11 @@ def sweep(root: Path) -> None:
 
 
 class Unreadable(ValueError):
-    """A file that cannot be read, or whose content is not what it must be. The message names the file."""
+    """A file that cannot be read, or whose content is wrong. The message names the file."""
 
 
 def reason(problem: Exception) -> str:
-    """What a library says that could not read something, in one line: no folder of this machine is named."""
+    """The message of a library's error, in one line and without the path of the file."""
     if isinstance(problem, OSError):
         why = problem.strerror or type(problem).__name__
     elif isinstance(problem, ValidationError):
@@ -102,7 +102,7 @@ def unreadable(file: Path, problem: Exception) -> Unreadable:
 
 
 def read_bytes(file: Path) -> bytes:
-    """Raises FileNotFoundError where there is no file, Unreadable where it cannot be read."""
+    """Raises FileNotFoundError; Unreadable if the file cannot be read."""
     try:
         return file.read_bytes()
     except FileNotFoundError:
@@ -120,9 +120,9 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path, content: TypeAdapter[T]) -> T:
-    """The content of a JSON file, with the types that it must have. Raises as `read_bytes`.
+    """The content of a JSON file, checked by its type. Raises as `read_bytes`.
 
-    NaN, infinite numbers, lone surrogates and deep nesting are refused too: no answer can hold them.
+    NaN, infinite numbers, lone surrogates and deep nesting are refused, because JSON answers cannot hold them.
     """
     try:
         return content.validate_json(read_bytes(file), strict=True)
@@ -131,7 +131,7 @@ def read_json(file: Path, content: TypeAdapter[T]) -> T:
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; what is none, as a last line that a crash cut off, is left out.
+    """The objects of a JSON-lines file, without broken lines: a crash may cut off the last one.
 
     Raises as `read_bytes`.
     """
@@ -146,18 +146,18 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-_logged: dict[Path, str] = {}  # what was said last about a file
+_logged: dict[Path, str] = {}  # the last warning about each file
 
 
 def warn_once(file: Path, message: str) -> None:
-    """Write a warning about a file into the log, where it was not the last one about it."""
+    """Log a warning about a file, unless it was the last one about this file."""
     if _logged.get(file) != message:
         _logged[file] = message
         log.warning("%s (in %s)", message, printable(str(file.parent)))
 
 
 def read_for_show(file: Path, read: Callable[[Path], T]) -> T | None:
-    """What is only shown: None where there is no file, and also, with a warning in the log, where it is broken."""
+    """The content of a file that is only displayed; None: it does not exist, or it is broken, which is logged."""
     try:
         return read(file)
     except FileNotFoundError:
@@ -168,12 +168,12 @@ def read_for_show(file: Path, read: Callable[[Path], T]) -> T | None:
 
 
 def printable(name: str) -> str:
-    """A name of a file as text that can be sent: bytes that are not UTF-8 are replaced."""
+    """The name of a file as valid Unicode: bytes that are not UTF-8 are replaced."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
 def steps_in(folder: Path, suffix: str = "") -> list[Path]:
-    """What a run keeps by its steps, oldest first: `step-000123` and a suffix. None where there is no such folder."""
+    """The files or folders of a run called `step-000123` and the suffix, oldest first; empty if there is no folder."""
     try:
         found = [path for path in folder.iterdir() if path.name.endswith(suffix)]
     except (FileNotFoundError, NotADirectoryError):
@@ -185,8 +185,8 @@ def steps_in(folder: Path, suffix: str = "") -> list[Path]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is such a file or folder; one that cannot be looked at is not."""
+    """Whether a path exists; False if that cannot be known."""
     try:
         return path.exists()
-    except OSError:  # no permission, or a name that is too long
+    except OSError:  # no permission, or too long a name
         return False

@@ -1,17 +1,17 @@
-"""The names of model families and model types, and what is true of each model type wherever it is met."""
+"""The names of model families and model types, and the properties of each model type."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
 
-# The families, in the order in which they came. Each has trainer/branches/NAME.py and presets/NAME.toml.
+# The families, the oldest first. Each has trainer/branches/NAME.py and presets/NAME.toml.
 BRANCHES = ("sd15", "sdxl1", "flux1", "fast")
-DEFAULT_BRANCH = "sd15"  # where a request names none, as at the hosted service
-DEMO_BRANCH = "fast"  # needs no card and no download: the first choice on the page, and of the demo
+DEFAULT_BRANCH = "sd15"  # of a request without a branch, as at the hosted service
+DEMO_BRANCH = "fast"  # needs no card and no download: the default on the page, and of the demo
 # How a prompt names a model: <lora:NAME:WEIGHT>, <faceid:NAME:WEIGHT>.
 LORA_REFERENCE, FACE_REFERENCE = "lora", "faceid"
-# The files of a trained tune by what `GET /tunes/ID/model?format=` calls them.
+# The files of a trained tune, by their names in `GET /tunes/ID/model?format=`.
 FORMATS = {
     "kohya": "lora.safetensors",
     "diffusers": "lora_diffusers.safetensors",
@@ -28,21 +28,21 @@ LORA_FORMATS = ("kohya", "diffusers", "embeddings", "bundled")
 
 @dataclass(frozen=True)
 class ModelType:
-    """What is true of the tunes of a model type."""
+    """The properties of the tunes of a model type."""
 
-    description: str  # in the metadata of its files
-    formats: tuple[str, ...]  # of the files that a tune may have, by the names in FORMATS
-    made: tuple[str, ...] = ()  # formats that are made when they are first asked for
-    words: tuple[str, ...] = ()  # of `args`, that only some model types have; for the others they are 0
-    reference: str | None = None  # how a prompt names it; None: a prompt is posted to it
-    trains: bool = True  # False: the tune is ready as soon as its photos are analysed, and has no weights
-    whole_model: bool = False  # its weights take the place of the base's; a LoRA lies on them
-    learns_tokens: bool = False  # embeddings of new tokens, beside the weights
+    description: str  # for the metadata of its files
+    formats: tuple[str, ...]  # names in FORMATS: the files that a tune may have
+    made: tuple[str, ...] = ()  # formats that are made at the first request
+    words: tuple[str, ...] = ()  # words of `args` that only some model types have; for the others they are 0
+    reference: str | None = None  # how a prompt's text names it; None: prompts are posted to it
+    trains: bool = True  # False: the tune has no weights and is ready when its photos are analyzed
+    whole_model: bool = False  # its weights replace the base's; a LoRA is added to the base's
+    learns_tokens: bool = False  # trains embeddings of new tokens as well
     needs_person: bool = False  # the photos must show one person
 
     @property
     def adapter(self) -> bool:
-        """Whether its weights are a LoRA, which lies on a base."""
+        """Whether its weights are a LoRA, which is added to a base."""
         return self.reference == LORA_REFERENCE
 
 
@@ -77,8 +77,8 @@ MODEL_TYPES = {
     ),
 }
 METHODS = tuple(MODEL_TYPES)
-DEFAULT_METHOD = "lora"  # the tables of the others start from its table; photos are checked for it
-# Words of `args` that only some model types have, each with these.
+DEFAULT_METHOD = "lora"  # the presets of the other LoRA types start from its table; photos are checked for it
+# Words of `args` that only some model types have -> these model types.
 WORDS = {
     word: tuple(name for name, one in MODEL_TYPES.items() if word in one.words)
     for word in chain.from_iterable(one.words for one in MODEL_TYPES.values())

@@ -1,4 +1,4 @@
-"""The one reader of the environment and of the command line: folders, address, key and limits."""
+"""The settings: folders, address, key and limits. Only this module reads the environment and the command line."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     key: SecretStr | None = Field(None, description="API key. Made at first start where one is needed.")
     public_url: str | None = Field(None, description="Address that links in answers begin with.")
     idempotency: Literal["off", "tunes", "all"] = Field(
-        "tunes", description="Whether a request that was sent before, title and all, answers what it made then."
+        "tunes", description="Which repeated requests (title included) answer with what the first one created."
     )
     webhook_secret: SecretStr | None = Field(
         None, description="Signs callbacks (Standard Webhooks): base64, with or without whsec_ before it."
@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     picture_format: Literal["png", "jpeg"] = Field("png", description="File format of rendered pictures.")
     tensorboard: bool = Field(False, description="Write TensorBoard files of each tune into its folder.")
     max_images: int = Field(100, ge=1, description="Most photos of one tune.")
-    max_prompts: int = Field(100, ge=0, description="Most prompts sent along with one tune.")
+    max_prompts: int = Field(100, ge=0, description="Most prompts sent with one tune.")
     max_image_mb: int = Field(40, ge=1, description="Largest photo file, in megabytes.")
     max_body_mb: int = Field(1024, ge=1, description="Largest request, in megabytes.")
     max_megapixels: int = Field(100, ge=1, description="Largest photo, in millions of pixels.")
@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     @field_validator("idempotency", mode="before")
     @classmethod
     def _was_a_switch(cls, value: object) -> object:
-        """Until version 0.1 it was true or false."""
+        """Accept true and false, the values until version 0.1."""
         return {"true": "tunes", "1": "tunes", "false": "off", "0": "off"}.get(str(value).lower(), value)
 
     @field_validator("webhook_secret")
@@ -87,7 +87,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def base_url(self) -> str:
-        """Where this app is reached from outside, without a slash at the end."""
+        """The address of this app for its users, without a slash at the end."""
         if self.public_url:
             return self.public_url.rstrip("/")
         if space := os.environ.get("SPACE_HOST"):
@@ -97,10 +97,10 @@ class Settings(BaseSettings):
 
     @cached_property
     def link_secret(self) -> bytes:
-        """The secret that signs links; made once and kept, so that links survive a restart."""
+        """The secret that signs links. It is kept in a file, so that links survive a restart."""
         path = self.outputs / ".link-secret"
         kept = _kept_secret(path)
-        if not re.fullmatch(SIGNS_LINKS, kept):  # what a power cut leaves, as zeros, could be guessed
+        if not re.fullmatch(SIGNS_LINKS, kept):  # a power cut leaves an empty file, or zeros: anyone could sign links
             if kept:
                 log.warning(".link-secret is broken; a new one is made, and links that were given out end")
             kept = secrets.token_urlsafe(24)
@@ -108,10 +108,7 @@ class Settings(BaseSettings):
         return kept.encode()
 
     def required_key(self) -> tuple[bytes | None, str | None]:
-        """sha256 of the API key, and the key itself where it was made just now, for it is kept nowhere.
-
-        (None, None): on loopback without a key.
-        """
+        """(sha256 of the API key, the key itself if it is new: it is not stored); (None, None): no key is needed."""
         if self.key:
             return digest_of(self.key.get_secret_value()), None
         if self.on_loopback:
@@ -127,7 +124,7 @@ class Settings(BaseSettings):
         return digest_of(key), key
 
     def check_secrets(self) -> None:
-        """Raises RuntimeError where the file of a secret is there and cannot be read."""
+        """Raises RuntimeError if the file of a secret exists and cannot be read."""
         for name in (".key", ".link-secret"):
             _kept_secret(self.outputs / name)
 
@@ -137,7 +134,7 @@ def digest_of(key: str) -> bytes:
 
 
 def _kept_secret(path: Path) -> str:
-    """The text of a secret's file; empty where there is none. Raises RuntimeError where something else lies there."""
+    """The content of a secret's file; empty if there is no file. Raises RuntimeError if it cannot be read."""
     try:
         return path.read_bytes().decode("utf-8", "replace").strip()
     except FileNotFoundError:
@@ -148,7 +145,7 @@ def _kept_secret(path: Path) -> str:
 
 
 def _write_secret(path: Path, text: str) -> None:
-    """For its owner's eyes alone."""
+    """Write a file that only its owner can read."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
@@ -168,9 +165,9 @@ def webhook_key(secret: SecretStr) -> bytes:
 
 
 def read_settings(arguments: Sequence[str] | None = None, **overrides: object) -> Settings:
-    """Command line over environment over default. On a Hugging Face Space the app listens to everybody on 7860.
+    """The command line overrides the environment; a Hugging Face Space listens on all addresses, port 7860.
 
-    `arguments` None: no command line (tests, scripts); `overrides` are field values that win over everything.
+    arguments: the command line; None: none (tests, scripts). overrides: fields that override everything else.
     """
     if os.environ.get("SPACE_ID"):
         overrides = {"host": "0.0.0.0", "port": 7860, **overrides}  # noqa: S104

@@ -503,4 +503,4 @@ def test_a_face_that_was_deleted_fails_the_prompt_in_words(
         "failed",
     ) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert now.status == "failed" and f"<faceid:{gone}>: that tune is gone" in str(now.error)
+    assert now.status == "failed" and f"<faceid:{gone}>: that tune was deleted" in str(now.error)

@@ -604,7 +604,7 @@ def test_without_a_segmenters_weights_a_check_says_what_would_be_fetched(service
     sent = upload(tmp_path / "sent", "rex.png", photo())
     check = check_photos(services, {"name": "dog", "args": "mask=subject"}, [sent])
     assert check.photos[0].masks == []
-    assert "the model that finds things by their name is not here yet: 605 MB are fetched when a tune needs it" in (
+    assert "the model that finds objects by their names is not here yet: 605 MB are fetched when a tune needs it" in (
         check.warnings
     )
 
@@ -662,7 +662,7 @@ def test_weights_are_fetched_once_and_checked(
     away = replace(one, url="http://127.0.0.1:9/nobody")
     assert weights.obtain(mine, away) == file  # nobody is asked again
     file.write_bytes(b"something else")
-    with pytest.raises(Unavailable, match="is not the face detector: its sha256 is another one"):
+    with pytest.raises(Unavailable, match="is not the face detector: its sha256 is wrong"):
         weights.obtain(mine, away)
 
 
@@ -692,7 +692,7 @@ def test_a_file_without_a_published_sha256_is_held_to_its_first_one(
     os.utime(file, (1, 1))
     assert weights.find(mine, one) == file
     file.write_bytes(b"changed")
-    with pytest.raises(Unavailable, match="its sha256 is another one"):
+    with pytest.raises(Unavailable, match="its sha256 is wrong"):
         weights.find(mine, one)
     file.unlink()  # as it says; fetched anew, it is held to what came
     FileServer.content, before = b"a newer version", FileServer.content

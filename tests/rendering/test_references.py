@@ -127,7 +127,7 @@ def test_a_model_is_meant_by_its_number_token_title_or_file(room: Room, two: tup
     assert found[0].facts["loras"] == [[get_tune(room.services, first).title, 1.0], ["film look.safetensors", 1.0]]
     assert found[0].facts["prompt"] == "a dog"
     file.unlink()
-    assert "there is no LoRA of this number, token or title" in refusal(room, first, "a dog <lora:film look:1>")
+    assert "there is no LoRA with this id, token or title" in refusal(room, first, "a dog <lora:film look:1>")
 
 
 def test_a_file_that_was_deleted_fails_the_prompt_in_words(room: Room, two: tuple[int, int]) -> None:
@@ -135,7 +135,7 @@ def test_a_file_that_was_deleted_fails_the_prompt_in_words(room: Room, two: tupl
     prompt = prompts.create_prompt(room.services, two[0], {"text": "a dog <lora:soon gone:1>", "num_images": 1})
     file.unlink()
     done = room.go(prompt)
-    assert done.prompt.status == "failed" and "file of the models folder, is gone" in str(done.prompt.error)
+    assert done.prompt.status == "failed" and "file of the models folder, was deleted" in str(done.prompt.error)
 
 
 def test_a_prompt_on_a_base_needs_a_tune(room: Room, two: tuple[int, int]) -> None:
@@ -150,7 +150,7 @@ def test_a_prompt_on_a_base_needs_a_tune(room: Room, two: tuple[int, int]) -> No
 def test_several_of_one_token_are_refused_by_their_numbers(room: Room, two: tuple[int, int]) -> None:
     twins = [room.tune(token="twin"), room.tune(token="twin")]
     told = refusal(room, two[0], "a dog <lora:twin:1>")
-    assert "several are called so" in told and all(f"{one} (" in told for one in twins)
+    assert "several have this name" in told and all(f"{one} (" in told for one in twins)
     assert room.render(twins[0], "a dog <lora:twin:0.5>").prompt.tunes == [twins[0]]  # its own is meant
 
 
@@ -158,8 +158,8 @@ def test_what_is_no_lora_for_this_base_is_refused_by_name(room: Room, two: tuple
     other, whole, face = room.tune("sdxl1"), room.tune(kind="whole"), room.tune(kind="faceid")
     room.write_lora(room.settings.models / "for flux.safetensors", "flux1", seed=9)
     for name, told in {
-        "nobody": "there is no LoRA of this number, token or title",
-        "987654": "there is no LoRA of this number, token or title",
+        "nobody": "there is no LoRA with this id, token or title",
+        "987654": "there is no LoRA with this id, token or title",
         str(other): f"tune {other} is of branch sdxl1, not sd15",
         str(whole): f"tune {whole} is a whole model",
         str(face): f"tune {face} is a face: write <faceid:{face}:1>",

@@ -222,7 +222,7 @@ def test_pictures_have_the_asked_size(
 ) -> None:
     told = []
     if "aspect_ratio" in asked and {"h", "ar"} & asked.keys():
-        told = [f"{'ar' if 'ar' in asked else 'aspect_ratio'} has no effect beside"]
+        told = [f"{'ar' if 'ar' in asked else 'aspect_ratio'} has no effect with"]
     if branch == "flux1" and 72 in asked.values():
         size, told = (80, 96), ["flux1 renders 80 x 96 pixels: its sides are multiples of 16"]
     done = room.render(tunes[branch], **asked)

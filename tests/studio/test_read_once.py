@@ -132,7 +132,7 @@ def test_a_lora_that_is_deleted_meanwhile_costs_no_scan_within_the_transaction(
     monkeypatch.setattr(tunes, "_insert", delete_first)
     fields = {"tune[title]": "on it", "tune[branch]": "fast", "tune[prompts_attributes][0][text]": "a dog <lora:1:1>"}
     answer = client.post("/tunes", data=GOOD | fields, files=[("tune[images][]", ("0.png", photo()))])
-    assert answer.status_code == 422 and "no LoRA of this number" in answer.text
+    assert answer.status_code == 422 and "no LoRA with this id" in answer.text
     assert scans == [False]
 
 

@@ -208,10 +208,10 @@ def test_what_is_accepted_and_not_done_gives_a_warning(client: TestClient) -> No
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"aspect_ratio": "16:9", "w": 64, "h": 64}, "aspect_ratio has no effect beside w and h"),
+        ({"aspect_ratio": "16:9", "w": 64, "h": 64}, "aspect_ratio has no effect with w and h"),
         ({"controlnet_txt2img": True}, "controlnet_txt2img has no effect without controlnet"),
         ({"controlnet_conditioning_scale": 0.5}, "controlnet_conditioning_scale has no effect without controlnet"),
-        ({"text": "<lora:ohwx:0.5> a", "lora_scale": 2}, "lora_scale has no effect where the text says a weight"),
+        ({"text": "<lora:ohwx:0.5> a", "lora_scale": 2}, "lora_scale has no effect if the text has a weight"),
         ({"text": "a --mask_blur 4"}, "--mask_blur has no effect without a mask"),
         ({"text": "a --control_guidance_end 0.5"}, "--control_guidance_end has no effect without controlnet"),
         ({"text": "a --hires_cfg_scale 2"}, "--hires_cfg_scale has no effect without hires_fix"),

@@ -16,11 +16,10 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from trainer.branches import loading
+from trainer.branches import loading, unet
 from trainer.branches.objectives import noise_and_timesteps, noise_loss
 from trainer.branches.protocol import Cond, Task
-from trainer.branches.single_file_keys import clip_weights, joined, unet_weights, vae_weights
-from trainer.branches.unet import UNET_TARGETS, control_net, metadata, noise_scheduler, size_multiple
+from trainer.branches.single_file_keys import clip_weights, joined
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
 from trainer.library.models_folder import sidecar
@@ -73,13 +72,14 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
 class SD15:
     """The modules of one base, ready to train and to render."""
 
-    lora_targets = UNET_TARGETS
+    lora_targets = unet.UNET_TARGETS
     token_encoders = ("text_encoder",)
     denoiser_name = "unet"
     reads_kohya = True
     whole_file = True
     kohya_encoders = {"text_encoder": "lora_te"}  # noqa: RUF012
-    control_nets = (control_net(CONTROL_PIPELINES),)  # diffusers has no union pipelines for this family
+    control_nets = (unet.control_net(CONTROL_PIPELINES),)  # diffusers has no union pipelines for this family
+    preview_latents = unet.preview_latents
 
     def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.pipeline = self.parts = pipeline
@@ -89,9 +89,9 @@ class SD15:
         self.text_encoders: dict[str, nn.Module] = {"text_encoder": pipeline.text_encoder}
         self.vae: nn.Module = pipeline.vae
         self.latent_scale: int = pipeline.vae_scale_factor
-        self.size_multiple = size_multiple(pipeline)
-        self.noise_scheduler = noise_scheduler(pipeline, device)
-        self.metadata = metadata("stable-diffusion-v1", "sd_v1", self.noise_scheduler)
+        self.size_multiple = unet.size_multiple(pipeline)
+        self.noise_scheduler = unet.noise_scheduler(pipeline, device)
+        self.metadata = unet.metadata("stable-diffusion-v1", "sd_v1", self.noise_scheduler)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return loading.encode_pixels(self.vae, pixels, self.device)
@@ -140,14 +140,10 @@ class SD15:
     def task_pipeline(self, task: Task) -> tuple[Any, frozenset[str]]:
         return loading.task_pipeline(self.pipeline, task)
 
-    def preview_latents(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        return latents[:1]
-
     def original_weights(self) -> dict[str, Tensor]:
         return joined(
             {
-                "model.diffusion_model.": unet_weights(self.denoiser),
-                "first_stage_model.": vae_weights(self.vae),
+                **unet.original_weights(self.denoiser, self.vae),
                 "cond_stage_model.transformer.": clip_weights(self.pipeline.text_encoder),
             }
         )

@@ -21,18 +21,10 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from trainer.branches import loading
+from trainer.branches import loading, unet
 from trainer.branches.objectives import noise_and_timesteps, noise_loss
 from trainer.branches.protocol import Cond, Task
-from trainer.branches.single_file_keys import clip_weights, joined, open_clip_weights, unet_weights, vae_weights
-from trainer.branches.unet import (
-    UNET_TARGETS,
-    control_net,
-    metadata,
-    noise_scheduler,
-    size_multiple,
-    union_control_net,
-)
+from trainer.branches.single_file_keys import clip_weights, joined, open_clip_weights
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
 from trainer.library.models_folder import sidecar
@@ -106,13 +98,14 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
 class SDXL1:
     """The modules of one base, ready to train and to render."""
 
-    lora_targets = UNET_TARGETS
+    lora_targets = unet.UNET_TARGETS
     token_encoders = ("text_encoder", "text_encoder_2")
     denoiser_name = "unet"
     reads_kohya = True
     whole_file = True
     kohya_encoders = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # noqa: RUF012
-    control_nets = (control_net(CONTROL_PIPELINES), union_control_net(UNION_PIPELINES))
+    control_nets = (unet.control_net(CONTROL_PIPELINES), unet.union_control_net(UNION_PIPELINES))
+    preview_latents = unet.preview_latents
 
     def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.pipeline = self.parts = pipeline
@@ -123,9 +116,9 @@ class SDXL1:
         self.text_encoders: dict[str, nn.Module] = {name: getattr(pipeline, name) for name in names}
         self.vae: nn.Module = pipeline.vae
         self.latent_scale: int = pipeline.vae_scale_factor
-        self.size_multiple = size_multiple(pipeline)
-        self.noise_scheduler = noise_scheduler(pipeline, device)
-        self.metadata = metadata("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", self.noise_scheduler)
+        self.size_multiple = unet.size_multiple(pipeline)
+        self.noise_scheduler = unet.noise_scheduler(pipeline, device)
+        self.metadata = unet.metadata("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", self.noise_scheduler)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return loading.encode_pixels(self.vae, pixels, self.device)
@@ -189,14 +182,10 @@ class SDXL1:
     def task_pipeline(self, task: Task) -> tuple[Any, frozenset[str]]:
         return loading.task_pipeline(self.pipeline, task)
 
-    def preview_latents(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        return latents[:1]
-
     def original_weights(self) -> dict[str, Tensor]:
         return joined(
             {
-                "model.diffusion_model.": unet_weights(self.denoiser),
-                "first_stage_model.": vae_weights(self.vae),
+                **unet.original_weights(self.denoiser, self.vae),
                 "conditioner.embedders.0.transformer.": clip_weights(self.pipeline.text_encoder),
                 "conditioner.embedders.1.model.": open_clip_weights(self.pipeline.text_encoder_2),
             }

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, DDPMScheduler
+from torch import Tensor
 
 from trainer.branches.protocol import ControlNet, Task
+from trainer.branches.single_file_keys import unet_weights, vae_weights
 
 # Linear layers that every family with such a UNet trains.
 UNET_TARGETS = {
@@ -44,6 +46,16 @@ def size_multiple(pipeline: Any) -> int:
     """Pixels; sides of training pictures are multiples. All blocks of the UNet except the last halve the size."""
     multiple: int = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
     return multiple
+
+
+def preview_latents(_branch: object, latents: Tensor, _size: tuple[int, int]) -> Tensor:
+    """See `Branch.preview_latents`; the tiny decoder takes the latents of a UNet as they are."""
+    return latents[:1]
+
+
+def original_weights(denoiser: Any, vae: Any) -> dict[str, dict[str, Tensor]]:
+    """UNet and VAE under the prefixes and keys of the original releases."""
+    return {"model.diffusion_model.": unet_weights(denoiser), "first_stage_model.": vae_weights(vae)}
 
 
 def noise_scheduler(pipeline: Any, device: torch.device) -> DDPMScheduler:

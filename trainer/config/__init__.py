@@ -1,1 +1,1 @@
-"""From the TOMLs in `presets/` to frozen objects. Never imports torch."""
+"""Reads the TOMLs in `presets/` into frozen objects. Never imports torch."""

@@ -15,42 +15,42 @@ from trainer.contract.errors import InvalidRequest
 from trainer.files import Unreadable, printable, warn_once
 from trainer.names import BRANCHES, DEFAULT_METHOD, METHODS
 
-PROGRAM = Path(__file__).parents[2] / "presets"  # a user's own folder may take its place
+PROGRAM = Path(__file__).parents[2] / "presets"  # the setting `presets` may name another folder
 MOST_GIB = 1e6
-FACTS = ("detect", "placeholder", "face_adapter", "base")  # what a family is, and not how a user wants it
+FACTS = ("detect", "placeholder", "face_adapter", "base")  # tables that describe a family, and that no user changes
 
 
 @dataclass(frozen=True, config=CHECKED)
 class RenderConfig:
-    """What a prompt gets that does not say: sampling steps, guidance, width and height in pixels."""
+    """Rendering defaults: sampling steps, guidance, width and height in pixels."""
 
     steps: int
     cfg_scale: float
     w: int
     h: int
-    hires_strength: float = 0.4  # of the noise that hires_fix puts on the enlarged picture; 0: there is nothing to gain
-    face_strength: float = 0.5  # of that which inpaint_faces puts on a face
-    multiple: int = 8  # pixels of which both sides are multiples
-    fixed_size: int | None = None  # a base that knows one size renders this many pixels on the longer side
-    negative_prompt: bool = True  # False: the family has no use for one
-    schedulers: bool = True  # False: the family has a sampler of its own
+    hires_strength: float = 0.4  # denoising strength of hires_fix; 0: it has no effect
+    face_strength: float = 0.5  # denoising strength of inpaint_faces
+    multiple: int = 8  # both sides are multiples of so many pixels
+    fixed_size: int | None = None  # the longer side in pixels, of a base that renders only one size
+    negative_prompt: bool = True  # False: the family does not use one
+    schedulers: bool = True  # False: the family has its own sampler
     preview: str | None = None  # the hub repository of a tiny decoder (TAESD)
 
 
 @dataclass(frozen=True, config=CHECKED)
 class BaseRow:
-    """A base model by its number in the hosted service's gallery (0: it has none there)."""
+    """A base model. id: its number in the hosted service's gallery (0: it has none)."""
 
     title: str
     repository: str | None = None
     id: int = 0
-    folder: str | None = None  # in trainer/branches/, of a base that is part of the program
+    folder: str | None = None  # in trainer/branches/, if the base is part of the program
     revision: str | None = None
-    variant: str | None = None  # of its weight files: `fp16` where the repository has them twice
+    variant: str | None = None  # of its weight files: `fp16` if the repository has them twice
 
 
 class BranchFile(BaseModel):
-    """What must be right in the TOML of a branch before anything in it is used; values of words are checked later."""
+    """The keys of a branch's TOML that are checked when it is read. Hyperparameters are checked when they are used."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -65,7 +65,7 @@ class BranchFile(BaseModel):
 
 
 def check_branch(table: Table) -> None:
-    """Raises ValueError for the TOML of a branch that cannot be used."""
+    """Check the TOML of a branch. Raises ValueError."""
     BranchFile.model_validate(table)
     bases, controls = table.get("base", []), table.get("control", {})
     if not isinstance(bases, list):
@@ -94,7 +94,7 @@ def _check_row(name: str, row: object, make: Callable[..., object]) -> None:
 
 
 def _check_method(method: str, table: object) -> None:
-    """The table of a model type: what is not a word of args."""
+    """Check the table of a model type, but for its hyperparameters. Raises ValueError."""
     if not isinstance(table, dict):
         raise ValueError(f"[{method}] must be a table")
     for kind in table.keys() & {*KINDS, STYLE_KIND, OTHER_KIND}:
@@ -114,8 +114,8 @@ def _check_method(method: str, table: object) -> None:
 def branch_table(folder: Path, branch: str) -> Table:
     """The TOML of a branch.
 
-    Where a user's own folder is of an older version, the program's TOML says what the family is. Raises InvalidRequest
-    where one of them is broken: which values were meant is not guessed.
+    If the user's folder is of an older version, FACTS come from the program's TOML. Raises InvalidRequest if one of the
+    TOMLs is broken: values are not guessed.
     """
     tables = []
     for path in (PROGRAM, folder):
@@ -143,9 +143,9 @@ def branch_problem(folder: Path, branch: str) -> str | None:
 
 
 def detections(folder: Path) -> dict[str, Detection]:
-    """The families that have files of their own, those left out whose TOML is broken.
+    """The families that have their own files, the newest first: it is tried before the families that it resembles.
 
-    The newest is first: it is asked before those that it resembles.
+    A branch whose TOML is broken is left out.
     """
     found = {}
     for branch in reversed(BRANCHES):
@@ -155,18 +155,18 @@ def detections(folder: Path) -> dict[str, Detection]:
 
 
 def detection_of(folder: Path, branch: str) -> Detection | None:
-    """None for a family that has no files of its own."""
+    """The detection of one family; None: it has no files of its own."""
     table = branch_table(folder, branch).get("detect")
     return None if table is None else detection(table)
 
 
 def base_rows(folder: Path, branch: str) -> list[BaseRow]:
-    """The base models that a branch may start from; the first one is its default."""
+    """The base models of a branch; the first one is the default."""
     return [BaseRow(**row) for row in branch_table(folder, branch)["base"]]
 
 
 def is_placeholder(folder: Path, branch: str) -> bool:
-    """Whether a branch stands in for others: it takes any base and preset, and uses its own."""
+    """Whether a branch replaces others in tests and demos: it accepts any base and preset, and uses its own."""
     return bool(branch_table(folder, branch).get("placeholder", False))
 
 
@@ -176,7 +176,7 @@ def render_config(folder: Path, branch: str) -> RenderConfig:
 
 @dataclass(frozen=True, config=CHECKED)
 class ControlRow:
-    """The hub repository of a control model; the names are those of `BaseRow`."""
+    """The hub repository of a ControlNet; the fields are those of `BaseRow`."""
 
     repository: str
     revision: str | None = None
@@ -184,7 +184,7 @@ class ControlRow:
 
 
 def control_row(folder: Path, branch: str, kind: str) -> ControlRow | None:
-    """Where the control model of this kind comes from; None: the branch has none."""
+    """The ControlNet of a kind; None: the branch has none."""
     row = branch_table(folder, branch).get("control", {}).get(kind)
     return ControlRow(**row) if row else None
 
@@ -198,12 +198,12 @@ def default_model_type(folder: Path, branch: str) -> str:
 
 
 def branch_warnings(folder: Path, branch: str) -> list[str]:
-    """What a user of this branch must know."""
+    """Warnings for each tune of a branch."""
     return list(branch_table(folder, branch).get("warnings", []))
 
 
 def list_presets(folder: Path) -> list[str]:
-    """Every TOML in the folder that is not named after a branch: the project's presets and a user's own."""
+    """The presets: every TOML in the folder that is not named after a branch."""
     names = []
     for path in folder.glob("*.toml"):
         if printable(path.name) != path.name:
@@ -214,20 +214,20 @@ def list_presets(folder: Path) -> list[str]:
 
 
 def model_types(folder: Path, branch: str) -> list[str]:
-    """What can be trained on a branch."""
+    """The model types of a branch."""
     return [method for method in METHODS if method in branch_table(folder, branch)]
 
 
 def why_not(folder: Path, branch: str) -> dict[str, str]:
-    """Why a branch does not have a model type."""
+    """The reasons why a branch does not have some model types."""
     return dict(branch_table(folder, branch).get("why_not", {}))
 
 
 def method_of(folder: Path, branch: str, model_type: str) -> str:
-    """What a model type means on a branch: sdxl1 takes lora for pti, as the hosted service does."""
+    """The method of a model type on a branch: on sdxl1, lora means pti, as at the hosted service."""
     return str(branch_table(folder, branch).get("instead", {}).get(model_type, model_type))
 
 
 def least_gib(folder: Path, branch: str, model_type: str) -> float:
-    """Free card memory below which this cannot be trained at all, in GiB."""
+    """The free card memory that training needs at least, in GiB."""
     return float(branch_table(folder, branch)[model_type].get("least_gib", 0))

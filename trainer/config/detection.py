@@ -11,9 +11,9 @@ from trainer.config.toml_file import Table
 
 @dataclass(frozen=True)
 class Keys:
-    """What the header of a safetensors file holds. `has`: each of these patterns matches a key from its beginning on.
+    """Conditions on the header of a safetensors file. has: each pattern matches the beginning of a key.
 
-    sizes: pattern -> the last dimension of a tensor whose key matches it.
+    sizes: pattern -> the last dimension of a tensor whose key it matches.
     """
 
     has: tuple[re.Pattern[str], ...]
@@ -22,10 +22,10 @@ class Keys:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What is of the family's architecture and still cannot be used.
+    """A model of the family's architecture that cannot be used.
 
     config: settings of the denoiser in a diffusers folder. has, lacks: patterns of keys in a single file. because: the
-    reason, as a message.
+    message.
     """
 
     because: str
@@ -36,13 +36,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Detection:
-    """What proves that a folder, a single file or a LoRA file is of a family.
+    """How a folder, a single file or a LoRA file of a family is recognized.
 
-    pipeline: the class that a diffusers folder names. denoiser: the folder of the model that is trained. file: a single
-    file with the keys of the original release; None: none is read. channels: a pattern for the first layer's key in
-    such a file, and for the last layer's, or the number of channels; models for inpainting and editing take more than
-    they give. whole_file: whether a single file holds the text encoders and the VAE as well. loras: one of these is
-    enough, among the keys of the adapters.
+    pipeline: the class that a diffusers folder names. denoiser: the folder of the model that is trained. file: the keys
+    of a single file of the original release; None: single files are not read. channels: a pattern for the key of the
+    first layer in such a file, and one for the last layer, or its number of channels; models for inpainting and editing
+    have more input than output channels. whole_file: whether a single file also holds the text encoders and the VAE.
+    loras: conditions on the keys of a LoRA, of which one is enough.
     """
 
     pipeline: str
@@ -55,7 +55,7 @@ class Detection:
 
 
 def detection(table: Table) -> Detection:
-    """What a table [detect] says. Raises ValueError where that cannot be used."""
+    """The detection of a family, from its table [detect]. Raises ValueError if the table is broken."""
     try:
         return _detection(table)
     except (AttributeError, LookupError, TypeError, ValueError, re.error) as problem:

@@ -1,4 +1,4 @@
-"""Styles, film looks, annotators and packs: TOMLs of what can be done to a picture's look."""
+"""Styles, film looks, annotators and packs, from their TOMLs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.files import Unreadable, printable
 
 @dataclass(frozen=True, config=CHECKED)
 class Style:
-    """What a style makes of a prompt: `prompt` has the user's in place of {prompt}; `negative` is added to theirs."""
+    """A style of prompts. prompt: a text in which {prompt} is the user's prompt. negative: added to the user's."""
 
     prompt: str
     negative: str = ""
@@ -31,9 +31,9 @@ def _styles(table: Table) -> dict[str, Style]:
 
 @dataclass(frozen=True, config=CHECKED)
 class FilmLook:
-    """How a film shows colours, all from 0 to 1: a matrix, then a saturation, then a tone curve for each channel.
+    """The colours of a film: a matrix, then a saturation, then a tone curve for each channel; colours are 0 to 1.
 
-    curves: points (x, y) of red, green and blue, x rising. matrix: 3 x 3, a row for each channel of the result.
+    curves: points (x, y) of red, green and blue, by rising x. matrix: 3 x 3, a row for each channel of the result.
     """
 
     curves: tuple[tuple[tuple[float, float], ...], ...]
@@ -42,7 +42,7 @@ class FilmLook:
 
 
 def film_looks(folder: Path) -> dict[str, FilmLook]:
-    """The looks that `color_grading` chooses from, by their names. Raises Unreadable."""
+    """The film looks of `color_grading`, by their names. Raises Unreadable."""
     return _film_looks(looks(folder, "film", _film_looks))
 
 
@@ -68,7 +68,7 @@ def _row(name: str, row: object) -> Table:
 
 
 def looks(folder: Path, name: str, check: Callable[[Table], object] = anything) -> Table:
-    """A TOML of what can be done to a picture's look; empty where a user's folder has none. Raises Unreadable."""
+    """The table of a TOML in `looks/`; empty if the user's folder has no such file. Raises Unreadable."""
     try:
         return read_toml(folder / "looks" / f"{name}.toml", check)
     except FileNotFoundError:
@@ -76,7 +76,7 @@ def looks(folder: Path, name: str, check: Callable[[Table], object] = anything) 
 
 
 def pack_tables(*folders: Path) -> dict[str, Table | str]:
-    """The TOMLs of the packs in some folders by their names; of one that cannot be read, why not."""
+    """The TOMLs of the packs in some folders, by their names; for an unreadable one, the error."""
     tables: dict[str, Table | str] = {}
     for file in (file for folder in folders for file in sorted(folder.glob("*.toml"))):
         try:
@@ -89,9 +89,9 @@ def pack_tables(*folders: Path) -> dict[str, Table | str]:
 
 
 def annotator_row(folder: Path, name: str) -> ControlRow:
-    """Where a model comes from that looks at a picture for control models: depth, people or pose.
+    """The source of a model that a preprocessor uses: depth, people or pose.
 
-    Raises ValueError where a user's own folder does not say.
+    Raises ValueError if the user's folder does not name it.
     """
     rows = looks(folder, "annotators", _annotators)
     if name not in rows:

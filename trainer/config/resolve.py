@@ -1,4 +1,4 @@
-"""Branch defaults <- preset <- request -> TrainConfig. The only reader of TOML; no default stands in code."""
+"""Branch defaults <- preset <- request -> TrainConfig. All defaults are in TOML, none in code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.contract.errors import InvalidRequest, nearest, words
 from trainer.files import Unreadable
 from trainer.names import DEFAULT_METHOD, METHODS, MODEL_TYPES, WORDS
 
-STEP_RULE = ("steps_per_photo", "min_steps", "max_steps")  # what a TOML has in place of `steps`
+STEP_RULE = ("steps_per_photo", "min_steps", "max_steps")  # the keys of a TOML that decide `steps`
 KEYS = {*TrainConfig.model_fields, *STEP_RULE} - {"steps"}
 PRESET_KEYS = {"branches", *METHODS}  # the top level of a preset
 
@@ -32,10 +32,10 @@ def resolve(
     face_crop: bool | None = None,
     face_crop_default: bool = False,
 ) -> TrainConfig:
-    """The one place where hyper-parameters are decided. `name` is the class name, `photos` the number of photos.
+    """Decide the hyper-parameters. name: the class name. photos: the number of photos.
 
-    Whether there is a set of face crops: `face_crop`, else the preset, else `face_crop_default`; only for people.
-    Raises InvalidRequest naming the field that is wrong.
+    Face crops are for people only; they are added if `face_crop`, else the preset, else `face_crop_default` says so.
+    Raises InvalidRequest with the invalid fields.
     """
     kind, table = kind_of(name), branch_table(folder, branch)
     values = layer(table[DEFAULT_METHOD], kind) | layer(table[model_type], kind)
@@ -76,7 +76,7 @@ def resolve(
     if messages:
         field = "args" if asked.keys() & {word for word, _ in messages} else "preset"
         raise InvalidRequest({field: [message for _, message in messages]})
-    # A photo twice in one batch is a smaller batch, paid in full.
+    # A photo that is twice in a batch costs twice and teaches once.
     return config if "batch" in asked else config.model_copy(update={"batch": min(config.batch, photos)})
 
 
@@ -88,13 +88,13 @@ def step_rule(branch: str, key: str, value: object) -> int:
 
 
 def layer(table: Table, kind: str) -> Table:
-    """The values of one table of a model type, with those for a kind of subject over them."""
+    """The values of a model type's table; those for the kind of subject override the others."""
     plain = {key: value for key, value in table.items() if key in KEYS}
     return {**plain, **table.get(kind, {})}
 
 
 def overlay(file: Path, branch: str, model_type: str, kind: str) -> Table:
-    """What a preset says. Raises InvalidRequest for a TOML that is broken, of another branch, or has an unknown key."""
+    """The values of a preset. Raises InvalidRequest for an invalid TOML, an unknown key or another branch's preset."""
     try:
         preset = read_toml(file)
     except FileNotFoundError:
@@ -111,12 +111,12 @@ def overlay(file: Path, branch: str, model_type: str, kind: str) -> Table:
         problems += section_problems(file, section, preset[section])
     if problems:
         raise InvalidRequest({"preset": problems})
-    plain = layer(preset.get(DEFAULT_METHOD, {}), kind) if MODEL_TYPES[model_type].adapter else {}  # pti is one, too
+    plain = layer(preset.get(DEFAULT_METHOD, {}), kind) if MODEL_TYPES[model_type].adapter else {}  # pti is a LoRA, too
     return plain | layer(preset.get(model_type, {}), kind)
 
 
 def section_problems(file: Path, section: str, table: object) -> list[str]:
-    """What is wrong with the table of a model type; the values are checked when they are put together."""
+    """The errors in the table of a model type; its values are checked after they are merged."""
     if not isinstance(table, dict):
         return [f"{file.name}: {section} must be a table, [{section}]"]
     kinds = {*KINDS, STYLE_KIND, OTHER_KIND}
@@ -138,20 +138,20 @@ def unknown(file: Path, table: Table, known: set[str]) -> list[str]:
 def fit(
     folder: Path, config: TrainConfig, *, branch: str, model_type: str, asked: str | None, free_gib: float
 ) -> TrainConfig:
-    """The configuration for a card with this much free memory; what was asked for in `args` stays as it is.
+    """The configuration for a card with this much free memory; values from `args` stay unchanged.
 
-    Rows of [[MODEL_TYPE.memory]] apply in their order where the memory is below their `below_gib`. Afterwards
-    micro_batch is from 1 to batch.
+    Each row of [[MODEL_TYPE.memory]] applies, in order, if the memory is below its `below_gib`. Afterwards micro_batch
+    is from 1 to batch.
     """
     changes: Table = {}
     for row in branch_table(folder, branch).get(model_type, {}).get("memory", []):
         if free_gib < row["below_gib"]:
             changes |= {key: value for key, value in row.items() if key != "below_gib"}
-    if "resolution" in changes:  # never more than there was
+    if "resolution" in changes:  # never larger than before
         sides = (min(side, changes["resolution"]) for side in config.resolution)
         changes["resolution"] = tuple(dict.fromkeys(sides))
     wanted = parse_args(asked)
-    if wanted.get("optimizer", "adafactor") != "adafactor":  # nothing else rounds at random
+    if wanted.get("optimizer", "adafactor") != "adafactor":  # only adafactor rounds at random
         changes.pop("trained_dtype", None)
     fitted = config.model_dump() | {key: value for key, value in changes.items() if key not in wanted}
     try:

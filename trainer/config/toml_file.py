@@ -1,4 +1,4 @@
-"""TOML files, each parsed and checked once for each version of it. The only reader of TOML."""
+"""A cache of TOML files that were parsed and checked. The only reader of TOML."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pydantic import ConfigDict
 
 from trainer.files import Unreadable, read_text, unreadable
 
-Table = dict[str, Any]  # of a TOML: what its values are is checked where they are read
-CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # for what is made of a table
-DEPTH = 16  # tables in tables, at most: copying deeper ones would not end well
+Table = dict[str, Any]  # of a TOML; its values are checked where they are used
+CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of the classes that are made from tables
+DEPTH = 16  # the deepest nesting of tables; a deeper one could not be copied
 _parsed: dict[tuple[Path, Callable[[Table], object]], tuple[tuple[int, int], Table | str]] = {}
 
 
@@ -23,10 +23,10 @@ def anything(_table: Table) -> None:
 
 
 def read_toml(file: Path, check: Callable[[Table], object] = anything) -> Table:
-    """The content of a TOML. It is the caller's own copy, so that no caller changes what another one reads.
+    """The content of a TOML, as a copy that the caller may change.
 
-    A file is parsed again when its modification time or its size has changed. check: raises ValueError for a table that
-    cannot be used. Raises FileNotFoundError where there is no file, Unreadable where it cannot be used.
+    A file is parsed again after its modification time or its size has changed. check: raises ValueError for a table
+    that cannot be used. Raises FileNotFoundError; Unreadable if the file cannot be read or used.
     """
     try:
         status = file.stat()

@@ -1,4 +1,4 @@
-"""Every hyper-parameter of a run (`TrainConfig`), and the `args` text that holds them."""
+"""The hyper-parameters of a run (`TrainConfig`), and their text form, `args`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Resolutions = Annotated[
 
 
 class TrainConfig(BaseModel):
-    """Everything that decides how a model is trained; the words of `args`."""
+    """All hyper-parameters of a run; the words of `args`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -48,12 +48,12 @@ class TrainConfig(BaseModel):
         "2212.04488), which is the fastest and keeps the rest best"
     )
     on_top: Literal["continue", "merge"] = Field(
-        description="of an earlier LoRA: go on from its weights, where rank and layers are the same; or keep it as it "
-        "is and begin a new one on it. What is saved holds both"
+        description="of an earlier LoRA: continue from its weights, if rank and layers are the same; or keep it as it "
+        "is and train a new one on it. The saved file holds both"
     )
-    tokens: int = Field(ge=0, le=16, description="learned tokens that stand for the token")
+    tokens: int = Field(ge=0, le=16, description="learned tokens that replace the token")
     token_lr: float = Field(ge=0, le=1, description="learning rate of their embeddings")
-    token_share: float = Field(ge=0, le=1, description="share of the steps in which they are trained; then they rest")
+    token_share: float = Field(ge=0, le=1, description="share of the steps in which they are trained, at the start")
     resolution: Resolutions = Field(description="side of the training pictures in pixels; several: each photo at each")
     buckets: bool = Field(description="keep each photo's aspect ratio; else its centre square is trained")
     crops: int = Field(ge=1, le=16, description="different crops of each photo; the first is its centre")
@@ -61,9 +61,9 @@ class TrainConfig(BaseModel):
     face_set: bool = Field(description="a second set of face crops, captioned as closeup")
     faceless: Literal["keep", "drop"] = Field(description="photos of people in which no face is found")
     restore_strength: float = Field(ge=0, le=1, description="of training_face_correct: 1 takes the restored face whole")
-    mask: Literal["none", "face", "subject"] = Field(description="which part of a photo the loss looks at")
-    mask_widen: float = Field(ge=0, le=1, description="share of the steps that look at the whole subject instead")
-    mask_floor: float = Field(ge=0, le=1, description="weight of what lies outside the mask, where inside is 1")
+    mask: Literal["none", "face", "subject"] = Field(description="which part of a photo the loss counts")
+    mask_widen: float = Field(ge=0, le=1, description="share of the steps with the mask of the whole subject instead")
+    mask_floor: float = Field(ge=0, le=1, description="weight of the pixels outside the mask; inside it is 1")
     prior_weight: float = Field(ge=0, le=10, description="weight of the class pictures' loss; 0: prior not preserved")
     prior_images: int = Field(ge=1, le=1000, description="class pictures that the base renders for that")
     seed: int = Field(ge=0, lt=2**32, description="of weights, order and noise")
@@ -84,17 +84,17 @@ class TrainConfig(BaseModel):
 
     @property
     def text_steps(self) -> int:
-        """In how many steps, from the first on, what captions are encoded to is trained as well."""
+        """The number of steps, from the first on, in which the text encoders or embeddings are trained as well."""
         return self.steps if self.text_encoder_lr else self.token_steps
 
     @property
     def token_steps(self) -> int:
-        """In how many of them the new words are trained."""
+        """The number of steps, from the first on, in which the learned tokens are trained."""
         return max(1, round(self.steps * self.token_share)) if self.tokens else 0
 
 
 def parse_args(args: str | None) -> dict[str, str]:
-    """`rank=32 lr=2e-4` -> {"rank": "32", "lr": "2e-4"}. Raises InvalidRequest for what is not a known word."""
+    """`rank=32 lr=2e-4` -> {"rank": "32", "lr": "2e-4"}. Raises InvalidRequest for unknown words."""
     asked: dict[str, str] = {}
     problems = []
     for word in (args or "").split():
@@ -122,4 +122,4 @@ def _as_word(value: object) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return str(value).removesuffix(".0")  # str: the shortest digits that read back as the very same number
+    return str(value).removesuffix(".0")  # str: the shortest digits that parse to the same number

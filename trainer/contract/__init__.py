@@ -1,1 +1,1 @@
-"""What goes in and out: requests, answers, errors. pydantic alone, no I/O."""
+"""Requests, answers and errors. Only pydantic, no I/O."""

@@ -1,4 +1,4 @@
-"""The errors that every door answers, and the words that they share."""
+"""The errors that all interfaces answer, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 
 class InvalidRequest(Exception):
-    """A request that cannot be carried out, and why: {field: [message, ...]}. REST answers it with 422."""
+    """An invalid request, with its errors: {field: [message, ...]}. REST answers it with 422."""
 
     def __init__(self, problems: Mapping[str, list[str]]) -> None:
         self.problems = dict(problems)
@@ -19,11 +19,11 @@ class NotFound(Exception):
 
 
 class Conflict(Exception):
-    """Not in this state. REST answers it with 409."""
+    """Not possible in the current state. REST answers it with 409."""
 
 
 class AnalysisUnavailable(Exception):
-    """A photo that cannot be looked at, and why. REST answers it with 503; a tune fails."""
+    """Face analysis is not available, with the reason. REST answers it with 503; a tune fails."""
 
 
 def words(names: Iterable[str]) -> str:
@@ -32,6 +32,6 @@ def words(names: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'steps'?)` where a known name looks like it, else nothing."""
+    """` (did you mean 'steps'?)` if a known name is similar, else an empty text."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

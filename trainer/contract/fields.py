@@ -1,4 +1,4 @@
-"""The types of request fields, and how a request is checked with all problems at once."""
+"""The types of request fields, and the check of a request, which reports all errors at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer.contract.errors import InvalidRequest, nearest
 
 
 def blank_is_none(value: object) -> object:
-    """Forms cannot say null: they send an empty field."""
+    """An empty text becomes None: forms cannot send null."""
     return None if isinstance(value, str) and not value.strip() else value
 
 
@@ -68,7 +68,7 @@ def _number_or_none(value: object) -> object:
     return value
 
 
-# Optional values: null, or an empty field of a form, is None. Forms send numbers as strings.
+# Optional values: null and an empty form field become None. Forms send numbers as strings.
 OrNone = Annotated[T | None, BeforeValidator(blank_is_none)]
 NumberOrNone = Annotated[T | None, BeforeValidator(_number_or_none)]
 
@@ -80,7 +80,7 @@ Share = NumberOrNone[Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]]  
 
 
 class Request(BaseModel):
-    """Names that are not known are refused, with the nearest known one."""
+    """The base of all requests. Unknown names are refused; the message suggests the nearest known name."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -89,7 +89,7 @@ class Request(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _set_aside(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Leave out what is null, and what the hosted service takes and we do not act on."""
+        """Remove nulls, and the parameters of the hosted service that have no effect here."""
         if not isinstance(data, dict):
             raise ValueError("must be an object")
         aside = [name for name in data if name in cls.accepted()]
@@ -100,7 +100,7 @@ class Request(BaseModel):
 
     @property
     def ignored(self) -> dict[str, object]:
-        """What was set aside, by its name."""
+        """The parameters that have no effect, by their names."""
         return self._ignored
 
     @classmethod
@@ -109,12 +109,12 @@ class Request(BaseModel):
 
     @classmethod
     def parameters(cls) -> list[str]:
-        """The names that a request may have, in order."""
+        """The parameter names, in order."""
         return list(cls.model_fields)
 
     @classmethod
     def known_at(cls, _loc: Sequence[int | str]) -> list[str]:
-        """The names that are known at a place of a request, as pydantic writes places: ("prompts", 0, "text")."""
+        """The names that are known at a location in a request, as pydantic writes it: ("prompts", 0, "text")."""
         return cls.parameters()
 
 
@@ -122,7 +122,7 @@ R = TypeVar("R", bound=Request)
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    """A validator: the word in lower case, if it is one of the names."""
+    """A validator that accepts only these names, in any case, and returns lower case."""
     known = tuple(names)
 
     def check(value: str) -> str:
@@ -140,7 +140,7 @@ Characteristics = Annotated[
     dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=1000)]], Field(max_length=1000)
 ]
 ImageUrls = list[Annotated[Text, Field(min_length=1, max_length=2048)]]
-MESSAGES = {  # pydantic's own words name its types; these name what the API takes
+MESSAGES = {  # pydantic's own messages name its types; these name what the API accepts
     "missing": "is required",
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
@@ -155,7 +155,7 @@ MESSAGES = {  # pydantic's own words name its types; these name what the API tak
 
 
 def parse_request(model: type[R], data: object) -> R:
-    """Check a request against its schema. Raises InvalidRequest with all problems at once."""
+    """Check a request against its schema. Raises InvalidRequest with all errors at once."""
     try:
         return model.model_validate(data)
     except ValidationError as error:

@@ -1,6 +1,6 @@
 """Flags in the text of a prompt, as users of the hosted service write them: `a dog --mask_prompt face --mask_blur 4`.
 
-Nothing is applied here. What has a meaning is read, and everything else is left out of the text and named.
+This module only parses. Flags without an effect are removed from the text, with a warning.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Flags:
-    """Those that mean something here; None (or False) where a text does not have them.
+    """The flags that have an effect; None (or False) if they are not in the text.
 
-    mask_prompt, mask_negative: what the mask is to cover, and what not, as text. mask_dilate: `12` px or `5%`,
+    mask_prompt, mask_negative: what the mask covers, and what it does not, as text. mask_dilate: `12` px or `5%`,
     negative to shrink. mask_blur: px. Numbers are within the bounds of NUMBERS.
     """
 
@@ -44,8 +44,8 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "control_guidance_start": (0, 1),
     "control_guidance_end": (0, 1),
 }
-CLAMPED = ("hires_denoising_strength",)  # the hosted service takes the nearest number that is allowed
-# What the hosted service has besides: how many words of the text each takes with it.
+CLAMPED = ("hires_denoising_strength",)  # set to the nearest allowed number, as at the hosted service
+# The other flags of the hosted service: how many words of the text belong to each.
 NONE, ONE, SOME_NUMBERS, ALL = "none", "one", "some numbers", "all to the next flag"
 ELSEWHERE = {
     "outpaint": ONE, "outpaint_width": ONE, "outpaint_height": ONE, "outpaint_prompt": ALL, "tiled_upscale": NONE,
@@ -56,17 +56,17 @@ ELSEWHERE = {
 FLAG = re.compile(r"(?<!\S)--([a-z0-9_]+)(?=[\s=,]|$)[=,]?")
 NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 DILATE = re.compile(rf"({NUMBER.pattern})(%|px|)")
-MOST_DILATE = {"%": 100, "px": 1000}  # either way
-ATTRIBUTE = re.compile(r"([a-z][a-z0-9_]*)=(.*)")  # a line of what the hosted service's page copies
+MOST_DILATE = {"%": 100, "px": 1000}  # also the negative limit
+ATTRIBUTE = re.compile(r"([a-z][a-z0-9_]*)=(.*)")  # a line of a prompt that was copied from the hosted service's page
 SHOWN = 60  # characters of a value in a warning
 
 
 def split(text: str) -> tuple[str, Flags, list[str]]:
-    """The text without its flags, the flags that mean something here, and what to warn of. Never raises.
+    """The text without its flags, the flags that have an effect, and warnings. Never raises.
 
-    A flag is `--name` at the beginning or after white space. A value is the words up to the next flag, for numbers the
-    next word alone, for switches nothing, `true` or `false`. Also left out are lines `name=value` below the text: the
-    hosted service's page copies prompts so, and here they are attributes of the prompt.
+    A flag is `--name` at the beginning or after white space. Its value is the words up to the next flag; for numbers
+    only the next word; for switches nothing, `true` or `false`. Lines `name=value` below the text are removed as well:
+    prompts copied from the hosted service's page have them, and here they are attributes of the prompt.
     """
     text, warnings = without_attributes(text.strip())
     found = list(FLAG.finditer(text))
@@ -109,7 +109,7 @@ def without_attributes(text: str) -> tuple[str, list[str]]:
 
 
 def words_of(name: str, after: str, before: str) -> int:
-    """How many of the words after a flag are its value. before: the text so far."""
+    """The number of words after a flag that are its value. before: the text so far."""
     words = after.split()
     takes = ELSEWHERE.get(name)
     if name in WORDS or takes == ALL:
@@ -120,25 +120,25 @@ def words_of(name: str, after: str, before: str) -> int:
         return 1
     if takes == SOME_NUMBERS:
         return next((i for i, word in enumerate(words) if not NUMBER.fullmatch(word.rstrip(",;"))), len(words))
-    # A flag of another service, or mistyped. Elsewhere flags stand behind the text, and whatever follows is theirs; one
-    # in front must not take the whole prompt with it.
+    # An unknown flag. After the text, all words up to the next flag are its value. Before the text, only a number is:
+    # the flag must not remove the whole prompt.
     return len(words) if before else int(any(character.isdigit() for character in "".join(words[:1])))
 
 
 def cut(text: str, count: int) -> tuple[str, str]:
-    """The first `count` words with single blanks between them, and the rest of the text."""
+    """The first `count` words with single spaces between them, and the rest of the text."""
     parts = text.split(maxsplit=count)
     return " ".join(parts[:count]), "".join(parts[count:])
 
 
 def joined(left: str, right: str) -> str:
-    """Two pieces of a text that a flag stood between."""
+    """The text before a flag and the text after it, as one text."""
     right = right.strip()
     return left + (" " if left and right and right[0] not in ",.;" else "") + right
 
 
 def read(name: str, value: str) -> tuple[str | float | None, str | None]:
-    """A value as Flags has it, None if it is wrong; and what to warn of."""
+    """A flag's value for Flags, None if it is invalid; and a warning."""
     if name in WORDS:
         return (value, None) if value else (None, f"--{name} needs words after it; it was left out")
     bare = value.rstrip(",;")
@@ -162,6 +162,6 @@ def read(name: str, value: str) -> tuple[str | float | None, str | None]:
 
 
 def shown(value: str) -> str:
-    """A value for a warning, in one line and not too long."""
+    """A value for a warning: one line, shortened."""
     line = " ".join(value.split())
     return line if len(line) <= SHOWN else f"{line[: SHOWN - 1]}…"

@@ -1,4 +1,4 @@
-"""A prompt's text, parsed once: when the prompt is created. The result is kept with its row."""
+"""A prompt's text, parsed once, when the prompt is created. The row of the prompt keeps the result."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from trainer.contract.references import references
 
 @dataclass(frozen=True)
 class ParsedText:
-    """text: what is drawn, without models and flags. models: (lora or faceid, name, weight) of each that it names.
+    """text: the text without models and flags. models: (lora or faceid, name, weight) of each model in it.
 
-    warnings: of flags that were left out; they are for the request, and are not kept.
+    warnings: about removed flags; they are for the request, and are not kept.
     """
 
     text: str
@@ -24,20 +24,20 @@ class ParsedText:
 
 
 def parse_text(text: str) -> ParsedText:
-    """Raises InvalidRequest for a model's weight that is no number, or out of range."""
+    """Raises InvalidRequest if a model's weight is not a number or is out of range."""
     without_models, models = references(text)
     plain, flags, warnings = split(without_models)
     return ParsedText(plain, tuple(models), flags, tuple(warnings))
 
 
 def as_row(parsed: ParsedText) -> dict[str, object]:
-    """As the store keeps it: flags that were not given are left out."""
+    """The form in which the store keeps it, without flags that are not set."""
     flags = {name: value for name, value in asdict(parsed.flags).items() if value is not None and value is not False}
     return {"text": parsed.text, "models": parsed.models, "flags": flags}
 
 
 def of_row(row: Mapping[str, Any]) -> ParsedText:
-    """The inverse of `as_row`. A flag that only a later version knows is left out."""
+    """The inverse of `as_row`. Flags of a later version are left out."""
     known = {field.name for field in fields(Flags)}
     flags = Flags(**{name: value for name, value in row["flags"].items() if name in known})
     models = tuple((str(kind), str(name), float(weight)) for kind, name, weight in row["models"])

@@ -8,23 +8,23 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ProgressCallback = Callable[[str, int, int], None]  # progress("photos are decoded", 3, 20): how far a request has come
+ProgressCallback = Callable[[str, int, int], None]  # progress("photos are decoded", 3, 20)
 
 
 def no_progress(_what: str, _done: int, _of: int) -> None:
-    """For callers that do not wait to hear."""
+    """For callers that show no progress."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file that came in: the name it had and where its bytes are now."""
+    """An uploaded file: its original name, and the path of its bytes."""
 
     name: str
     path: Path
 
 
 class Face(BaseModel):
-    """A face that was found: its box (left, top, right, bottom) in pixels of the upright photo, and how sure that is.
+    """A detected face. box: (left, top, right, bottom) in pixels of the upright photo.
 
     score: the detector's, 0 to 1. sharpness: variance of the Laplacian of the face at 112 px. main: it is the subject.
     """
@@ -38,10 +38,10 @@ class Face(BaseModel):
 
 
 class Photo(BaseModel):
-    """The verdict on one photo: what came, what was seen in it and what was done with it.
+    """The verdict on one photo: its properties, what was found in it and what was done with it.
 
-    Sizes are in pixels, of the upright picture. `file` is its name among the tune's images, `url` its link there;
-    `seen` shows the picture as the trainer sees it, `closeup` its face crop: links for a tune, data URLs for a check.
+    Sizes are in pixels, of the upright picture. file: its name among the tune's images. url: its link. seen: the
+    picture as it is trained. closeup: its face crop. The last two are links for a tune, data URLs for a check.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -52,15 +52,15 @@ class Photo(BaseModel):
     height: int
     format: str
     rotated: bool = False
-    converted: str | None = Field(None, description="from which colours, as CMYK; None: it was 8-bit RGB already")
+    converted: str | None = Field(None, description="the original colours, such as CMYK; None: 8-bit RGB")
     sharpness: float | None = Field(None, description="variance of the Laplacian at a long side of 512 px")
     blurred: bool = False
     too_small: bool = False
-    duplicate_of: str | None = Field(None, description="the photo that this one is, or looks almost like")
+    duplicate_of: str | None = Field(None, description="the photo that this one equals or almost equals")
     faces: list[Face] | None = Field(
         None, description="None: face detection was skipped; it runs on photos of people only"
     )
-    same_person: bool | None = Field(None, description="None: not known; it takes recognition weights and three photos")
+    same_person: bool | None = Field(None, description="None: not known; it needs recognition weights and three photos")
     cropped: bool = False
     restored: bool = False
     masks: list[str] = []
@@ -72,7 +72,7 @@ class Photo(BaseModel):
 
 
 class Check(BaseModel):
-    """What /photos/check answers: a verdict for each photo, and what holds for all of them."""
+    """The answer of /photos/check: a verdict for each photo, and warnings about the whole set."""
 
     photos: list[Photo]
     warnings: list[str]

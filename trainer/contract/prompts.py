@@ -1,4 +1,4 @@
-"""A prompt: the request, and the answer."""
+"""A prompt: the request and the answer."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SCHEDULERS = (
     "euler", "euler_a", "dpm++2m", "dpm++2m_karras", "dpm++sde", "dpm++sde_karras", "lcm", "tcd",
 )  # fmt: skip
 ASPECT_RATIOS = ("1:1", "16:9", "9:16", "21:9", "9:21", "3:2", "2:3", "5:4", "4:5", "4:3", "3:4")
-AR = {"1:1": "1:1", "portrait": "3:4", "16:9": "16:9", "landscape": "4:3"}  # the hosted service's older words
+AR = {"1:1": "1:1", "portrait": "3:4", "16:9": "16:9", "landscape": "4:3"}  # the hosted service's older names
 CONTROLS = ("canny", "depth", "pose", "tile", "lineart")
-HOSTED_CONTROLS = (  # taken there, and not rendered here
+HOSTED_CONTROLS = (  # of the hosted service; accepted, not rendered
     "composition", "reference", "segroom", "ipadapter", "hed", "mlsd", "qr", "relight", "style", "blur", "gray",
     "low_quality",
 )  # fmt: skip
@@ -49,12 +49,12 @@ ControlNet = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of(
 
 
 def _enlarged(value: object) -> object:
-    """The hosted service's older word for super-resolution says by how much."""
+    """Older requests to the hosted service name a factor; any factor means true."""
     return True if isinstance(value, str) and value.strip().lower() in ("x2", "x4") else blank_is_none(value)
 
 
 class PromptRequest(Request):
-    """One prompt: what to render."""
+    """A prompt to render."""
 
     text: Annotated[Text, Field(min_length=1, max_length=10_000)]
     negative_prompt: PromptText = None
@@ -91,7 +91,7 @@ class PromptRequest(Request):
 
     @property
     def parsed(self) -> ParsedText:
-        """Its text, parsed at the first call. Raises InvalidRequest for a weight that is no number, or out of range."""
+        """Its text, parsed at the first call. Raises InvalidRequest if a weight is not a number or is out of range."""
         if self._parsed is None:
             self._parsed = parse_text(self.text)
         return self._parsed
@@ -113,7 +113,7 @@ class PromptRequest(Request):
 
     @property
     def has_input(self) -> bool:
-        """Whether it starts from a picture."""
+        """Whether it starts from an input picture."""
         return self.input_image is not None or self.input_image_url is not None
 
     @property
@@ -121,30 +121,30 @@ class PromptRequest(Request):
         return self.mask_image is not None or self.mask_image_url is not None
 
 
-PICTURES = ("input_image", "mask_image")  # of a prompt: files, in a request and in the prompt's folder
-# What a prompt's row has columns for; the rest is its `attributes`.
+PICTURES = ("input_image", "mask_image")  # files, in a request and in the prompt's folder
+# The parameters that are columns of a prompt's row; the others are in its `attributes`.
 COLUMNS = ("text", "negative_prompt", "num_images", "seed", "steps", "cfg_scale", "w", "h", "callback")
 
 
 def attributes_of(request: PromptRequest) -> dict[str, JsonValue]:
-    """What was asked for beside the columns of a prompt's row; pictures are not among it."""
-    beside = {name for name in PromptRequest.model_fields if name not in (*COLUMNS, *PICTURES)}
-    return {name: value for name, value in request.model_dump(include=beside).items() if value is not None}
+    """The `attributes` of a prompt's row: the given parameters that are neither columns nor pictures."""
+    names = {name for name in PromptRequest.model_fields if name not in (*COLUMNS, *PICTURES)}
+    return {name: value for name, value in request.model_dump(include=names).items() if value is not None}
 
 
 def prompt_of(row: PromptToRender) -> PromptRequest:
-    """The request of a prompt's row in the store."""
-    beside = {name: value for name, value in row["attributes"].items() if name not in PICTURES}  # those are files now
+    """The request that a prompt's row holds."""
+    attributes = {name: value for name, value in row["attributes"].items() if name not in PICTURES}  # these are files
     request = PromptRequest.model_validate(
-        {**{name: value for name, value in row.items() if name in COLUMNS}, **beside}
+        {**{name: value for name, value in row.items() if name in COLUMNS}, **attributes}
     )
-    if parsed := row["parsed"]:  # null in rows of older versions: these are parsed when they are first used
+    if parsed := row["parsed"]:  # null in rows of older versions: their text is parsed at its first use
         request._parsed = of_row(parsed)
     return request
 
 
 class Echo(BaseModel):
-    """What the hosted service's prompt object tells of attributes; of prompts older than they are here, too."""
+    """The attributes in the hosted service's prompt object, with defaults for prompts of older versions."""
 
     super_resolution: bool = False
     ar: OrNone[Annotated[Text, Field(max_length=32)]] = "1:1"
@@ -154,7 +154,7 @@ class Echo(BaseModel):
 
 
 class Prompt(BaseModel):
-    """A prompt as every door answers it: the hosted service's keys in its order, then ours."""
+    """A prompt as all interfaces answer it: the hosted service's keys in its order, then ours."""
 
     id: int
     callback: str | None
@@ -190,11 +190,11 @@ class Prompt(BaseModel):
     face_correct: bool
     face_swap: bool
     controlnet: str | None
-    input_image: str | None = Field(description="a link to it, also where it came from input_image_url")
+    input_image: str | None = Field(description="a link to it, also if it was given as input_image_url")
     mask_image: str | None
     thumbnails: list[str]
     contact_sheet: str | None
-    preview: str | None = Field(description="what it looks like so far, while it renders")
+    preview: str | None = Field(description="a link to the unfinished picture, while it renders")
     status: PromptStatus
     progress: Progress
     error: str | None

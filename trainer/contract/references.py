@@ -12,9 +12,9 @@ MOST_WEIGHT = 10.0  # a model at ten times its strength draws noise
 
 
 def references(text: str) -> tuple[str, list[tuple[str, str, float]]]:
-    """A prompt without its `<lora:NAME:WEIGHT>` and `<faceid:NAME:WEIGHT>`, and these: (lora, name, weight).
+    """A prompt's text without `<lora:NAME:WEIGHT>` and `<faceid:NAME:WEIGHT>`, and these as (lora, name, weight).
 
-    Without a weight it is 1. Raises InvalidRequest for a weight that is no number, or out of range.
+    The default weight is 1. Raises InvalidRequest if a weight is not a number or is out of range.
     """
     found, problems = [], []
     for kind, name, weight in REFERENCE.findall(text):

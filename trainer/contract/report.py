@@ -1,4 +1,4 @@
-"""What a running job reports, and how it learns that it is to stop."""
+"""The interface through which a running job reports progress and learns that it must stop."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import Protocol
 
 
 class Report(Protocol):
-    """How a job tells where it is. One call serves progress, ETA, log line and cancel."""
+    """Reports of a job. One call serves progress, ETA, log line and cancel."""
 
     def stage(self, stage: str) -> None: ...
 
     def step(self, step: int, steps: int, loss: float | None = None, lr: float | None = None) -> bool:
-        """`step` steps are done; `loss` is their mean since it was last given. False: save and stop."""
+        """`step` steps are done; `loss` is the mean since the last loss. Returns False: save and stop."""
         ...
 
     def saved(self, step: int) -> None:
-        """A state to resume from is on disk."""
+        """The state after this step is on disk; training can resume from it."""
         ...
 
     def resumed(self, step: int) -> None:
-        """Training goes on after this step."""
+        """Training continues after this step."""
         ...
 
     def warn(self, message: str) -> None:
-        """Something that the user should know, and that does not end the job."""
+        """Show a warning to the user; the job continues."""
         ...

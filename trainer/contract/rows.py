@@ -1,6 +1,6 @@
-"""The rows of the database as the store gives them: JSON columns parsed, the rest as SQLite has it.
+"""The rows of the database as the store returns them: JSON columns are parsed, others are SQLite's values.
 
-`broken` names the JSON columns that cannot be read and are left empty, where there are any.
+broken: the JSON columns that cannot be read; they are empty in the row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from trainer.contract.states import PromptStatus, TuneStatus
 
 
 class PhotoRow(TypedDict):
-    """A `Photo`, dumped: the keys that are read as they are."""
+    """A `Photo` as JSON: the keys that are read without a `Photo`."""
 
     name: str
     file: str
@@ -21,7 +21,7 @@ class PhotoRow(TypedDict):
 
 
 class ProgressRow(TypedDict, total=False):
-    """A `Progress`, dumped; empty before anything was done."""
+    """A `Progress` as JSON; empty before the job starts."""
 
     stage: str
     step: int
@@ -31,7 +31,7 @@ class ProgressRow(TypedDict, total=False):
 
 
 class TuneValues(TypedDict):
-    """The columns of a tune that its request decides."""
+    """The columns of a tune that come from its request."""
 
     title: str
     name: str
@@ -54,7 +54,7 @@ class TuneValues(TypedDict):
 
 
 class TuneRow(TuneValues):
-    """A row of `tunes`. photos: a `Photo` each, dumped. files: names in `model/`, the one most widely read first."""
+    """A row of `tunes`. photos: each a `Photo` as JSON. files: names in `model/`, the most widely supported first."""
 
     id: int
     photos: list[PhotoRow]
@@ -76,9 +76,9 @@ class TuneRow(TuneValues):
 
 
 class PromptToRender(TypedDict):
-    """The columns of a prompt that rendering reads. attributes: what is wanted beside the columns.
+    """The columns of a prompt that rendering reads. attributes: the parameters that are not columns.
 
-    parsed: the text, parsed (see parsed_text.py); None in rows of older versions.
+    parsed: the parsed text (see parsed_text.py); None in rows of older versions.
     """
 
     text: str
@@ -95,10 +95,10 @@ class PromptToRender(TypedDict):
 
 
 class PromptRow(PromptToRender):
-    """A row of `prompts`. named: (kind, id, weight) of each model in its text; None: they were not resolved yet.
+    """A row of `prompts`. named: (kind, id, weight) of each model in its text; None: not resolved yet.
 
-    tune_id: whose folder has its files; None: the base's folder. base_id: where it was posted; None: on its tune.
-    lora_id: of a prompt on a base, the first tune that it names.
+    tune_id: of the tune whose folder has its files; None: the base's folder. base_id: the base that it was posted to;
+    None: it was posted to its tune. lora_id: the first tune that the text of a prompt on a base names.
     """
 
     id: int
@@ -124,7 +124,7 @@ class PromptRow(PromptToRender):
 
 
 class ExportRow(TypedDict):
-    """A row of `exports`: a trained tune in another format."""
+    """A row of `exports`: a trained model in another format."""
 
     id: int
     tune_id: int
@@ -140,7 +140,7 @@ class ExportRow(TypedDict):
 
 
 class CallbackRow(TypedDict):
-    """A row of `callbacks`. due_at: when it is tried (again); None: not any more."""
+    """A row of `callbacks`. due_at: the time of the next attempt; None: no more attempts."""
 
     id: int
     tune_id: int | None

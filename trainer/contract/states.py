@@ -12,7 +12,7 @@ ENDED = ("trained", "rendered", "failed", "canceled", "expired")
 
 
 class Progress(BaseModel):
-    """Where a running tune is. `loss` is the mean of the last steps read; `seconds_per_step` a moving average."""
+    """The progress of a job. loss: the mean of the steps since the last reading. seconds_per_step: a moving average."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -24,7 +24,7 @@ class Progress(BaseModel):
 
 
 class Callback(BaseModel):
-    """A callback: to whom, what has come of it so far, and when it is tried again (null: not any more)."""
+    """A callback: its address, the result of the last attempt, and the time of the next one (null: none)."""
 
     id: int
     kind: Literal["tune", "prompt", "prompts"]

@@ -1,4 +1,4 @@
-"""A tune: the request, the change, the check of photos, and the answer."""
+"""A tune: the requests to create it, to change it and to check photos; and the answer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Token = OrNone[Annotated[Text, Field(max_length=32)]]
 
 
 class TuneRequest(Request):
-    """The tune parameters, in the order of the product document; then ours."""
+    """The parameters of a tune, in the order of the product document; then ours."""
 
     name: ClassName
     title: Title
@@ -64,7 +64,7 @@ class TuneRequest(Request):
 
 
 class TuneChange(Request):
-    """What can be changed of a tune that is there."""
+    """The parameters of an existing tune that can be changed."""
 
     title: Title = ""
     name: ClassName = ""
@@ -73,7 +73,7 @@ class TuneChange(Request):
 
 
 class CheckRequest(Request):
-    """What a check of photos takes: the tune parameters that decide what becomes of them."""
+    """The parameters of a check of photos: those of a tune that affect the verdicts."""
 
     name: OrNone[ClassName] = None
     images: list[object] = []
@@ -93,16 +93,16 @@ class CheckRequest(Request):
         )
 
     def as_tune(self) -> TuneRequest:
-        """The tune that these photos would be for; a LoRA where nothing else is given."""
+        """The request of a tune with these photos; the default model type is lora."""
         given = self.model_dump(exclude={"images"}, exclude_none=True)
         known = MODEL_TYPES.get(self.model_type or "")
-        if known and not known.trains:  # which looks at them as a LoRA does
+        if known and not known.trains:  # photos of a model type without training are checked as those of a LoRA
             del given["model_type"]
         return TuneRequest(**{"name": "photo", "title": "check", "model_type": DEFAULT_METHOD, **given})
 
 
 def check_branch(branch: str) -> str:
-    """The branch, if there is one of that name. Raises InvalidRequest."""
+    """The branch; raises InvalidRequest if there is none of this name."""
     if branch not in BRANCHES:
         raise InvalidRequest(
             {"branch": [f"unknown branch {branch!r}{nearest(branch, BRANCHES)}; known: {words(BRANCHES)}"]}
@@ -111,7 +111,7 @@ def check_branch(branch: str) -> str:
 
 
 def check_model_type(model_type: str, branch: str, known: Sequence[str], why_not: Mapping[str, str]) -> None:
-    """Raises InvalidRequest unless a branch has the model type. why_not: the reasons for those that it has not."""
+    """Raises InvalidRequest unless a branch has the model type. why_not: the reasons for missing model types."""
     if model_type not in METHODS:
         close = nearest(model_type, METHODS)
         raise InvalidRequest({"model_type": [f"unknown model_type {model_type!r}{close}; known: {words(METHODS)}"]})
@@ -121,7 +121,7 @@ def check_model_type(model_type: str, branch: str, known: Sequence[str], why_not
 
 
 class Tune(BaseModel):
-    """A tune as every door answers it: the document's keys in its order, then ours."""
+    """A tune as all interfaces answer it: the document's keys in its order, then ours."""
 
     id: int
     title: str

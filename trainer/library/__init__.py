@@ -1,1 +1,1 @@
-"""Which models there are, of which family, and where they come from. Never imports torch."""
+"""Finds models, recognizes their family, and downloads them. Never imports torch."""

@@ -1,4 +1,4 @@
-"""base_tune_id -> Base. Finds and names base models; never loads one, and reads no more of a file than its header."""
+"""base_tune_id -> Base. Finds base models; reads the headers of files, never the weights."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from trainer.names import BRANCHES, CHECKPOINT_FILE, DEFAULT_BRANCH, MODEL_TYPES
 if TYPE_CHECKING:
     from trainer.settings import Settings
 
-FIRST_HASHED = 1_000_000_001  # the numbers of the hosted service are smaller
-PROGRAM = Path(__file__).parents[1] / "branches"  # has the bases that are part of the program
+FIRST_HASHED = 1_000_000_001  # the ids of the hosted service are smaller
+PROGRAM = Path(__file__).parents[1] / "branches"  # folder of the bases that are part of the program
 
 
 @dataclass(frozen=True)
 class Base:
-    """What a tune starts from: a folder or file here, or a hub repository."""
+    """A base model: a local folder or file, or a hub repository."""
 
     id: int
     title: str
     branch: str
     path: Path | None = None
     repository: str | None = None
-    revision: str | None = None  # of the repository; None: its main one
+    revision: str | None = None  # of the repository; None: the main branch
     variant: str | None = None  # of its weight files
     error: str | None = None  # why it cannot be used
-    model: Path | None = None  # a LoRA that is put on it: a file, or the `model/` of an earlier tune
-    rest: Base | None = None  # what has the parts that its file lacks
-    root: str = ""  # the title of what the weights are of, where that is another one
-    chain: tuple[str, ...] = ()  # of an earlier tune: the titles of what it is derived from, the nearest first
+    model: Path | None = None  # a LoRA that is loaded on it: a file, or the `model/` of an earlier tune
+    rest: Base | None = None  # the base with the parts that its file does not have
+    root: str = ""  # the title of the model with its weights, if that is another one
+    chain: tuple[str, ...] = ()  # of an earlier tune: the titles of its lineage, the nearest first
 
     @property
     def weights(self) -> tuple[object, ...]:
-        """What is the same where the same weights are loaded, whatever LoRA comes on them."""
+        """A key that is equal for bases with the same weights; their LoRAs may differ."""
         return self.branch, self.path, self.repository, self.revision, self.variant, self.rest and self.rest.weights
 
 
@@ -52,7 +52,7 @@ Bases = Callable[[], list[Base]]  # all bases: see `listed_once`
 
 
 def list_bases(settings: Settings) -> list[Base]:
-    """All bases: those of the presets, which are hub repositories or part of the program, and the models folder's."""
+    """All bases: those of the presets (hub repositories, or part of the program), and those of the models folder."""
     known = [base for branch in BRANCHES for base in _of_branch(settings, branch)]
     found = scan(settings)
     known += [
@@ -64,29 +64,29 @@ def list_bases(settings: Settings) -> list[Base]:
 
 
 def _of_branch(settings: Settings, branch: str) -> list[Base]:
-    """The bases that the TOML of a branch names. Where that is broken: one that stands for them, and says so."""
+    """The bases in the TOML of a branch. If the TOML is broken: one base with the error."""
     if problem := branch_file.branch_problem(settings.presets, branch):
         return [Base(hashed_id(branch), branch, branch, error=problem)]
     return [_of_row(row, branch) for row in branch_file.base_rows(settings.presets, branch)]
 
 
 def listed_once(settings: Settings) -> Bases:
-    """All bases, listed at the first call and remembered: a request that asks often scans the models folder once."""
+    """A function that returns all bases, listed at its first call: one request scans the models folder once."""
     return cache(partial(list_bases, settings))
 
 
 def by_id(listed: Bases, base_id: int) -> Base | None:
-    """The base of this number."""
+    """The base with this id; None: there is none."""
     return next((base for base in listed() if base.id == base_id), None)
 
 
 def _put_on(lora: FoundModel, known: list[Base], settings: Settings) -> Base:
-    """A LoRA file on the base that it names as its own, else on the default one of its branch."""
+    """A LoRA file with the base that its metadata names, else with the default base of its branch."""
     number, ours = hashed_id(lora.name), lora.trained_here_on
     named = {ours or lora.trained_on} - {None}
     usable = [base for base in known if not base.error]
     under = next((base for base in usable if named & {base.title, base.repository, Path(base.title).name}), None)
-    # A placeholder's LoRAs have the keys of the family that it stands in for.
+    # A placeholder's LoRAs have the keys of the family that it replaces.
     if under is None or not (
         under.branch == lora.branch or (under.branch and branch_file.is_placeholder(settings.presets, under.branch))
     ):
@@ -111,11 +111,11 @@ def resolve(
     tunes: Tunes = lambda tune_id: None,
     listed: Bases | None = None,
 ) -> Base:
-    """The base that a request means.
+    """The base of a request.
 
-    tunes: to look up an earlier tune, which is a base, too. listed: all bases; None: they are listed when needed.
+    tunes: finds an earlier tune, which can be a base, too. listed: all bases; None: they are listed when needed.
 
-    Raises InvalidRequest where there is none, or none of that branch.
+    Raises InvalidRequest if there is no such base, or it is of another branch.
     """
     if branch is not None:
         check_branch(branch)
@@ -141,9 +141,9 @@ def resolve(
 
 
 def of_tune(settings: Settings, tune: TuneRow, tunes: Tunes, listed: Bases | None = None) -> Base:
-    """An earlier tune as a base: the base that it was trained on with its LoRA, or its checkpoint.
+    """An earlier tune as a base: its base with its LoRA, or its checkpoint.
 
-    Raises InvalidRequest for one that is not trained, or that has no weights.
+    Raises InvalidRequest if the tune is not trained or has no weights.
     """
     tune_id, title = tune["id"], tune["title"]
     if tune["status"] != "trained":
@@ -163,6 +163,6 @@ def of_tune(settings: Settings, tune: TuneRow, tunes: Tunes, listed: Bases | Non
 
 
 def hashed_id(name: str) -> int:
-    """A number from 1e9 to 2^31 that stays the same for the same name."""
+    """An id from 1e9 to 2^31, always the same for a name."""
     digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     return FIRST_HASHED + digest % (2**31 - FIRST_HASHED)

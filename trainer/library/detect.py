@@ -1,6 +1,6 @@
-"""The family of a folder or file, read from its index or header; no weights are read.
+"""Detects the family of a folder or file by its index or header; no weights are read.
 
-What proves a family stands in its TOML (trainer/config/detection.py).
+The rules of a family are in its TOML (trainer/config/detection.py).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pydantic import TypeAdapter
 from trainer.config.detection import Detection, Keys
 from trainer.files import Unreadable, read_json
 
-EDITING_MODEL = "it is a model for inpainting or editing, which takes a picture as input; such models cannot be trained"
+EDITING_MODEL = "it is a model for inpainting or editing, which has a picture as input; such models cannot be trained"
 LORA_KEY = re.compile(r"\.(lora_down|lora_A|lora\.down)\.weight$")
 OBJECT = TypeAdapter(dict[str, object])
 Shapes = Mapping[str, list[int]]  # of the tensors of a file, by their names
-Families = Mapping[str, Detection]  # by their names, in the order in which they are asked
+Families = Mapping[str, Detection]  # by their names, in the order in which they are tried
 
 
 def branch_of_folder(folder: Path, families: Families) -> str:
-    """The family of a diffusers folder. Raises ValueError for another one, and for what cannot be used."""
+    """The family of a diffusers folder. Raises ValueError for unknown families, and for models that cannot be used."""
     index = _json_object(folder / "model_index.json")
     pipeline = str(index.get("_class_name"))
     branch = next((name for name, one in families.items() if one.pipeline == pipeline), None)
@@ -72,7 +72,7 @@ def branch_of_file(header: Shapes, families: Families) -> str:
 
 
 def branch_of_lora(header: Shapes, families: Families) -> str | None:
-    """The family of a LoRA; None for what is no LoRA. Raises ValueError for one of no family."""
+    """The family of a LoRA; None: it is not a LoRA. Raises ValueError for an unknown family."""
     adapters = [key for key in header if LORA_KEY.search(key)]
     if not adapters:
         return None
@@ -83,7 +83,7 @@ def branch_of_lora(header: Shapes, families: Families) -> str | None:
 
 
 def _matches(keys: Keys, among: Iterable[str], header: Shapes) -> bool:
-    """Whether these keys of a file are among some of it, and have the sizes that they must have."""
+    """Whether conditions hold: their keys are in `among`, and have the required sizes."""
     return all(_first(pattern, among) for pattern in keys.has) and all(
         any(header[key][-1:] == [size] for key in among if pattern.match(key)) for pattern, size in keys.sizes.items()
     )
@@ -95,6 +95,6 @@ def _first(pattern: re.Pattern[str], keys: Iterable[str]) -> str | None:
 
 
 def _shape(header: Shapes, pattern: re.Pattern[str]) -> list[int]:
-    """The shape of the first tensor whose key a pattern matches; empty where there is none."""
+    """The shape of the first tensor whose key a pattern matches; empty if none matches."""
     key = _first(pattern, header)
     return [] if key is None else header[key]

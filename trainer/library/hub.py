@@ -1,4 +1,4 @@
-"""The one place that fetches from the Hugging Face hub: checks first, then downloads."""
+"""Downloads from the Hugging Face hub, after checks of disk and memory. No other module does."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from pydantic import BaseModel, TypeAdapter
 
 from trainer.files import Unreadable, read_json
 
-ASK_SECONDS = 10.0  # for each answer about a repository; a download has the library's own limits
-DISK_MARGIN = 2**30  # bytes that a download leaves free
-GB = 1e9  # bytes, as disks and the hub's pages count them
+ASK_SECONDS = 10.0  # time limit of each request about a repository; downloads have the library's own limits
+DISK_MARGIN = 2**30  # bytes that stay free after a download
+GB = 1e9  # bytes, the unit of disks and of the hub's pages
 INDEX = "model_index.json"
 UNUSED_PARTS = {"safety_checker", "feature_extractor"}
 SMALL = (".json", ".txt", ".model")  # configurations and vocabularies
-WEIGHTS = {"model", "diffusion_pytorch_model"}  # the names that transformers and diffusers look for
-# From the names of all files, and a way to have one of them here, to the names of the wanted ones.
+WEIGHTS = {"model", "diffusion_pytorch_model"}  # file names that transformers and diffusers load
+# (names of all files, function that fetches one of them) -> names of the wanted files
 Pick = Callable[[Collection[str], Callable[[str], Path]], list[str]]
 
 
@@ -62,11 +62,11 @@ OBJECT = TypeAdapter(dict[str, object])
 
 
 class NotEnoughRoom(OSError):
-    """The disk or the memory is too small for what would be downloaded."""
+    """The disk or the memory is too small for the download."""
 
 
 class _Lacking(Exception):
-    """What a repository, or its copy in the cache, does not have; the text goes on after its name."""
+    """A repository, or its copy in the cache, lacks files. The message continues after the repository's name."""
 
 
 def fetch_pipeline(
@@ -74,10 +74,10 @@ def fetch_pipeline(
 ) -> Path:
     """The folder of a diffusers pipeline: model_index.json and the parts it names, from the cache or else the hub.
 
-    Of each part its configuration, its vocabulary and one copy of its weights: that of the variant ("fp16"), or the
-    plain one where the part has no such copy or `variant` is None. Never pickles, code, the safety checker or single
-    files at the root. The rest is as in `fetch_files`; with `ram_check` the weights must also fit the free memory
-    before they are downloaded.
+    Of each part: its configuration, its vocabulary and one copy of its weights: that of the variant ("fp16"), or the
+    plain one if the part has no such copy or `variant` is None. Never pickles, code, the safety checker or single
+    files at the root. Otherwise as `fetch_files`. ram_check: before the download, check that the weights fit the free
+    memory.
     """
 
     def pick(names: Collection[str], place: Callable[[str], Path]) -> list[str]:
@@ -97,7 +97,7 @@ def fetch_parts(
     *,
     ram_check: bool = True,
 ) -> Path:
-    """The snapshot folder with some parts of a pipeline, such as ["vae/*", "tokenizer/*"]; else as `fetch_pipeline`."""
+    """The snapshot folder with parts of a pipeline, such as ["vae/*", "tokenizer/*"]; otherwise as `fetch_pipeline`."""
 
     def pick(names: Collection[str], _place: Callable[[str], Path]) -> list[str]:
         return _part_files(names, patterns, variant)
@@ -106,8 +106,8 @@ def fetch_parts(
 
 
 def fetch_model(repository: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The snapshot folder of a repository that is one model: its configuration, its vocabulary where it has one, and
-    one copy of its weights. The rest is as in `fetch_files`."""
+    """The snapshot folder of a repository that is one model: its configuration, its vocabulary if it has one, and one
+    copy of its weights. Otherwise as `fetch_files`."""
 
     def pick(names: Collection[str], _place: Callable[[str], Path]) -> list[str]:
         inside = {f"./{name}": name for name in names if "/" not in name}
@@ -119,14 +119,14 @@ def fetch_model(repository: str, revision: str | None = None, variant: str | Non
 def fetch_files(repository: str, names: Sequence[str], revision: str | None = None) -> Path:
     """The snapshot folder, in the hub's own cache, with all these files of a repository in it.
 
-    What is in the cache whole is used without asking the hub, even if the branch has moved since. Whole means that
-    every wanted file of the commit is there, by the list of the commit's files that huggingface_hub keeps in the
-    cache; it puts a file in place only once all of it has arrived, so an interrupted download goes on with the files
-    that are missing. A cache without that list (of an older huggingface_hub) is completed by the hub; offline it is
-    taken for whole if it has the shards that the weight indexes name, and weights in every part that needs some.
+    A complete copy in the cache is used without a request to the hub, even if the branch has moved since. Complete
+    means: every wanted file of the commit is there, by the list of the commit's files that huggingface_hub keeps in
+    the cache. It adds a file only after its download has ended, so an interrupted download continues with the missing
+    files. A cache without that list (of an older huggingface_hub) is completed from the hub; offline it counts as
+    complete if it has the shards that the weight indexes name, and weights in every part that needs some.
 
-    Raises OSError with a clear message before anything large is downloaded: offline and not in the cache, hub out
-    of reach, no such repository, revision or file, no access; NotEnoughRoom where it does not fit.
+    Raises OSError with a clear message before anything large is downloaded: offline and not in the cache, hub not
+    reachable, no such repository, revision or file, no access; NotEnoughRoom if it does not fit.
     """
 
     def pick(known: Collection[str], _place: Callable[[str], Path]) -> list[str]:
@@ -147,7 +147,7 @@ def _fetch(repository: str, revision: str | None, pick: Pick, *, ram_check: bool
                 f"{title} {lack}. Looked for in {constants.HF_HUB_CACHE}, since HF_HUB_OFFLINE is set. Unset it, or run"
                 f" `hf download {repository}` where there is a network, or put a folder into the models folder."
             ) from None
-    with _told_in_words(repository, title):
+    with _clear_errors(repository, title):
         api = HfApi()
         info = api.model_info(repository, revision=revision, files_metadata=True, timeout=ASK_SECONDS)
         files = {file.rfilename: file for file in info.siblings or []}
@@ -160,12 +160,12 @@ def _fetch(repository: str, revision: str | None, pick: Pick, *, ram_check: bool
         if ram_check:
             _check_ram(title, sum(files[name].size or 0 for name in wanted if name.endswith(".safetensors")))
         snapshot_download(repository, revision=revision, allow_patterns=wanted)
-        return _from_cache(repository, revision, pick)  # it returns a folder with gaps if the hub went away meanwhile
+        return _from_cache(repository, revision, pick)  # files are missing if the hub became unreachable
 
 
 def _from_cache(repository: str, revision: str | None, pick: Pick) -> Path:
-    """The snapshot folder, if all that is wanted is there. Raises _Lacking otherwise."""
-    try:  # no pattern: where the snapshot is, whether whole or not
+    """The snapshot folder, if all wanted files are there. Raises _Lacking otherwise."""
+    try:  # without a pattern: the path of the snapshot, complete or not
         found = snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[])
     except LocalEntryNotFoundError:
         raise _Lacking("is not in the cache") from None
@@ -203,18 +203,18 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def _parts(index: Path) -> list[str]:
-    """The folders that a model_index.json names, but for those that are never used here."""
+    """The folders that a model_index.json names, without those that are never used."""
     try:
         entries = read_json(index, OBJECT)
     except Unreadable:
         raise _Lacking(f"has a broken {INDEX}") from None
-    # An entry is [library, class]; [null, null] stands for a part that this pipeline goes without.
+    # An entry is [library, class]; [null, null] means that this pipeline does not have the part.
     named = (name for name, entry in entries.items() if isinstance(entry, list) and entry and entry[0])
     return [name for name in named if name not in UNUSED_PARTS]
 
 
 def _part_files(names: Iterable[str], patterns: Iterable[str], variant: str | None) -> list[str]:
-    """The files that the parts are read from. Raises _Lacking where there are none, or pickles only."""
+    """The files that the parts are loaded from. Raises _Lacking if there are none, or only pickles."""
     wanted: list[str] = []
     found_variants = set()
     for pattern in patterns:
@@ -236,7 +236,7 @@ def _part_files(names: Iterable[str], patterns: Iterable[str], variant: str | No
 
 
 def _copy_of(name: str) -> str | None:
-    """Which copy of a part's weights this file or index belongs to: "", or a variant. None for all other files.
+    """The copy of a part's weights that a file or index belongs to: "" or a variant. None: it is not weights.
 
     model-00001-of-00002.safetensors, model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json, ...
     """
@@ -249,7 +249,7 @@ def _copy_of(name: str) -> str | None:
 
 
 def _is_here(repository: str, commit: str | None, file: RepoSibling) -> bool:
-    """Whether the cache holds a file, under this commit or (where it can link) another one with the same content."""
+    """Whether the cache has a file, of this commit or (if the file system has links) of one with the same content."""
     place = try_to_load_from_cache(repository, file.rfilename, revision=commit)
     blobs = Path(constants.HF_HUB_CACHE, "models--" + repository.replace("/", "--"), "blobs")
     content = file.lfs.sha256 if file.lfs else file.blob_id
@@ -257,7 +257,7 @@ def _is_here(repository: str, commit: str | None, file: RepoSibling) -> bool:
 
 
 def _check_disk(title: str, size: int) -> None:
-    """Raises NotEnoughRoom if `size` bytes do not fit the disk of the cache."""
+    """Raises NotEnoughRoom if `size` bytes do not fit on the disk of the cache."""
     cache = Path(constants.HF_HUB_CACHE)
     free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
     if size and size + DISK_MARGIN > free:
@@ -268,7 +268,7 @@ def _check_disk(title: str, size: int) -> None:
 
 
 def _check_ram(title: str, size: int) -> None:
-    """Raises NotEnoughRoom if `size` bytes of weights do not fit the free memory."""
+    """Raises NotEnoughRoom if `size` bytes of weights do not fit into the free memory."""
     free = psutil.virtual_memory().available
     if size > free:
         raise NotEnoughRoom(
@@ -278,11 +278,11 @@ def _check_ram(title: str, size: int) -> None:
 
 
 @contextmanager
-def _told_in_words(repository: str, title: str) -> Iterator[None]:
-    """What goes wrong with the hub, as OSError that says what to do. No text of it can hold the token."""
-    host = urlsplit(constants.ENDPOINT).hostname or "the hub"  # an endpoint may hold a password, a host does not
+def _clear_errors(repository: str, title: str) -> Iterator[None]:
+    """Turn errors of the hub into OSError with a remedy in its message. No message can contain the token."""
+    host = urlsplit(constants.ENDPOINT).hostname or "the hub"  # an endpoint may contain a password, a host does not
     token = get_token()
-    if token and not (token.isascii() and token.isprintable()):  # the client would quote it, as a header it cannot send
+    if token and not (token.isascii() and token.isprintable()):  # the client's error would quote it
         raise OSError("the hub's token (HF_TOKEN, or `hf auth login`) holds characters that no token has")
     access = "the token in use has no access" if token else "no token is set"
     give = "give a token that has access in the environment variable HF_TOKEN, or with `hf auth login`"
@@ -303,7 +303,7 @@ def _told_in_words(repository: str, title: str) -> Iterator[None]:
         status = error.response.status_code
         hint = f" The token may have expired, or lack the right to read it: {give}." if status in (401, 403) else ""
         raise OSError(f"{host} answers {status} for {repository}.{hint}") from error
-    except (httpx2.HTTPError, LocalEntryNotFoundError) as error:  # the second: it went away while it was asked
+    except (httpx2.HTTPError, LocalEntryNotFoundError) as error:  # the second: the connection broke
         raise OSError(
             f"{host} cannot be reached for {repository} ({type(error).__name__}). Check the network; HF_HUB_OFFLINE=1"
             " uses only what is in the cache."
@@ -311,4 +311,4 @@ def _told_in_words(repository: str, title: str) -> Iterator[None]:
     except json.JSONDecodeError:
         raise OSError(f"{host} does not answer like the hub (a login page of this network?)") from None
     except RuntimeError as error:  # of hf_xet, the library's download of large files
-        raise OSError(f"the download of {title} broke off: {error}. Whole files are kept; try again.") from error
+        raise OSError(f"the download of {title} broke: {error}. Complete files are kept; try again.") from error

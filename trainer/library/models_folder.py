@@ -1,4 +1,4 @@
-"""What is in the models folder: diffusers folders and single files, each with its family, or why it cannot be used."""
+"""The models folder: diffusers folders and single files, each with its family, or why it cannot be used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EMBEDDINGS_SUFFIX = "_emb.safetensors"
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model in the models folder. name: its path below that, with slashes. error: why it cannot be used.
+    """A model in the models folder. name: its path in the folder, with slashes. error: why it cannot be used.
 
     trained_here_on, trained_on: the base that a LoRA file names, in our metadata and in kohya's.
     """
@@ -33,17 +33,17 @@ class FoundModel:
     error: str | None = None
 
 
-# What a file was found to be, with its version and the families that were known then: its header is read once.
+# Results by file, with the file's version and the families at that time: each header is read once.
 _found: dict[Path, tuple[tuple[int, int], Families, FoundModel]] = {}
 
 
 def sidecar(file: Path) -> Path:
-    """The folder of the same name beside a single file: its configuration, and its tokenizer."""
+    """The folder next to a single file, with the same name: its configuration and its tokenizer."""
     return file.with_suffix("")
 
 
 def scan(settings: Settings) -> list[FoundModel]:
-    """Diffusers folders and single files below the models folder; links that lead out of it are not followed."""
+    """The models in the models folder; links to files outside it are not followed."""
     models, families = settings.models, detections(settings.presets)
     if not models.is_dir():
         return []
@@ -56,7 +56,7 @@ def scan(settings: Settings) -> list[FoundModel]:
 
 
 def _is_embeddings(path: Path, files: list[Path]) -> bool:
-    """Whether a file holds the learned tokens of the LoRA beside it."""
+    """Whether a file has the learned tokens of the LoRA next to it."""
     lora = path.with_name(path.name.removesuffix(EMBEDDINGS_SUFFIX) + ".safetensors")
     return path.name.endswith(EMBEDDINGS_SUFFIX) and lora in files
 
@@ -68,7 +68,7 @@ def _identify(path: Path, models: Path, families: Families) -> FoundModel:
         if name != path.relative_to(models).as_posix():
             raise ValueError("its name is not UTF-8, and no library opens it; rename it")
         if not path.resolve().is_relative_to(models.resolve()):
-            raise ValueError("it lies outside the models folder")
+            raise ValueError("it is outside the models folder")
         if path.is_dir():
             return FoundModel(name, path, branch_of_folder(path, families))
         status = path.stat()
@@ -87,7 +87,7 @@ def _identify(path: Path, models: Path, families: Families) -> FoundModel:
 
 
 def _identify_file(name: str, path: Path, families: Families) -> FoundModel:
-    """A LoRA or a base in one file. Raises OSError; of what cannot be used, `error` says why."""
+    """A LoRA or a base in one file; if it cannot be used, `error` says why. Raises OSError."""
     try:
         header = read_header(path)
         branch = branch_of_lora(header.shapes, families)

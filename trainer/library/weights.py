@@ -1,7 +1,7 @@
-"""Weights of the small models that look at photos: what they are, where they come from, and that they are these.
+"""The weights of the small models that analyze photos: their sources, licences and sha256.
 
-They are in a folder of their own (setting `weights`), are fetched there once, and are recognized by their sha256. A
-machine without a network gets them by hand: the same names in that folder.
+They are downloaded once into their own folder (setting `weights`) and checked by their sha256. On a machine without a
+network, a person puts files of the same names into that folder.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ CLIPSEG_HUB = f"https://huggingface.co/CIDAS/{CLIPSEG_FOLDER}/resolve/main"
 
 
 class Unavailable(Exception):
-    """Weights that are not available, and why, as a message for the user."""
+    """Weights are not available; the message for the user says why."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """One file. sha256 None: its maker publishes none; then that of the first time is kept beside it."""
+    """A file. sha256 None: none is published; then the sha256 of the first download is kept next to the file."""
 
     name: str
     what: str
@@ -68,20 +68,20 @@ UPSCALER = Weights(
 )
 MATTING = Weights(
     "matting_modnet_portrait.pth",
-    "the model that sets people apart from what is behind them",
+    "the model that separates people from the background",
     f"{FACEXLIB}/v0.2.0/matting_modnet_portrait.pth",
     None,
     26,
     "Apache-2.0 (MODNet)",
 )
-NAMER = "the model that finds things by their name"
+NAMER = "the model that finds objects by their names"
 SEGMENTER = tuple(
     Weights(f"{CLIPSEG_FOLDER}/{file}", NAMER, f"{CLIPSEG_HUB}/{file}", None, size, "Apache-2.0 (CLIPSeg)")
     for file, size in [("config.json", 0.1), ("preprocessor_config.json", 0.1), ("vocab.json", 0.9),
                        ("merges.txt", 0.5), ("tokenizer_config.json", 0.1), ("special_tokens_map.json", 0.1),
                        ("model.safetensors", 603)]
 )  # fmt: skip
-# Never fetched: used where they are. The first is the field's (OpenCV Zoo); the second is what tests have.
+# Never downloaded, but used if present. The first is common (OpenCV Zoo); the second is the one of the tests.
 RECOGNIZERS = (
     Weights(
         "face_recognition_sface_2021dec.onnx",
@@ -100,7 +100,7 @@ RECOGNIZERS = (
         "Apache-2.0 (MobileFaceNet; trained on MS-Celeb-1M, which was withdrawn)",
     ),
 )
-# What faceid tunes are made with: whose identities IP-Adapter FaceID was trained on.
+# The recognizer of faceid tunes: IP-Adapter FaceID was trained on its identities.
 ARCFACE = Weights(
     "w600k_r50.onnx",
     "the face recognizer of faceid tunes",
@@ -112,15 +112,15 @@ ARCFACE = Weights(
 
 
 def face_adapter(settings: Settings, branch: str) -> Weights:
-    """What puts a face into pictures of a branch (IP-Adapter FaceID)."""
+    """The adapter that puts a face into pictures of a branch (IP-Adapter FaceID). Raises Unavailable."""
     try:
         return Weights(**branch_file.branch_table(settings.presets, branch)["face_adapter"])
     except (LookupError, TypeError):
-        raise Unavailable(f"{branch}.toml does not say where its face adapter is: [face_adapter]") from None
+        raise Unavailable(f"{branch}.toml has no valid [face_adapter]") from None
 
 
 def find(settings: Settings, *wanted: Weights) -> Path | None:
-    """The first of these files, if all of them are in the folder. Raises Unavailable for one that is another file."""
+    """The first of these files, None unless all are in the folder. Raises Unavailable for a wrong sha256."""
     if not all((settings.weights / one.name).is_file() for one in wanted):
         return None
     for one in wanted:
@@ -128,28 +128,28 @@ def find(settings: Settings, *wanted: Weights) -> Path | None:
         facts = file.stat()
         if _sha256(file, facts.st_mtime_ns, facts.st_size) != (one.sha256 or _first_sha256(file)):
             raise Unavailable(
-                f"{one.name} in the weights folder is not {one.what}: its sha256 is another one. Delete it, and the"
+                f"{one.name} in the weights folder is not {one.what}: its sha256 is wrong. Delete it, and the"
                 " file of that name and .sha256 where there is one, so that it is fetched again"
             )
     return settings.weights / wanted[0].name
 
 
 def find_recognizer(settings: Settings) -> Path | None:
-    """The face recognizer, where one is in the folder."""
+    """The face recognizer, if one is in the folder."""
     found = (find(settings, one) for one in RECOGNIZERS)
     return next((file for file in found if file), None)
 
 
 def find_identifier(settings: Settings) -> Path | None:
-    """The face recognizer for faceid tunes, where one is in the folder: ArcFace's, else that for other tunes.
+    """The face recognizer for faceid tunes, if one is in the folder: ArcFace, else the recognizer of other tunes.
 
-    Adapters know only identities of the one that they were trained with.
+    An adapter understands only identities of the recognizer that it was trained with.
     """
     return find(settings, ARCFACE) or find_recognizer(settings)
 
 
 def obtain_identifier(settings: Settings, progress: ProgressCallback = no_progress) -> Path:
-    """ArcFace's, which is fetched; the one for other tunes only where that is not available. Raises Unavailable."""
+    """ArcFace, downloaded if needed; the recognizer of other tunes if that fails. Raises Unavailable."""
     if file := find(settings, ARCFACE):
         return file
     try:
@@ -161,17 +161,17 @@ def obtain_identifier(settings: Settings, progress: ProgressCallback = no_progre
 
 
 def obtain(settings: Settings, *wanted: Weights, progress: ProgressCallback = no_progress) -> Path:
-    """The first of these files; what is missing is fetched. Raises Unavailable."""
+    """The first of these files; missing ones are downloaded. Raises Unavailable."""
     for one in wanted:
         if not (settings.weights / one.name).is_file():
             _fetch(settings, one, progress)
     file = find(settings, *wanted)
-    assert file is not None, "all of them are there now"
+    assert file is not None, "all of them are present now"
     return file
 
 
 def _fetch(settings: Settings, one: Weights, progress: ProgressCallback) -> None:
-    from huggingface_hub import constants  # the switch for being offline is that library's
+    from huggingface_hub import constants  # has the library's switch for offline mode
 
     by_hand = f"put {one.name} into the weights folder, from {one.url}"
     if constants.is_offline_mode():
@@ -192,7 +192,7 @@ def _fetch(settings: Settings, one: Weights, progress: ProgressCallback) -> None
         if one.sha256 not in (None, digest.hexdigest()):
             raise Unavailable(f"{one.what} arrived damaged: its sha256 is not the published one; {by_hand}")
         fsync(partial)
-        _note_of(target).unlink(missing_ok=True)  # of what lay here before
+        _note_of(target).unlink(missing_ok=True)  # of an earlier file
         partial.rename(target)
     except httpx.HTTPError as problem:
         raise Unavailable(f"{one.what} could not be fetched ({type(problem).__name__}); {by_hand}") from None
@@ -203,7 +203,7 @@ def _fetch(settings: Settings, one: Weights, progress: ProgressCallback) -> None
 
 
 def _first_sha256(file: Path) -> str:
-    """The sha256 that the file had when it was first used."""
+    """The sha256 of the file at its first use."""
     note = _note_of(file)
     if not note.exists():
         facts = file.stat()

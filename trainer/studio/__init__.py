@@ -1,1 +1,1 @@
-"""The verbs that REST, the Gradio API and the page share, and the store behind them. Never imports torch."""
+"""The operations that REST, the Gradio API and the page share, and their store. Never imports torch."""

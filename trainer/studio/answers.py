@@ -1,4 +1,4 @@
-"""From rows to answers: tunes, prompts, photos and what the page shows of a run."""
+"""Makes answers from rows: tunes, prompts, photos, and the data of a run for the page."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from trainer.photos.intake import SAME_PICTURE
 from trainer.studio.links import MODEL_LINK_SECONDS, link_path, make_link
 from trainer.studio.rows import Services, broken_warnings, place_of, prompt_home, tune_folder
 
-SNAPSHOT_FILES = FORMATS["bundled"], FORMATS["kohya"]  # of a model in mid-run: with its new words, where it has some
+SNAPSHOT_FILES = FORMATS["bundled"], FORMATS["kohya"]  # the first is made if there are learned tokens
 CONTACT_SHEET = "sheet.jpg"
-BESIDE = tuple(name for name in Prompt.model_fields if name in PromptRequest.model_fields and name not in (
+ATTRIBUTES = tuple(name for name in Prompt.model_fields if name in PromptRequest.model_fields and name not in (
     *COLUMNS, *PICTURES, *Echo.model_fields))  # fmt: skip
-FLAGS = ("use_lpw", "film_grain", "hires_fix", "inpaint_faces", "face_correct", "face_swap")  # false where not asked
+FLAGS = ("use_lpw", "film_grain", "hires_fix", "inpaint_faces", "face_correct", "face_swap")  # false by default
 
 
 def readings(services: Services, tune_id: int) -> list[dict[str, Any]]:
-    """The log of a run: `step`, `loss` (mean of the last steps), `lr`, `peak_gib` and `seconds` of each line."""
+    """The log of a run. Each line has `step`, `loss` (mean of the last steps), `lr`, `peak_gib` and `seconds`."""
     lines = read_for_show(tune_folder(services, tune_id) / "log.jsonl", read_log) or []
     return [line for line in lines if "loss" in line]
 
 
 def trained_pictures(services: Services, tune_id: int) -> list[dict[str, Any]]:
-    """The pictures as they are trained: `url`, `name`, `kind`, `caption`, `width`, `height` and `mask` of each."""
+    """The pictures as they are trained. Each has `url`, `name`, `kind`, `caption`, `width`, `height` and `mask`."""
     file = tune_folder(services, tune_id) / "dataset" / "seen" / "seen.json"
-    listed = read_for_show(file, partial(read_json, content=SEEN)) or []  # none yet, or it is just being made again
+    listed = read_for_show(file, partial(read_json, content=SEEN)) or []  # not written yet, or being replaced
     return [
         one.model_dump() | {"url": make_link(services.settings, f"{tune_id}/dataset/seen/{one.file}")} for one in listed
     ]
 
 
 def saved_snapshots(services: Services, tune_id: int) -> list[dict[str, Any]]:
-    """The previews of a run: `step`, `url`, and `model`, the link to the model of that moment where it is kept."""
+    """The previews of a run: `step`, `url`, and `model`, the link to the model at that step if it was saved."""
     folder, found = tune_folder(services, tune_id), []
     for picture in steps_in(folder / "samples", ".png"):
         model = snapshot_of(folder / "checkpoints" / picture.stem)
@@ -85,15 +85,15 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
 
 
 def photo_answers(services: Services, row: TuneRow) -> list[Photo]:
-    """The verdicts with links to the photos as they came and as they are trained."""
+    """The verdicts, with links to the photos as uploaded and as trained."""
     tune_id, photos = row["id"], [Photo.model_validate(photo) for photo in row["photos"]]
     seen = {
         (Path(one["file"]).stem.rpartition("-")[0]): one["url"] for one in reversed(trained_pictures(services, tune_id))
     }
     for photo in photos:
         stem = Path(photo.file).stem
-        gone = row["status"] == "expired"
-        if not gone and (photo.dropped is None or not photo.dropped.startswith(SAME_PICTURE)):
+        expired = row["status"] == "expired"
+        if not expired and (photo.dropped is None or not photo.dropped.startswith(SAME_PICTURE)):
             photo.url = make_link(services.settings, f"{tune_id}/images/{photo.file}")
         photo.seen, photo.closeup = seen.get(stem), seen.get(f"{stem}-face")
     return photos
@@ -102,7 +102,7 @@ def photo_answers(services: Services, row: TuneRow) -> list[Photo]:
 def prompt_answer(services: Services, row: PromptRow) -> Prompt:
     try:
         return _prompt_answer(services, row)
-    except ValidationError:  # attributes that no request could have had
+    except ValidationError:  # the database is damaged: no request has such attributes
         broken = [*row.get("broken", []), "attributes"]
         return _prompt_answer(services, {**row, "attributes": {}, "kept": {}, "broken": broken})
 
@@ -111,16 +111,16 @@ def _prompt_answer(services: Services, row: PromptRow) -> Prompt:
     prompt_id, place, home = row["id"], place_of(row), services.settings.outputs / prompt_home(row)
     wanted = row["attributes"]
     folder = home / "prompts" / str(prompt_id)
-    beside = {name: wanted.get(name) or (False if name in FLAGS else None) for name in BESIDE}
+    attributes = {name: wanted.get(name) or (False if name in FLAGS else None) for name in ATTRIBUTES}
     thumbs = [f"{Path(file).stem}.thumb.jpg" for file in row["files"]]
-    small = bool(thumbs) and is_there(folder / thumbs[0])  # older ones have none
+    small = bool(thumbs) and is_there(folder / thumbs[0])  # not in older ones
 
     def link(file: Path) -> str:
         return make_link(services.settings, link_path(services.settings, file))
 
     preview = home / "previews" / f"{prompt_id}.jpg"
     preview_link = None
-    if row["status"] == "rendering" and is_there(preview):  # with the step: a browser would keep the first one
+    if row["status"] == "rendering" and is_there(preview):  # the step: against the browser's cache
         preview_link = f"{link(preview)}&step={row['progress'].get('step')}"
     inputs = {
         name: link(home / "inputs" / str(prompt_id) / str(wanted[name])) if name in wanted else None
@@ -139,14 +139,14 @@ def _prompt_answer(services: Services, row: PromptRow) -> Prompt:
         "tunes": list(dict.fromkeys([*filter(None, [row["tune_id"]]), *(one[1] for one in row["named"] or [])])),
     }
     echo = Echo.model_validate(row["kept"] | wanted).model_dump()
-    return Prompt.model_validate({**row, **echo, **beside, **inputs, **computed})
+    return Prompt.model_validate({**row, **echo, **attributes, **inputs, **computed})
 
 
 def snapshot_of(folder: Path) -> Path | None:
-    """The file to hand out of a model in mid-run; None where it is not there (any more)."""
+    """The file for download in the folder of a model saved during a run; None: it is missing."""
     return next((folder / name for name in SNAPSHOT_FILES if is_there(folder / name)), None)
 
 
 def here(row: TuneRow) -> dict[str, str]:
-    """The formats that a tune's own files are in, and where they are in its folder."""
+    """The formats of a tune's own files, and their paths in its folder."""
     return {name: f"model/{file}" for name, file in FORMATS.items() if file in row["files"]}

@@ -15,7 +15,7 @@ from trainer.studio import tunes
 from trainer.studio.rows import Services
 
 SIDE_PX = 512
-SCENES = [  # sky or wall, floor, place of the robot's middle (of the side), its size
+SCENES = [  # sky or wall, floor, centre of the robot (share of the side), its size
     ("#a5d8ff", "#8ce99a", (0.50, 0.52), 1.00),
     ("#ffd8a8", "#a0703c", (0.42, 0.50), 0.85),
     ("#d0bfff", "#495057", (0.58, 0.55), 1.10),
@@ -25,7 +25,7 @@ SCENES = [  # sky or wall, floor, place of the robot's middle (of the side), its
 
 
 def queue_demo(services: Services) -> Tune:
-    """Queue the demo tune on branch fast; the one of an earlier start where there is one."""
+    """Queue the demo tune on branch fast, or return the one of an earlier start."""
     with tempfile.TemporaryDirectory() as folder:
         uploads = []
         for number, _ in enumerate(SCENES):
@@ -45,7 +45,7 @@ def queue_demo(services: Services) -> Tune:
 
 
 def draw_photo(number: int) -> Image.Image:
-    """The robot in scene `number`, 512 x 512 RGB; drawn twice as large and shrunk, for smooth edges."""
+    """The robot in scene `number`, 512 x 512 RGB; drawn at twice the size and reduced, for smooth edges."""
     wall, floor, (cx, cy), size = SCENES[number]
     side = 2 * SIDE_PX
     image = Image.new("RGB", (side, side), wall)
@@ -55,7 +55,7 @@ def draw_photo(number: int) -> Image.Image:
     unit = size * side / 10
 
     def box(x: float, y: float, w: float, h: float) -> tuple[float, float, float, float]:
-        """Middle and size in units, around the robot's middle -> corners in pixels."""
+        """Centre and size in units, relative to the robot's centre -> corners in pixels."""
         left, top = cx * side + (x - w / 2) * unit, cy * side + (y - h / 2) * unit
         return left, top, left + w * unit, top + h * unit
 
@@ -79,7 +79,7 @@ def draw_photo(number: int) -> Image.Image:
         draw.ellipse(box(x, -2.3, 0.8, 0.8), "white")
         draw.ellipse(box(x + 0.08, -2.25, 0.36, 0.36), "#212529")
     draw.rounded_rectangle(box(0, -1.5, 1.3, 0.28), unit / 9, "#212529")
-    grain = random.Random(number)  # noqa: S311  # a camera's grain, so that no two flat areas are alike
+    grain = random.Random(number)  # noqa: S311  # noise as of a camera, so that no two flat areas are equal
     noise = Image.frombytes("L", (SIDE_PX, SIDE_PX), bytes(grain.choices(range(112, 144), k=SIDE_PX**2)))
     small = image.resize((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
     return Image.blend(small, Image.merge("RGB", (noise,) * 3), 0.06)

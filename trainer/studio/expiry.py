@@ -1,4 +1,4 @@
-"""Tunes that expire, where the setting `lifetime_days` says so: into the trash, and out of it a week later."""
+"""Expiry of tunes (setting `lifetime_days`): their files move to the trash and are deleted a week later."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from trainer.studio.rows import tunes_of
 from trainer.studio.store import Store
 
 log = logging.getLogger(__name__)
-LOOK_SECONDS = 60.0
+POLL_SECONDS = 60.0
 TRASH_SECONDS = 7 * 86_400.0
 
 
 def expiry(settings: Settings, begin: datetime) -> str | None:
-    """When a tune ends that was trained, or renewed, at `begin`; None: never."""
+    """When a tune expires that was trained or renewed at `begin`; None: never."""
     return stamp(begin + timedelta(days=settings.lifetime_days)) if settings.lifetime_days else None
 
 
 def expiry_loop(settings: Settings, store: Store) -> Loop:
-    """A thread that lets tunes expire, and empties the trash."""
+    """The thread that expires tunes and empties the trash."""
 
-    def look() -> None:
+    def run() -> None:
         expire_tunes(settings, store)
         empty_trash(trash_of(settings))
 
-    return Loop("expiry", LOOK_SECONDS, look)
+    return Loop("expiry", POLL_SECONDS, run)
 
 
 def trash_of(settings: Settings) -> Path:
@@ -39,7 +39,7 @@ def trash_of(settings: Settings) -> Path:
 
 
 def expire_tunes(settings: Settings, store: Store) -> None:
-    """End the tunes whose time is over, or renew them (`auto_extend`). Nothing where tunes have no lifetime now."""
+    """Expire the tunes whose time is over, or renew them (`auto_extend`), if the setting `lifetime_days` is given."""
     if not settings.lifetime_days:
         return
     for tune in store.find("tunes", status="trained"):
@@ -52,9 +52,9 @@ def expire_tunes(settings: Settings, store: Store) -> None:
 
 
 def expire(settings: Settings, store: Store, tune: TuneRow) -> None:
-    """Move a tune's files to the trash; one that is in use, or is the base of others, stays for now."""
+    """Move a tune's files to the trash, unless the tune is in use or is the base of others."""
     trash = trash_of(settings)
-    trash.mkdir(exist_ok=True)  # first: what cannot be moved there must not expire
+    trash.mkdir(exist_ok=True)  # first: without a trash folder, nothing may expire
     with store.transaction():
         rendering = any(tune["id"] in tunes_of(prompt) for prompt in store.find("prompts", status="rendering"))
         if rendering or store.find("exports", tune_id=tune["id"], status="exporting") or store.dependents(tune["id"]):
@@ -70,7 +70,7 @@ def expire(settings: Settings, store: Store, tune: TuneRow) -> None:
 
 
 def empty_trash(trash: Path) -> None:
-    """Remove what has lain there for a week. The name says since when: ID-SECONDS."""
+    """Delete folders that are a week old. Their names are ID-SECONDS, with the time when they came."""
     for folder in trash.glob("*-*") if trash.exists() else ():
         since = folder.name.rpartition("-")[2]
         if since.isdecimal() and int(since) + TRASH_SECONDS < time.time():

@@ -1,4 +1,4 @@
-"""Which request an equal one has made already: by its `Idempotency-Key`, or by its title and a digest of it all."""
+"""Finds what an equal request created before, by its `Idempotency-Key`, or by its title and a digest."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from trainer.contract.rows import PromptRow, TuneRow
 from trainer.contract.tunes import TuneRequest
 from trainer.studio.rows import Services, place_of
 
-UNANSWERED = ("failed", "canceled", "expired")  # a row with such a status answers for no new request
-TITLES_READ = 20  # of a shop that gives all its tunes one title, so many of the newest are enough
+UNANSWERED = ("failed", "canceled", "expired")  # rows with these statuses do not answer a repeated request
+TITLES_READ = 20  # the newest tunes with a title; more are not read, since a shop may give all its tunes one title
 
 
 @dataclass(frozen=True)
 class IdempotencyKey:
-    """The header `Idempotency-Key` of a request, and a digest of what it asked for."""
+    """The header `Idempotency-Key` of a request, and a digest of the request."""
 
     key: str
     digest: str
@@ -45,7 +45,7 @@ def find_by_idempotency_key(
 def find_by_idempotency_key(
     services: Services, table: Literal["tunes", "prompts"], key: IdempotencyKey | None
 ) -> TuneRow | PromptRow | None:
-    """What an equal request of the same key has made. Raises InvalidRequest where that was another request."""
+    """The row that an equal request with the same key created. Raises InvalidRequest if that request was different."""
     found = services.store.find(table, request_key=key.key, limit=1) if key else []
     if found and key and found[0]["request_digest"] != key.digest:
         message = f"was used for {table[:-1]} {found[0]['id']}, which was another request; take a new one"
@@ -54,9 +54,9 @@ def find_by_idempotency_key(
 
 
 def body_digest(request: Request, uploads: Iterable[Upload] = ()) -> str:
-    """sha256 of a parsed request, the bytes of its files, and the strings of its URLs; nulls are left out.
+    """sha256 of a parsed request, with the bytes of its files and the text of its URLs, without nulls.
 
-    uploads: the files of a tune. The names of photos do not count. A caption's does: it says which photo it is of.
+    uploads: the files of a tune. Their names count only if there are captions, which name their photos.
     """
     digest = hashlib.sha256(json.dumps(_asked(request), sort_keys=True).encode())
     files = list(uploads)
@@ -67,7 +67,7 @@ def body_digest(request: Request, uploads: Iterable[Upload] = ()) -> str:
 
 
 def _asked(request: Request) -> dict[str, object]:
-    """The parameters that have a value; a picture of a prompt is its digest."""
+    """The parameters with a value; the digest replaces a picture of a prompt."""
     own = request.model_dump(mode="json", exclude={"images", *PICTURES, "prompts_attributes"}, exclude_none=True)
     files = {name: getattr(request, name, None) for name in PICTURES}
     own |= {name: file_digest(file.path) for name, file in files.items() if isinstance(file, Upload)}
@@ -83,7 +83,7 @@ def file_digest(path: Path) -> str:
 
 
 def equal_tune(services: Services, title: str, digest: str) -> TuneRow | None:
-    """The tune that an equal request with the same title has made; None: it is to be made."""
+    """The tune that an equal request with the same title created; None: there is none."""
     if services.settings.idempotency == "off":
         return None
     found = services.store.find("tunes", title=title, body_digest=digest)
@@ -91,7 +91,7 @@ def equal_tune(services: Services, title: str, digest: str) -> TuneRow | None:
 
 
 def title_warnings(services: Services, title: str, new_id: int) -> list[str]:
-    """A warning where other tunes have the same title, which names the newest of them."""
+    """A warning if other tunes have the same title; it names the newest of them."""
     if services.settings.idempotency == "off":
         return []
     others = services.store.find("tunes", title=title, limit=TITLES_READ)
@@ -100,7 +100,7 @@ def title_warnings(services: Services, title: str, new_id: int) -> list[str]:
 
 
 def equal_prompt(services: Services, place_id: int, digest: str | None) -> PromptRow | None:
-    """The prompt that an equal request has made at the same place, where the setting `idempotency` is `all`."""
+    """The prompt that an equal request created on the same tune or base, if the setting `idempotency` is `all`."""
     if services.settings.idempotency != "all" or digest is None:
         return None
     found = services.store.find("prompts", body_digest=digest)

@@ -1,4 +1,4 @@
-"""Signed links to files below the outputs folder: plain GETs that need no key and reach nothing else."""
+"""Signed links to files in the outputs folder, for GET without a key."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from urllib.parse import quote, urlencode
 from trainer.settings import Settings
 
 MODEL_LINK_SECONDS = 24 * 3600
-BASES = "bases/"  # begins the path of a file of a prompt on a base
+BASES = "bases/"  # the beginning of the link paths of prompts on a base
 
 
 def make_link(settings: Settings, path: str, lifetime_s: int | None = None) -> str:
-    """A link to a file by its `link_path`; with a lifetime it ends some time after it, else never.
+    """A link to a file by its `link_path`; with a lifetime it expires, at least so many seconds from now.
 
-    The end is rounded up to the hour, so that a page asked for twice names the same picture twice.
+    The end is rounded up to the hour, so that repeated answers have the same links.
     """
     expires = 0 if lifetime_s is None else (int(time.time()) + lifetime_s) // 3600 * 3600 + 3600
     query = urlencode({"expires": expires, "signature": _sign(settings, path, expires)})
@@ -25,7 +25,7 @@ def make_link(settings: Settings, path: str, lifetime_s: int | None = None) -> s
 
 
 def open_link(settings: Settings, path: str, expires: int, signature: str) -> Path | None:
-    """The file that a link names; None where the signature is wrong, the time is over or the file is gone."""
+    """The file of a link; None if the signature is wrong, the link has expired or the file is missing."""
     if not hmac.compare_digest(_sign(settings, path, expires).encode(), signature.encode()):
         return None
     if expires and expires < time.time():
@@ -39,7 +39,7 @@ def open_link(settings: Settings, path: str, expires: int, signature: str) -> Pa
 
 
 def link_path(settings: Settings, file: Path) -> str:
-    """How a link names a file: below `outputs/tunes`, or as `bases/...`."""
+    """The path of a file in a link: relative to `outputs/tunes`, or `bases/...`."""
     return file.relative_to(settings.outputs).as_posix().removeprefix("tunes/")
 
 

@@ -1,4 +1,4 @@
-"""The steps of the database's schema, oldest first, and their application; a released step never changes."""
+"""The migrations of the database's schema, oldest first, and the code that applies them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,28 @@ from pathlib import Path
 
 from trainer.files import PARTIAL, fsync
 
-# Applied in order, each in one transaction; `user_version` counts them. Never edit one that has landed: add another.
+# In triggers, so that whatever ends a tune or a prompt notes the callback in the same transaction.
+TRIGGERS = """
+    CREATE TRIGGER tune_ended AFTER UPDATE OF status ON tunes
+    WHEN NEW.callback IS NOT NULL AND NEW.status IS NOT OLD.status AND NEW.status IN ('trained', 'failed', 'canceled')
+    BEGIN
+        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
+        VALUES (NEW.id, 'tune', NEW.callback, NEW.updated_at, NEW.updated_at);
+    END;
+    CREATE TRIGGER prompt_ended AFTER UPDATE OF status ON prompts
+    WHEN NEW.status IS NOT OLD.status AND NEW.status IN ('rendered', 'failed', 'canceled')
+    BEGIN
+        INSERT INTO callbacks (tune_id, prompt_id, kind, url, created_at, due_at)
+        SELECT NEW.tune_id, NEW.id, 'prompt', NEW.callback, NEW.updated_at, NEW.updated_at
+        WHERE NEW.callback IS NOT NULL;
+        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
+        SELECT id, 'prompts', prompts_callback, NEW.updated_at, NEW.updated_at FROM tunes
+        WHERE id = NEW.tune_id AND prompts_callback IS NOT NULL
+        AND NOT EXISTS (SELECT 1 FROM prompts WHERE tune_id = NEW.tune_id AND status IN ('queued', 'rendering'))
+        AND NOT EXISTS (SELECT 1 FROM callbacks WHERE tune_id = NEW.tune_id AND kind = 'prompts');
+    END;
+"""
+# Applied in order, each in one transaction; `user_version` counts them. Never edit a released migration: add another.
 MIGRATIONS = [
     """
     CREATE TABLE tunes (
@@ -53,25 +74,9 @@ MIGRATIONS = [
     ) STRICT;
     CREATE INDEX callbacks_due ON callbacks (due_at) WHERE due_at IS NOT NULL;
     CREATE INDEX callbacks_tune ON callbacks (tune_id);
-    -- In triggers, so that whatever ends a tune or a prompt notes the callback in the same transaction.
-    CREATE TRIGGER tune_ended AFTER UPDATE OF status ON tunes
-    WHEN NEW.callback IS NOT NULL AND NEW.status IS NOT OLD.status AND NEW.status IN ('trained', 'failed', 'canceled')
-    BEGIN
-        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
-        VALUES (NEW.id, 'tune', NEW.callback, NEW.updated_at, NEW.updated_at);
-    END;
-    CREATE TRIGGER prompt_ended AFTER UPDATE OF status ON prompts
-    WHEN NEW.status IS NOT OLD.status AND NEW.status IN ('rendered', 'failed', 'canceled')
-    BEGIN
-        INSERT INTO callbacks (tune_id, prompt_id, kind, url, created_at, due_at)
-        SELECT NEW.tune_id, NEW.id, 'prompt', NEW.callback, NEW.updated_at, NEW.updated_at
-        WHERE NEW.callback IS NOT NULL;
-        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
-        SELECT id, 'prompts', prompts_callback, NEW.updated_at, NEW.updated_at FROM tunes
-        WHERE id = NEW.tune_id AND prompts_callback IS NOT NULL
-        AND NOT EXISTS (SELECT 1 FROM prompts WHERE tune_id = NEW.tune_id AND status IN ('queued', 'rendering'))
-        AND NOT EXISTS (SELECT 1 FROM callbacks WHERE tune_id = NEW.tune_id AND kind = 'prompts');
-    END;
+    """
+    + TRIGGERS
+    + """
     -- The header Idempotency-Key, and what the request was that had it.
     ALTER TABLE tunes ADD COLUMN request_key TEXT;
     ALTER TABLE tunes ADD COLUMN request_digest TEXT;
@@ -193,39 +198,22 @@ MIGRATIONS = [
     CREATE UNIQUE INDEX jobs_export ON jobs (export_id) WHERE export_id IS NOT NULL;
     CREATE INDEX callbacks_due ON callbacks (due_at) WHERE due_at IS NOT NULL;
     CREATE INDEX callbacks_tune ON callbacks (tune_id);
-    CREATE TRIGGER tune_ended AFTER UPDATE OF status ON tunes
-    WHEN NEW.callback IS NOT NULL AND NEW.status IS NOT OLD.status AND NEW.status IN ('trained', 'failed', 'canceled')
-    BEGIN
-        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
-        VALUES (NEW.id, 'tune', NEW.callback, NEW.updated_at, NEW.updated_at);
-    END;
-    CREATE TRIGGER prompt_ended AFTER UPDATE OF status ON prompts
-    WHEN NEW.status IS NOT OLD.status AND NEW.status IN ('rendered', 'failed', 'canceled')
-    BEGIN
-        INSERT INTO callbacks (tune_id, prompt_id, kind, url, created_at, due_at)
-        SELECT NEW.tune_id, NEW.id, 'prompt', NEW.callback, NEW.updated_at, NEW.updated_at
-        WHERE NEW.callback IS NOT NULL;
-        INSERT INTO callbacks (tune_id, kind, url, created_at, due_at)
-        SELECT id, 'prompts', prompts_callback, NEW.updated_at, NEW.updated_at FROM tunes
-        WHERE id = NEW.tune_id AND prompts_callback IS NOT NULL
-        AND NOT EXISTS (SELECT 1 FROM prompts WHERE tune_id = NEW.tune_id AND status IN ('queued', 'rendering'))
-        AND NOT EXISTS (SELECT 1 FROM callbacks WHERE tune_id = NEW.tune_id AND kind = 'prompts');
-    END;
-    """,
+    """
+    + TRIGGERS,
 ]
 
 
 def migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Bring a database to the newest schema, after a backup; check that it is whole.
+    """Migrate a database to the newest schema, after a backup; check its integrity.
 
-    path: of its file. Raises RuntimeError for a damaged database and for one of a newer version, and sqlite3.Error.
+    path: its file. Raises RuntimeError for a damaged database and for one of a newer version, and sqlite3.Error.
     """
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
         raise RuntimeError(f"{path} was made by a newer version of Tunebooth; upgrade to open it")
     if 0 < version < len(MIGRATIONS):
         back_up(db, path.with_name(f"{path.name}.version-{version}"))
-    db.execute("PRAGMA foreign_keys=OFF")  # a table that is rebuilt is dropped first (sqlite.org/lang_altertable.html)
+    db.execute("PRAGMA foreign_keys=OFF")  # a rebuilt table is dropped first (sqlite.org/lang_altertable.html)
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         try:
             db.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
@@ -242,7 +230,7 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
 
 
 def back_up(db: sqlite3.Connection, target: Path) -> None:
-    """Copy a database to a file that is complete or not there."""
+    """Copy a database to a file that is complete or absent."""
     partial = target.with_name(f"{target.name}{PARTIAL}")
     partial.unlink(missing_ok=True)
     with closing(sqlite3.connect(partial)) as copy:

@@ -1,4 +1,4 @@
-"""Models to download and to build on: formats, links, base models, earlier tunes."""
+"""Models to download and bases to train on: formats, links, base models, earlier tunes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def list_base_tunes(
     title: str | None = None,
     model_type: str | None = None,
 ) -> list[dict[str, object]]:
-    """All base models, those of the models folder among them; `error` says why one cannot be used."""
+    """All base models, including those of the models folder; `error` says why one cannot be used."""
     found = [
         base_row(services, base) | {"repository": base.repository, "error": base.error, "stands_on": list(base.chain)}
         for base in bases.list_bases(services.settings)
@@ -33,7 +33,7 @@ def list_base_tunes(
 
 
 def base_row(services: Services, base: Base) -> dict[str, object]:
-    """What a base has of the keys of a tune. name: it has no class name."""
+    """The keys of a tune that a base has. name: empty, since a base has no class name."""
     return {
         "id": base.id,
         "title": base.title,
@@ -47,7 +47,7 @@ def base_row(services: Services, base: Base) -> dict[str, object]:
 
 
 def base_answer(services: Services, base: Base) -> Tune:
-    """A base in the shape of a tune, with the prompts that were posted on it."""
+    """A base as a tune, with the prompts that were posted to it."""
     file = base.model or base.path or services.settings.presets / f"{base.branch}.toml"
     since = stamp(datetime.fromtimestamp(file.stat().st_mtime, UTC)) if file.exists() else stamp(datetime.now(UTC))
     prompts = [prompt_answer(services, row) for row in reversed(services.store.prompts_under(base.id))]
@@ -62,24 +62,23 @@ def base_answer(services: Services, base: Base) -> Tune:
 
 
 def model_link(services: Services, tune_id: int, format_: str | None = None) -> str | None:
-    """The link to a tune's model in a format; None while that is being made. Raises NotFound, InvalidRequest,
-    Conflict."""
-    row = row_of(services, "tunes", tune_id)
-    if row["status"] != "trained":
-        raise NotFound(f"tune {tune_id} has no model: it is {row['status']}")
-    paths = here(row)
-    if format_ in (None, ""):
-        return model_file_link(services, tune_id, f"model/{row['files'][0]}")
-    if format_ in paths:
-        return model_file_link(services, tune_id, paths[format_])
-    known = [*paths, *MODEL_TYPES[row["method"]].made]
-    if format_ not in known:
-        raise InvalidRequest({"format": [f"tune {tune_id} is available as {words(known)}, not as {format_!r}"]})
+    """The link to a tune's model in a format; None while it is made. Raises NotFound, InvalidRequest, Conflict."""
     with services.store.transaction():
+        row = row_of(services, "tunes", tune_id)
+        if row["status"] != "trained":
+            raise NotFound(f"tune {tune_id} has no model: it is {row['status']}")
+        paths = here(row)
+        if format_ in (None, ""):
+            return model_file_link(services, tune_id, f"model/{row['files'][0]}")
+        if format_ in paths:
+            return model_file_link(services, tune_id, paths[format_])
+        known = [*paths, *MODEL_TYPES[row["method"]].made]
+        if format_ not in known:
+            raise InvalidRequest({"format": [f"tune {tune_id} is available as {words(known)}, not as {format_!r}"]})
         made = next(iter(services.store.find("exports", tune_id=tune_id, format=format_)), None)
         if made is None:
             services.store.add_export(tune_id, format_)
-        elif made["status"] == "failed":  # the error is given once; the next request tries again
+        elif made["status"] == "failed":  # the error is reported once; the next request tries again
             services.store.delete("exports", made["id"])
     services.store.changed.set()
     if made and made["status"] == "failed":
@@ -92,9 +91,9 @@ def model_file_link(services: Services, tune_id: int, path: str) -> str:
 
 
 def model_formats(services: Services, tune_id: int) -> dict[str, tuple[str | None, str]]:
-    """What a trained tune is available as: (link or None, state) of each format.
+    """The formats of a trained tune's model: (link or None, state) of each.
 
-    state: made, failed, exporting, queued or, where it was not asked for yet, nothing.
+    state: made, failed, exporting, queued or, if it was not requested yet, empty.
     """
     row = row_of(services, "tunes", tune_id)
     if row["status"] != "trained":
@@ -124,13 +123,13 @@ def lineage(services: Services, tune_id: int) -> list[str]:
 
 
 def earlier_tunes(services: Services) -> list[tuple[str, int]]:
-    """The trained tunes that can be a base: what to call them, and their ids; newest first."""
+    """The trained tunes that can be a base: (label, id), newest first."""
     rows = services.store.find("tunes", status="trained", limit=EARLIER_LISTED)
     usable = [row for row in rows if MODEL_TYPES[row["method"]].trains]
     return [(f"{row['title']} (tune {row['id']}, {row['branch']})", row["id"]) for row in usable]
 
 
 def rendering_tunes(services: Services) -> list[tuple[str, int]]:
-    """The tunes that prompts can be posted to: what to call them, and their ids; newest first."""
+    """The tunes that prompts can be posted to: (label, id), newest first."""
     rows = services.store.find("tunes", status="trained", limit=EARLIER_LISTED)
     return [(f"{row['title']} ({row['token'] or 'face'} {row['name']}, tune {row['id']})", row["id"]) for row in rows]

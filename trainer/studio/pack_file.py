@@ -1,4 +1,4 @@
-"""A pack as a TOML file: read, checked and written."""
+"""The TOML file of a pack: reading, checking, writing."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from trainer.contract.rows import TuneRow
 from trainer.contract.tunes import TuneRequest, check_branch
 from trainer.names import LORA_REFERENCE, METHODS, MODEL_TYPES
 
-PARAMETERS = (  # of a tune, that a pack may set
+PARAMETERS = (  # the parameters of a tune that a pack may set
     "branch", "base_tune_id", "model_type", "preset", "token", "args", "face_crop", "training_face_correct", "steps",
 )  # fmt: skip
 KEYS = ("title", "description", *PARAMETERS, "classes", "defaults", "prompts")
 ANY = "*"
-GENERAL = {"person": ("person",), "animal": ("animal", "pet"), "style": ("style",)}  # classes that stand for a kind
-OF_A_REQUEST = ("callback", *PICTURES)  # attributes of a prompt that no pack has
+GENERAL = {"person": ("person",), "animal": ("animal", "pet"), "style": ("style",)}  # kind -> its class names
+OF_A_REQUEST = ("callback", *PICTURES)  # attributes of a prompt that a pack cannot have
 FROM_A_PICTURE = (
     "input_image_url", "mask_image_url", "denoising_strength", "controlnet", "controlnet_conditioning_scale",
     "controlnet_txt2img",
 )  # fmt: skip
 SIZES = ("aspect_ratio", "ar", "w", "h")
-# What an attribute takes the place of. w and h alone do not: they go with the aspect ratio that is there.
+# Attribute -> the attributes that it replaces. w or h alone replaces nothing: the aspect ratio decides the other.
 INSTEAD_OF = {
     "aspect_ratio": SIZES, "ar": SIZES, "input_image": ("input_image_url",), "mask_image": ("mask_image_url",),
 }  # fmt: skip
@@ -38,11 +38,11 @@ SLUG = re.compile(r"[a-z0-9-]{1,64}")
 SLUG_CHARACTERS = 64
 PLACES = ("subject", "name", "token")
 PLACE = re.compile(r"(?<!\{)\{(\w+)\}(?!\})")
-CLASS_NAME = re.compile(r"[A-Za-z0-9 ]*[A-Za-z0-9][A-Za-z0-9 ]*")  # as `schema.ClassName`
+CLASS_NAME = re.compile(r"[A-Za-z0-9 ]*[A-Za-z0-9][A-Za-z0-9 ]*")  # as `ClassName` in contract/fields.py
 
 
 class PackPrompt(BaseModel):
-    """A prompt of a pack. classes: those that it is for; empty: all. attributes: its own, without the pack's."""
+    """A prompt of a pack. classes: its classes; empty: all. attributes: without the defaults of the pack."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -52,7 +52,7 @@ class PackPrompt(BaseModel):
 
 
 class Pack(BaseModel):
-    """A pack that was read and found good. slug: its name in addresses. classes are in small letters."""
+    """A valid pack. slug: its name in URLs. classes: in lower case."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -70,7 +70,7 @@ class Pack(BaseModel):
 
 
 def load(table: Mapping[str, object], slug: str) -> Pack:
-    """The pack that a TOML's table is. Raises ValueError with all that is wrong with it."""
+    """A pack from the table of a TOML. Raises ValueError with all errors."""
     problems = [f"unknown key {key!r}{nearest(key, KEYS)}" for key in table if key not in KEYS]
     if not SLUG.fullmatch(slug):
         problems.append(f"a pack's name must be 1 to {SLUG_CHARACTERS} of a-z, 0-9 and -, got {slug!r}")
@@ -123,12 +123,12 @@ def load(table: Mapping[str, object], slug: str) -> Pack:
 
 
 def in_words(invalid: InvalidRequest) -> Iterator[str]:
-    """`field message` of all that is wrong."""
+    """All errors as texts, `field message`."""
     return (f"{field} {message}" for field, messages in invalid.problems.items() for message in messages)
 
 
 def read_classes(given: object, where: str, problems: list[str]) -> list[str]:
-    """Class names in small letters; what is wrong with them is added to `problems`."""
+    """Class names in lower case; errors are added to `problems`."""
     if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
         problems.append(f'{where} must be a list of class names, as ["man", "woman"] or ["{ANY}"]')
         return []
@@ -138,7 +138,7 @@ def read_classes(given: object, where: str, problems: list[str]) -> list[str]:
 
 
 def read_attributes(given: Mapping[str, object], where: str, problems: list[str]) -> dict[str, object]:
-    """Attributes of prompts as the API takes them; what is wrong with them is added to `problems`."""
+    """Attributes of prompts as the API accepts them; errors are added to `problems`."""
     known = [name for name in PromptRequest.model_fields if name not in ("text", *OF_A_REQUEST)]
     messages = [f"{name} is of a request, and not of a pack" for name in given if name in OF_A_REQUEST]
     messages += [
@@ -155,7 +155,7 @@ def read_attributes(given: Mapping[str, object], where: str, problems: list[str]
 
 
 def read_prompt(row: Mapping[str, object], where: str, classes: Sequence[str], problems: list[str]) -> PackPrompt:
-    """One of [[prompts]]; what is wrong with it is added to `problems`."""
+    """A prompt from a table of [[prompts]]; errors are added to `problems`."""
     text, only, messages = row.get("text"), [], []
     if not isinstance(text, str) or not text.strip():
         messages.append("text is required")
@@ -183,9 +183,9 @@ def is_for(prompt: PackPrompt, class_: str) -> bool:
 
 
 def over(lower: Mapping[str, object], upper: Mapping[str, object]) -> dict[str, object]:
-    """Attributes over others, each with what it takes the place of; null takes away what was there."""
-    gone = {other for name, value in upper.items() if value is not None for other in INSTEAD_OF.get(name, ())}
-    merged = {name: value for name, value in lower.items() if name not in gone} | dict(upper)
+    """Merge attributes. One of `upper` replaces those of `lower` in INSTEAD_OF as well; null removes a value."""
+    replaced = {other for name, value in upper.items() if value is not None for other in INSTEAD_OF.get(name, ())}
+    merged = {name: value for name, value in lower.items() if name not in replaced} | dict(upper)
     return {name: value for name, value in merged.items() if value is not None}
 
 
@@ -199,21 +199,22 @@ def to_toml(
 ) -> str:
     """The TOML of a pack with the settings of a tune and the given prompts, for its class.
 
-    tune: its row. prompts: their requests, as `prompt_of(row).model_dump()` gives them. args: as the request had them;
-    the row has all words, as they were settled for its number of photos. Token and class name in the texts become
-    {subject}; the tune's own `<lora:ID:WEIGHT>` becomes lora_scale, its own `<faceid:...>` is left out. So are
-    callbacks, and pictures that prompts start from with what depends on them: those are one user's. placeholder:
-    whether the tune's branch is one. Raises InvalidRequest.
+    tune: its row. prompts: their requests, from `prompt_of(row).model_dump()`. args: those of the request; the row has
+    all words, with values for its number of photos. placeholder: whether the tune's branch is one.
+
+    Token and class name in the texts become {subject}; the tune's own `<lora:ID:WEIGHT>` becomes lora_scale. Left out
+    are its own `<faceid:...>`, callbacks, and input pictures with the parameters that need them: these belong to one
+    user. Raises InvalidRequest.
     """
     if not prompts:
         raise InvalidRequest({"prompts": ["a pack needs one prompt at least; render one with the tune first"]})
     columns: Mapping[str, object] = tune
     asked = {key: columns.get(key) for key in PARAMETERS if key not in ("token", "args")}
     asked |= {"model_type": tune["method"], "args": args}
-    if not tune["training_face_correct"]:  # the default, which a request need not give; face_crop=false was given
+    if not tune["training_face_correct"]:  # the default; face_crop=false, however, was requested
         asked["training_face_correct"] = None
     asked |= {key: bool(asked[key]) for key in ("face_crop", "training_face_correct") if asked[key] is not None}
-    if placeholder:  # it has a base and settings of its own
+    if placeholder:  # it has its own base and settings
         asked |= {"base_tune_id": None, "preset": None}
     rows = [general_prompt(prompt, tune) for prompt in prompts]
     rows = [row for number, row in enumerate(rows) if row not in rows[:number]]
@@ -222,7 +223,7 @@ def to_toml(
         for name, value in rows[0].items()
         if name != "text" and all(name in row and row[name] == value for row in rows)
     }
-    if any(row.get(name) != rows[0].get(name) for row in rows for name in SIZES):  # a ratio would displace w and h
+    if any(row.get(name) != rows[0].get(name) for row in rows for name in SIZES):  # a ratio would replace w and h
         shared = {name: value for name, value in shared.items() if name not in SIZES}
     table: dict[str, object] = {"title": title, **({"description": description} if description else {})}
     table |= {key: value for key, value in asked.items() if value is not None and value != ""}
@@ -236,7 +237,7 @@ def to_toml(
 
 
 def general_prompt(prompt: Mapping[str, object], tune: TuneRow) -> dict[str, object]:
-    """A prompt request without what is of one tune and one user."""
+    """A prompt request without the values of one tune and one user."""
     left_out = ("text", *OF_A_REQUEST, *FROM_A_PICTURE)
     attributes = {name: value for name, value in prompt.items() if value is not None and name not in left_out}
     kind = MODEL_TYPES[tune["method"]].reference or LORA_REFERENCE
@@ -245,8 +246,8 @@ def general_prompt(prompt: Mapping[str, object], tune: TuneRow) -> dict[str, obj
     own = [weight for kind_, name, weight in references(text)[1] if kind_ == kind and name in names]
     if own:
         text = REFERENCE.sub(lambda found: "" if found[1] == kind and found[2].strip() in names else found[0], text)
-        text = re.sub(r" {2,}", " ", text).strip()  # as `references` leaves it
-    if own and kind == LORA_REFERENCE:  # the weight in the text wins over lora_scale
+        text = re.sub(r" {2,}", " ", text).strip()  # as in `references`
+    if own and kind == LORA_REFERENCE:  # the weight in the text overrides lora_scale
         attributes = {name: value for name, value in attributes.items() if name != "lora_scale"}
         attributes |= {"lora_scale": own[0]} if own[0] != 1 else {}
     return {"text": placed(text, tune["token"], tune["name"]) or "{subject}", **attributes}
@@ -255,12 +256,12 @@ def general_prompt(prompt: Mapping[str, object], tune: TuneRow) -> dict[str, obj
 def placed(text: str, token: str | None, name: str) -> str:
     """A text with {subject} and {token} in place of a tune's own; without a token the first class name is {subject}.
 
-    What is in `{{...}}` and `<...>` stays, and so does a word beside a brace: it would read as another placeholder.
+    Text in `{{...}}` and `<...>` stays; so does a word next to a brace, which would become another placeholder.
     """
     called = r"\s+".join(map(re.escape, name.split()))
     subject = called if token is None else rf"{re.escape(token)}\s+{called}"
-    mine = "" if token is None else rf"|(?<![\w{{])(?P<token>{re.escape(token)})(?![\w}}])"
-    pattern = rf"\{{\{{.*?\}}\}}|<[^<>]*>|(?<![\w{{])(?P<subject>{subject})(?![\w}}]){mine}"
+    token_pattern = "" if token is None else rf"|(?<![\w{{])(?P<token>{re.escape(token)})(?![\w}}])"
+    pattern = rf"\{{\{{.*?\}}\}}|<[^<>]*>|(?<![\w{{])(?P<subject>{subject})(?![\w}}]){token_pattern}"
     left = 1 if token is None else len(text)
 
     def place(found: re.Match[str]) -> str:
@@ -274,13 +275,13 @@ def placed(text: str, token: str | None, name: str) -> str:
 
 
 def slug_of(title: str) -> str:
-    """A name for files and addresses: 1 to 64 of a-z, 0-9 and -; `pack` where nothing of a title is left."""
+    """The title as a name for files and URLs: 1 to 64 of a-z, 0-9 and -; `pack` if none of these is in the title."""
     plain = unicodedata.normalize("NFKD", title.casefold()).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:SLUG_CHARACTERS].strip("-") or "pack"
 
 
 def free_slug(title: str, taken: Collection[str]) -> str:
-    """The slug of a title; with -2, -3 ... behind it where another pack has it."""
+    """The slug of a title, followed by -2, -3 ... if another pack has it."""
     slug = slug_of(title)
     if slug not in taken:
         return slug

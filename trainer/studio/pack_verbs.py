@@ -1,4 +1,4 @@
-"""The verbs of packs: list, get, create a tune, save."""
+"""The operations on packs: list, get, create a tune, save."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.studio import pack_file, packs
 from trainer.studio.idempotency import IdempotencyKey
 from trainer.studio.pack_file import Pack
 from trainer.studio.prompt_rules import check_prompt
-from trainer.studio.prompts import create_prompt
+from trainer.studio.prompts import create_prompt, delete_prompt
 from trainer.studio.references import resolve
 from trainer.studio.rows import Services, row_of, tune_folder, tunes_by_id
 from trainer.studio.settle import token_for
@@ -25,7 +25,7 @@ from trainer.studio.tunes import create_tune, get_tune
 
 
 def list_packs(services: Services) -> list[dict[str, object]]:
-    """All packs, with their prompts for each class; `error` of one that cannot be read."""
+    """All packs, with their prompts for each class; `error` for an unreadable one."""
     described = []
     for slug, table in all_pack_tables(services).items():
         try:
@@ -50,9 +50,9 @@ def create_pack_tune(
     progress: ProgressCallback = no_progress,
     key: IdempotencyKey | None = None,
 ) -> tuple[Tune, bool]:
-    """Queue a tune with the settings and prompts of a pack, or with `tune_ids` its prompts on a tune that is there.
+    """Queue a tune with the settings and prompts of a pack; with `tune_ids`, queue its prompts on an existing tune.
 
-    data: the tune parameters, which go over the pack's, and `prompt_attributes`, `prompt_ids`, `tune_ids`. Raises
+    data: the tune parameters, which override the pack's, and `prompt_attributes`, `prompt_ids`, `tune_ids`. Raises
     NotFound, Conflict, InvalidRequest.
     """
     pack, listed = pack_of(services, slug), bases.listed_once(services.settings)
@@ -61,18 +61,18 @@ def create_pack_tune(
             raise InvalidRequest({"images": ["has no effect with tune_ids, since nothing is trained; leave it out"]})
         tune = row_of(services, "tunes", tune_id)
         requests = packs.prompt_requests(pack, data, tune["name"], tune["token"])
-        for request in (parse_request(PromptRequest, one) for one in requests):  # before the first one is made
+        for request in (parse_request(PromptRequest, one) for one in requests):  # check all before creating one
             check_prompt(services, request)
             resolve(services.store, listed, request.parsed, tune["branch"], tune)
-        for number, one in enumerate(requests):
-            create_prompt(
-                services,
-                tune_id,
-                one,
-                progress,
-                key and IdempotencyKey(f"{key.key} {number}", key.digest),
-                listed,
-            )
+        made: list[int] = []
+        try:
+            for number, one in enumerate(requests):
+                of_prompt = key and IdempotencyKey(f"{key.key} {number}", key.digest)
+                made.append(create_prompt(services, tune_id, one, progress, of_prompt, listed).id)
+        except (InvalidRequest, NotFound):  # all of them or none; a client that died sends the same key again
+            for prompt_id in made:
+                delete_prompt(services, prompt_id)
+            raise
         return get_tune(services, tune_id), True
     base_tune_id, branch = packs.asked_base(pack, data)
     base = bases.resolve(services.settings, base_tune_id, branch, tunes_by_id(services), listed)
@@ -105,14 +105,14 @@ def save_pack(services: Services, tune_id: int, title: str | None = None) -> dic
     if folder.exists() and not folder.is_dir():
         raise Conflict("packs in the outputs folder is a file, where the folder of the packs should be; move it away")
     folder.mkdir(exist_ok=True)
-    with services.store.transaction():  # no other request takes the name
+    with services.store.transaction():  # so that no other request takes the name
         slug = pack_file.free_slug(title, list(all_pack_tables(services)))
         write_whole(folder / f"{slug}.toml", toml)
     return get_pack(services, slug)
 
 
 def all_pack_tables(services: Services) -> dict[str, dict[str, object] | str]:
-    """The program's packs, and those that were saved here."""
+    """The program's packs, and the packs that users saved."""
     return looks.pack_tables(services.settings.presets / "packs", services.settings.outputs / "packs")
 
 

@@ -1,20 +1,20 @@
 """Packs: base, preset, model type and prompts for each class under one name, so that a client need not know them.
 
-A pack is a TOML in `presets/packs/` (`presets.py` reads it), its name is the pack's:
+A pack is a TOML in `presets/packs/` (trainer/config/looks.py reads it) with the name of the pack:
 
     title = "Headshots"
     description = "..."
     branch = "flux1"                # and any other of PARAMETERS
-    classes = ["man", "person"]     # the class names that it has prompts for; person, animal (or pet) and style stand
-                                    # for their kind, "*" for everything
+    classes = ["man", "person"]     # the class names that it has prompts for; person, animal (or pet) and style
+                                    # mean their whole kind, "*" means everything
     [defaults]                      # attributes that all prompts share
     num_images = 4
     [[prompts]]
     text = "headshot of {subject}"  # {subject}: token and class name; {token}, {name}: one of them
-    classes = ["man"]               # not given: for all classes of the pack
-    seed = 7                        # over [defaults]
+    classes = ["man"]               # default: all classes of the pack
+    seed = 7                        # overrides [defaults]
 
-`{{eye_color}}` is a characteristic of the tune, and stays as it is until the prompt is rendered.
+`{{eye_color}}` is a characteristic of the tune, and stays in the text until the prompt is rendered.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from trainer.contract.tunes import CheckRequest, TuneRequest
 from trainer.names import METHODS, MODEL_TYPES
 from trainer.studio.pack_file import ANY, GENERAL, PLACE, Pack, in_words, is_for, over
 
-OF_THE_METHOD = ("preset", "args", "steps")  # they mean something else, or nothing, with another branch or model type
+OF_THE_METHOD = ("preset", "args", "steps")  # not valid for another branch or model type
 Number = Annotated[int, Field(ge=1, lt=2**53)]
 
 
 class PackRequest(TuneRequest):
-    """The tune parameters, of which the pack knows some; then those of a pack."""
+    """The tune parameters, some of which the pack sets; then the parameters for packs."""
 
-    prompt_attributes: dict[str, object] = Field({}, description="attributes over those of each prompt of the pack")
+    prompt_attributes: dict[str, object] = Field({}, description="attributes that override those of each pack prompt")
     prompt_ids: list[Number] = Field([], description="only these prompts of the pack, by their `id`")
     tune_ids: list[Number] = Field([], description="a trained tune to render with; nothing is trained then")
 
 
 OWN = ("prompt_attributes", "prompt_ids", "tune_ids")
-BESIDE_TUNE_IDS = (*OWN, "name", "title")  # a title has no use there; clients send it with every tune
+ALLOWED_WITH_TUNE_IDS = (*OWN, "name", "title")  # the title has no effect, but clients always send it
 
 
 def class_of(pack: Pack, name: str) -> str | None:
-    """The pack's class whose prompts a class name gets; None: it has none for it.
+    """The class of the pack whose prompts a class name gets; None: the pack has no prompts for it.
 
-    It is the name itself in any case, else its last word (`old dog` is a dog, `dog house` is none), else the word for
-    its kind (person, animal or pet, style), else "*".
+    It is the name in any case, else its last word (`old dog` is a dog, `dog house` is not), else the word for its kind
+    (person, animal or pet, style), else "*".
     """
     words = name.lower().split()
     if not words:
@@ -62,7 +62,7 @@ def class_of(pack: Pack, name: str) -> str | None:
 
 
 def fill(text: str, token: str | None, name: str) -> str:
-    """A prompt's text for a subject. token None: it has none, as a faceid."""
+    """A prompt's text for a subject. token None: it has none, such as a faceid."""
     values = {"subject": " ".join(filter(None, (token, name))), "name": name, "token": token or ""}
     return PLACE.sub(lambda match: values.get(match[1], match[0]), text)
 
@@ -74,11 +74,10 @@ def prompts_for(
     prompt_attributes: Mapping[str, object] | None = None,
     prompt_ids: Collection[int] = (),
 ) -> list[dict[str, object]]:
-    """The prompt requests of a pack for a class name, in its order.
+    """The prompt requests of a pack for a class name, in order.
 
-    prompt_attributes: go over those of each prompt; null or an empty text takes the pack's own away. prompt_ids: only
-    these, from 1 on; empty: all. Raises InvalidRequest for a class that the pack does not have, and for what is wrong
-    with the other two.
+    prompt_attributes: override those of each prompt; null or an empty text removes a value. prompt_ids: only these,
+    from 1 on; empty: all. Raises InvalidRequest for an unknown class, and for invalid attributes or ids.
     """
     return list(numbered_prompts(pack, name, token, prompt_attributes or {}, prompt_ids).values())
 
@@ -86,7 +85,7 @@ def prompts_for(
 def numbered_prompts(
     pack: Pack, name: str, token: str | None, prompt_attributes: Mapping[str, object], prompt_ids: Collection[int]
 ) -> dict[int, dict[str, object]]:
-    """`prompts_for`, by their numbers in the pack."""
+    """As `prompts_for`, by the numbers of the prompts in the pack."""
     problems: dict[str, list[str]] = {}
     upper: dict[str, object] = {}
     class_ = class_of(pack, name)
@@ -111,7 +110,7 @@ def numbered_prompts(
 
 
 def asked_attributes(given: Mapping[str, object]) -> dict[str, object]:
-    """The attributes that a request wants on each prompt, as the API takes them. Raises InvalidRequest."""
+    """The attributes that a request sets on each prompt, as the API accepts them. Raises InvalidRequest."""
     if "text" in given:
         message = "text is each prompt's own; send prompts of yours as prompts_attributes"
         raise InvalidRequest({"prompt_attributes": [message]})
@@ -123,10 +122,10 @@ def asked_attributes(given: Mapping[str, object]) -> dict[str, object]:
 
 
 def describe(pack: Pack, token: str) -> dict[str, object]:
-    """What GET /packs answers of a pack.
+    """The answer of GET /packs about a pack.
 
-    token: the one that its tunes get where the request gives none. Prompts are listed for each class as they would be
-    sent, with their numbers (`id`) in the pack; {name} stands for the class name where the pack takes any.
+    token: the default of its tunes. Prompts are listed for each class, in the form of a request, with their numbers
+    (`id`) in the pack; for the class "*", their texts have {name} in place of the class name.
     """
     own = str(pack.parameters.get("token") or token)
     token_ = own if has_token(pack.parameters.get("model_type")) else None
@@ -147,12 +146,12 @@ def describe(pack: Pack, token: str) -> dict[str, object]:
 
 
 def has_token(model_type: object) -> bool:
-    """Whether its tunes have a token: those that train nothing have none."""
+    """Whether tunes of a model type have a token: those without training have none."""
     return not (isinstance(model_type, str) and model_type in METHODS and not MODEL_TYPES[model_type].trains)
 
 
 def check_names(data: Mapping[str, object]) -> None:
-    """Raises InvalidRequest for a field that POST /p/SLUG/tunes does not have."""
+    """Raises InvalidRequest for unknown parameters of POST /p/SLUG/tunes."""
     known = (*PackRequest.parameters(), *PackRequest.accepted())
     unknown = {name: [f"unknown parameter{nearest(name, known)}"] for name in data if name not in known}
     if unknown:
@@ -160,15 +159,15 @@ def check_names(data: Mapping[str, object]) -> None:
 
 
 def own_fields(data: Mapping[str, object]) -> PackRequest:
-    """Those of a pack, the others left empty. Raises InvalidRequest."""
+    """The parameters for packs; the tune parameters are empty. Raises InvalidRequest."""
     own = {name: data[name] for name in OWN if name in data}
     return parse_request(PackRequest, {"name": "person", "title": "pack", **own})
 
 
 def asked_base(pack: Pack, data: Mapping[str, object]) -> tuple[int | None, str | None]:
-    """base_tune_id and branch of a tune: the request's where it says one of them, else the pack's.
+    """base_tune_id and branch: those of the request if it has one of them, else the pack's.
 
-    Raises InvalidRequest for what is neither.
+    Raises InvalidRequest for invalid values.
     """
     given = parse_request(CheckRequest, {key: data[key] for key in ("base_tune_id", "branch") if key in data})
     if given.base_tune_id is not None:
@@ -179,17 +178,17 @@ def asked_base(pack: Pack, data: Mapping[str, object]) -> tuple[int | None, str 
 
 
 def tune_request(pack: Pack, data: Mapping[str, object], branch: str, token: str) -> dict[str, object]:
-    """The data of POST /tunes for a request that names a pack.
+    """The data of POST /tunes for a request with a pack.
 
-    The request's parameters go over the pack's; null or an empty text takes the pack's own away. On another branch the
-    pack's base, model type, preset, args and steps are left out, with another model type its preset, args and steps.
-    Prompts are the pack's, and then the request's. branch, token: those of the base that `asked_base` names. Raises
-    InvalidRequest for unknown fields, and where the pack has nothing for the class.
+    The request's parameters override the pack's; null or an empty text removes a value. With another branch, the pack's
+    base, model type, preset, args and steps are left out; with another model type, its preset, args and steps. The
+    pack's prompts come before the request's. branch, token: those of the base that `asked_base` returns. Raises
+    InvalidRequest for unknown parameters, and if the pack has no prompts for the class.
     """
     check_names(data)
     own = own_fields(data)
     if own.tune_ids:
-        raise InvalidRequest({"tune_ids": ["nothing is trained for a tune that is there already"]})
+        raise InvalidRequest({"tune_ids": ["an existing tune is not trained again"]})
     left_out = ["base_tune_id", "branch"]
     if branch != pack.branch:
         left_out += ["model_type", *OF_THE_METHOD]
@@ -201,7 +200,7 @@ def tune_request(pack: Pack, data: Mapping[str, object], branch: str, token: str
     request |= {"base_tune_id": base_tune_id, "branch": branch_asked}
     request = {key: value for key, value in request.items() if value is not None and value != ""}
     name, more = request.get("name"), request.get("prompts_attributes", [])
-    if isinstance(name, str) and name.strip() and isinstance(more, list):  # else POST /tunes says what is wrong
+    if isinstance(name, str) and name.strip() and isinstance(more, list):  # else POST /tunes reports the error
         own_token = str(request.get("token", token)) if has_token(request.get("model_type")) else None
         request["prompts_attributes"] = [
             *prompts_for(pack, name, own_token, own.prompt_attributes, own.prompt_ids),
@@ -211,7 +210,7 @@ def tune_request(pack: Pack, data: Mapping[str, object], branch: str, token: str
 
 
 def asked_tune(data: Mapping[str, object]) -> int | None:
-    """The tune that a request with a pack renders with; None: it trains one. Raises InvalidRequest."""
+    """The tune that renders the pack's prompts; None: a new tune is trained. Raises InvalidRequest."""
     check_names(data)
     tune_ids = own_fields(data).tune_ids
     if not tune_ids:
@@ -220,15 +219,15 @@ def asked_tune(data: Mapping[str, object]) -> int | None:
         message = f"takes one tune, got {len(tune_ids)}; send the request once for each"
         raise InvalidRequest({"tune_ids": [message]})
     blank: tuple[object, ...] = (None, "", [], {})
-    needless = [name for name, value in data.items() if name not in BESIDE_TUNE_IDS and value not in blank]
-    if needless:
+    useless = [name for name, value in data.items() if name not in ALLOWED_WITH_TUNE_IDS and value not in blank]
+    if useless:
         message = "has no effect with tune_ids, since nothing is trained; leave it out"
-        raise InvalidRequest({name: [message] for name in needless})
+        raise InvalidRequest({name: [message] for name in useless})
     return tune_ids[0]
 
 
 def prompt_requests(pack: Pack, data: Mapping[str, object], name: str, token: str | None) -> list[dict[str, object]]:
-    """The data of POST /tunes/ID/prompts for a request with `tune_ids`, one for each prompt of the pack.
+    """The data of POST /tunes/ID/prompts for each prompt of the pack, for a request with `tune_ids`.
 
     name, token: those of the tune. Raises InvalidRequest.
     """

@@ -1,4 +1,4 @@
-"""What a prompt request may combine, what is warned of, and the row that it becomes."""
+"""Rules for prompt requests: errors, warnings, and the row in the store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ API_NUM_IMAGES = 8  # the hosted service's default; the page asks for 4
 
 
 def check_prompt(services: Services, request: PromptRequest) -> None:
-    """Settle the names of looks, and refuse what does not go together. Raises InvalidRequest."""
+    """Check styles, film looks and pictures, and parameters that exclude each other. Raises InvalidRequest."""
     problems: dict[str, list[str]] = {}
     folder = services.settings.presets
     for field, read in (("style", looks.styles), ("color_grading", looks.film_looks)):
@@ -50,9 +50,9 @@ def check_prompt(services: Services, request: PromptRequest) -> None:
 
 
 def keep_pictures(services: Services, prompt_id: int, folder: Path, target: Path | None = None) -> None:
-    """Move the pictures that a prompt starts from to where they stay, and note their names.
+    """Move the input pictures of a prompt into its folder, and store their names.
 
-    target: where that is for a tune that is just being made; None: in the folder of its tune or base.
+    target: that folder, if the tune is being created; None: in the folder of its tune or base.
     """
     row = row_of(services, "prompts", prompt_id)
     names = {path.stem: path.name for path in folder.iterdir()}
@@ -61,12 +61,12 @@ def keep_pictures(services: Services, prompt_id: int, folder: Path, target: Path
 
 
 def pictures_of(services: Services, row: PromptRow) -> Path:
-    """Where the pictures are that a prompt starts from."""
+    """The folder of a prompt's input pictures."""
     return services.settings.outputs / prompt_home(row) / "inputs" / str(row["id"])
 
 
 def prompt_values(request: PromptRequest, named: Sequence[Named]) -> dict[str, object]:
-    """The columns of a prompt that its request decides."""
+    """The columns of a prompt that come from its request."""
     return {
         **{name: getattr(request, name) for name in COLUMNS},
         "num_images": request.num_images or API_NUM_IMAGES,
@@ -79,12 +79,12 @@ def prompt_values(request: PromptRequest, named: Sequence[Named]) -> dict[str, o
 
 
 def numbered(invalid: InvalidRequest, number: int) -> list[str]:
-    """What is wrong with one of several prompts, with its number."""
+    """The errors of one of several prompts, with its number."""
     return [f"{number}.{field}: {message}" for field, all_ in invalid.problems.items() for message in all_]
 
 
 def prompt_warnings(request: PromptRequest) -> list[str]:
-    """What a prompt asks for and does not get, as warnings; what only its base can tell comes when it is rendered."""
+    """Warnings about parameters without an effect; those that depend on the base are added in rendering."""
     messages = [f"{name} is accepted and has no effect" for name in request.ignored]
     asked = request.parsed.flags
     messages += request.parsed.warnings
@@ -96,23 +96,24 @@ def prompt_warnings(request: PromptRequest) -> list[str]:
     enlarged = request.super_resolution or asked.upscale_factor or asked.only_upscale
     follows = request.controlnet in CONTROLS and drawn
     masked = request.has_mask or (asked.mask_prompt and request.has_input)
-    anew = follows and request.controlnet_txt2img and not masked
+    no_input = follows and request.controlnet_txt2img and not masked
     lines = [one for one in request.parsed.models if one[0] == LORA_REFERENCE]
-    for name, lacks in {  # what has no effect, and why
-        "aspect_ratio": request.w and request.h and "beside w and h",
-        "ar": (request.aspect_ratio and "beside aspect_ratio") or (request.w and request.h and "beside w and h"),
+    for name, lacks in {  # parameter -> why it has no effect
+        "aspect_ratio": request.w and request.h and "with w and h",
+        "ar": (request.aspect_ratio and "with aspect_ratio") or (request.w and request.h and "with w and h"),
         "hires_fix": not enlarged and "without super_resolution",
-        "denoising_strength": (not request.has_input and "without input_image") or (anew and "with controlnet_txt2img"),
+        "denoising_strength": (not request.has_input and "without input_image")
+        or (no_input and "with controlnet_txt2img"),
         "mask_image": not drawn and "where nothing is drawn",
         "controlnet": request.controlnet in CONTROLS and not drawn and "where nothing is drawn",
         "controlnet_conditioning_scale": not follows and "without controlnet",
-        "controlnet_txt2img": (not follows and "without controlnet") or (masked and "beside a mask"),
-        "lora_scale": lines and "where the text says a weight",
+        "controlnet_txt2img": (not follows and "without controlnet") or (masked and "with a mask"),
+        "lora_scale": lines and "if the text has a weight",
     }.items():
         if lacks and getattr(request, name):
             messages.append(f"{name} has no effect {lacks}")
     for name, lacks in {
-        "mask_prompt": (not request.has_input and "without input_image") or (request.has_mask and "beside mask_image"),
+        "mask_prompt": (not request.has_input and "without input_image") or (request.has_mask and "with mask_image"),
         "only_upscale": not request.has_input and "without input_image",
         "mask_negative": not (asked.mask_prompt and masked and not request.has_mask) and "without --mask_prompt",
         "mask_invert": not masked and "without a mask",

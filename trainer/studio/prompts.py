@@ -1,4 +1,4 @@
-"""The verbs of prompts: create, duplicate, get, list, delete."""
+"""The operations on prompts: create, duplicate, get, list, delete."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.studio.idempotency import (
     idempotency_columns,
 )
 from trainer.studio.prompt_rules import check_prompt, keep_pictures, pictures_of, prompt_values
-from trainer.studio.references import GONE, Named, resolve
+from trainer.studio.references import UNUSABLE, Named, resolve
 from trainer.studio.rows import STOP_SECONDS, Services, place_of, prompt_home, row_of, tune_row
 
 
@@ -39,10 +39,10 @@ def create_prompt(
     *,
     always_new: bool = False,
 ) -> Prompt:
-    """Queue a prompt on a tune that has, or is getting, a model, or on a base. Raises NotFound, InvalidRequest.
+    """Queue a prompt on a tune that has a model or is being trained, or on a base. Raises NotFound, InvalidRequest.
 
-    place_id: of the tune or base. listed: all bases, where the request has listed them already. always_new: an equal
-    prompt does not answer, whatever the setting `idempotency` is.
+    place_id: of the tune or base. listed: all bases, if the request has listed them already. always_new: create a
+    prompt even if an equal one exists and the setting `idempotency` is `all`.
     """
     listed = listed or bases.listed_once(services.settings)
     place = tune_or_base(services, place_id, listed)
@@ -58,10 +58,10 @@ def create_prompt(
         services.store.transaction(),
     ):
         if known := find_by_idempotency_key(services, "prompts", key) or equal_prompt(services, place_id, digest):
-            return prompt_answer(services, known)  # made by another request meanwhile
+            return prompt_answer(services, known)  # another request was faster
         where: dict[str, object] = {"tune_id": place_id}
         if tune is not None:
-            if (status := row_of(services, "tunes", place_id)["status"]) in GONE:
+            if (status := row_of(services, "tunes", place_id)["status"]) in UNUSABLE:
                 raise InvalidRequest({"tune_id": [f"tune {place_id} is {status}; it has no model"]})
         else:
             where = {"base_id": place_id, "lora_id": first_tune(services, named)}
@@ -74,7 +74,7 @@ def create_prompt(
 
 
 def tune_or_base(services: Services, place_id: int, listed: Bases) -> TuneRow | Base:
-    """The tune or the base of this number. Raises NotFound; InvalidRequest for a base that cannot be used."""
+    """The tune or base with this id. Raises NotFound; InvalidRequest for a base that cannot be used."""
     if tune := tune_row(services, place_id):
         return tune
     base = bases.by_id(listed, place_id)
@@ -92,24 +92,20 @@ def first_tune(services: Services, named: Sequence[Named]) -> int | None:
 
 
 def duplicate_prompt(
-    services: Services,
-    prompt_id: int,
-    data: Mapping[str, object],
-    progress: ProgressCallback = no_progress,
-    key: IdempotencyKey | None = None,
+    services: Services, prompt_id: int, data: Mapping[str, object], key: IdempotencyKey | None = None
 ) -> Prompt:
-    """Queue a prompt again, with other values where `data` has some. Raises NotFound, InvalidRequest."""
+    """Queue a prompt again, with the values in `data` changed. Raises NotFound, InvalidRequest."""
     row = row_of(services, "prompts", prompt_id)
     same = prompt_of(row).model_dump(exclude_none=True) | own_pictures(services, row)
-    for name in PICTURES:  # another picture comes in place of the one that was there
+    for name in PICTURES:  # a new picture replaces the old one
         if name in data or f"{name}_url" in data:
             same = {field: value for field, value in same.items() if field not in (name, f"{name}_url")}
     same = {**still_good(row["kept"]), **same}
-    return create_prompt(services, place_of(row), pack_file.over(same, data), progress, key, always_new=True)
+    return create_prompt(services, place_of(row), pack_file.over(same, data), key=key, always_new=True)
 
 
 def own_pictures(services: Services, row: PromptRow) -> dict[str, object]:
-    """The pictures that a prompt starts from, as uploads in place of their addresses."""
+    """The input pictures of a prompt, as uploads that replace their addresses."""
     folder = pictures_of(services, row)
     found = {name: inputs.find(folder, name) for name in PICTURES}
     kept: dict[str, object] = {name: Upload(path.name, path) for name, path in found.items() if path}
@@ -117,7 +113,7 @@ def own_pictures(services: Services, row: PromptRow) -> dict[str, object]:
 
 
 def delete_prompt(services: Services, prompt_id: int, place_id: int | None = None) -> None:
-    """Remove a prompt and its pictures; one that renders is stopped first. Raises NotFound, Conflict.
+    """Remove a prompt and its pictures; its rendering is stopped first. Raises NotFound, Conflict.
 
     place_id: a tune or base that it must be listed under.
     """
@@ -137,7 +133,7 @@ def delete_prompt(services: Services, prompt_id: int, place_id: int | None = Non
 
 
 def _listed_under(row: PromptRow, place_id: int | None) -> PromptRow:
-    """The row. Raises NotFound where it is not listed under a tune or base; None: under any."""
+    """The row. Raises NotFound unless it is listed under this tune or base; place_id None: under any."""
     if place_id not in (None, row["tune_id"], row["base_id"], row["lora_id"]):
         raise NotFound(f"tune {place_id} has no prompt {row['id']}")
     return row
@@ -160,10 +156,10 @@ def list_prompts(services: Services, place_id: int | None = None, limit: int = 2
 
 
 def still_good(kept: Mapping[str, object]) -> dict[str, object]:
-    """What was kept of an older prompt, when it was not rendered, as far as it is a request now."""
+    """The parameters that older versions kept without an effect, as far as they are valid now."""
     good = {}
     for name, value in kept.items():
-        if name in (*PICTURES, "controlnet"):  # which would need the picture
+        if name in (*PICTURES, "controlnet"):  # these need a picture, which was not kept
             continue
         try:
             parse_request(PromptRequest, {"text": "a", name: value})

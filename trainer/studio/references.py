@@ -1,4 +1,4 @@
-"""`<lora:NAME:WEIGHT>` and `<faceid:NAME:WEIGHT>` in a prompt -> the models that they mean."""
+"""Resolves `<lora:NAME:WEIGHT>` and `<faceid:NAME:WEIGHT>` in a prompt to models."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from trainer.library.bases import Base, Bases
 from trainer.names import FACE_REFERENCE, LORA_REFERENCE, MODEL_TYPES
 from trainer.studio.store import Store
 
-GONE = ("failed", "canceled", "expired")
+UNUSABLE = ("failed", "canceled", "expired")
 
 
 class NamedTune(TypedDict):
-    """What a prompt's text may call its own tune by."""
+    """The names by which a prompt's text may refer to its own tune."""
 
     id: int
     title: str
@@ -28,7 +28,7 @@ class NamedTune(TypedDict):
 
 @dataclass(frozen=True)
 class Named:
-    """A model in a prompt. kind: a reference of names.py. id: of a tune, or of a LoRA file in the models folder."""
+    """A model in a prompt. kind: lora or faceid. id: of a tune, or of a LoRA file in the models folder."""
 
     kind: str
     id: int
@@ -36,11 +36,10 @@ class Named:
 
 
 def resolve(store: Store, listed: Bases, parsed: ParsedText, branch: str | None, own: NamedTune | None) -> list[Named]:
-    """The models that a prompt's text names, in its order.
+    """The models that a prompt's text names, in order.
 
-    listed: all bases, of this request. own: the tune that the prompt is posted to. branch: of the base; None: not
-    known, for the request is refused for it anyway. Raises InvalidRequest for whatever cannot be found, or is not for
-    this base, by its name.
+    listed: all bases, of this request. own: the tune that the prompt is posted to. branch: of the base; None: unknown,
+    since the request is invalid. Raises InvalidRequest for models that do not exist or do not fit the base.
     """
     found: list[Named] = []
     problems = []
@@ -61,19 +60,19 @@ def resolve(store: Store, listed: Bases, parsed: ParsedText, branch: str | None,
 
 
 def of_row(store: Store, listed: Bases, prompt: PromptRow, tune: TuneRow | None, branch: str) -> list[Named]:
-    """The models of a prompt in the store. Raises InvalidRequest where it was never looked up, and cannot be now."""
+    """The models of a prompt in the store, resolved now if they were not before. Raises InvalidRequest."""
     if prompt["named"] is None:
         return resolve(store, listed, prompt_of(prompt).parsed, branch, tune)
     return [Named(*one) for one in prompt["named"]]
 
 
 def as_row(named: Sequence[Named]) -> list[tuple[str, int, float]]:
-    """As the store keeps them."""
+    """The form in which the store keeps them."""
     return [(one.kind, one.id, one.weight) for one in named]
 
 
 def _lora(store: Store, listed: Bases, name: str, branch: str | None, own: NamedTune | None) -> int:
-    """The number of a LoRA by that, by its tune's token or title, or by the name of its file. Raises ValueError."""
+    """The id of a LoRA, by its id, by its tune's token or title, or by the name of its file. Raises ValueError."""
     if own and name in (str(own["id"]), own["token"], own["title"]):
         if _is_face(own):
             raise ValueError(f"tune {own['id']} is a face: write <faceid:{own['id']}:1>")
@@ -86,14 +85,14 @@ def _lora(store: Store, listed: Bases, name: str, branch: str | None, own: Named
     else:
         called = [*store.find("tunes", token=name), *store.find("tunes", title=name)]
         rows = {row["id"]: row for row in called}
-        tunes = [row for row in rows.values() if MODEL_TYPES[row["method"]].adapter and row["status"] not in GONE]
+        tunes = [row for row in rows.values() if MODEL_TYPES[row["method"]].adapter and row["status"] not in UNUSABLE]
         tunes = [row for row in tunes if branch in (None, row["branch"])]
     files = [base for base in listed() if base.model and name in _names(base)]
     if len(tunes) + len(files) > 1:
         candidates = [f"{row['id']} ({row['title']})" for row in tunes] + [
             f"{base.id} ({base.title})" for base in files
         ]
-        raise ValueError(f"several are called so: {', '.join(candidates)}; write the number of the one that is meant")
+        raise ValueError(f"several have this name: {', '.join(candidates)}; write the id of one")
     if files:
         if files[0].error:
             raise ValueError(files[0].error)
@@ -101,7 +100,7 @@ def _lora(store: Store, listed: Bases, name: str, branch: str | None, own: Named
             raise ValueError(f"it is of branch {files[0].branch}, not {branch}")
         return files[0].id
     if not tunes:
-        raise ValueError("there is no LoRA of this number, token or title, and no such file in the models folder")
+        raise ValueError("there is no LoRA with this id, token or title, and no such file in the models folder")
     return int(tunes[0]["id"])
 
 
@@ -111,20 +110,20 @@ def _names(base: Base) -> tuple[str, ...]:
 
 
 def _check(row: TuneRow, branch: str | None) -> None:
-    """Raise ValueError for a tune that is no LoRA for this branch."""
+    """Raises ValueError unless the tune is a LoRA for this branch."""
     number = row["id"]
     if _is_face(row):
         raise ValueError(f"tune {number} is a face: write <faceid:{number}:1>")
     if not MODEL_TYPES[row["method"]].adapter:
-        raise ValueError(f"tune {number} is a whole model, which nothing lies on: post the prompt to it")
-    if row["status"] in GONE:
+        raise ValueError(f"tune {number} is a whole model, not a LoRA: post the prompt to it")
+    if row["status"] in UNUSABLE:
         raise ValueError(f"tune {number} is {row['status']}; it has no model")
     if branch not in (None, row["branch"]):
         raise ValueError(f"tune {number} is of branch {row['branch']}, not {branch}")
 
 
 def _face(store: Store, _listed: Bases, name: str, branch: str | None, own: NamedTune | None) -> int:
-    """The number of a faceid tune by that, or by its title. Raises ValueError."""
+    """The id of a faceid tune, by its id or by its title. Raises ValueError."""
     if own and _is_face(own) and name in (str(own["id"]), own["title"]):
         return int(own["id"])
     number = _number(name)
@@ -133,7 +132,7 @@ def _face(store: Store, _listed: Bases, name: str, branch: str | None, own: Name
     if not faces:
         raise ValueError(f"there is no faceid tune {name}")
     if len(faces) > 1:
-        raise ValueError(f"several are called so: {', '.join(str(one['id']) for one in faces)}; write the number")
+        raise ValueError(f"several have this name: {', '.join(str(one['id']) for one in faces)}; write the id of one")
     if faces[0]["status"] != "trained":
         raise ValueError(f"it is {faces[0]['status']}")
     if branch not in (None, faces[0]["branch"]):

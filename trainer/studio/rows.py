@@ -1,4 +1,4 @@
-"""What the verbs share: the services that they need, rows by id, and the folders of rows."""
+"""What the operations share: their services, rows by id, and the folders of rows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from trainer.photos.intake import Decoder
 from trainer.settings import Settings
 from trainer.studio.store import Store
 
-EARLIER_LISTED = 100  # tunes, in the page's list of bases
-STOP_SECONDS = 120.0  # a step of the largest model on the slowest card, and saving it
+EARLIER_LISTED = 100  # most tunes in the page's list of bases
+STOP_SECONDS = 120.0  # enough for a step of the largest model on the slowest card, and for saving it
 
 
 @dataclass(frozen=True)
 class Services:
-    """What the verbs of the studio need."""
+    """What the operations of the studio need."""
 
     settings: Settings
     store: Store
@@ -29,7 +29,7 @@ class Services:
 
 
 def tunes_by_id(services: Services) -> Callable[[int], TuneRow | None]:
-    """To look up a tune's row by its id."""
+    """A function that returns a tune's row by its id."""
     return lambda tune_id: tune_row(services, tune_id)
 
 
@@ -38,12 +38,12 @@ def tune_folder(services: Services, tune_id: int) -> Path:
 
 
 def prompt_home(row: PromptRow) -> str:
-    """The folder below outputs that has the files of a prompt: its tune's, else its base's."""
+    """The folder with the files of a prompt, relative to outputs: its tune's, else its base's."""
     return f"bases/{row['base_id']}" if row["tune_id"] is None else f"tunes/{row['tune_id']}"
 
 
 def place_of(row: PromptRow) -> int:
-    """Where a prompt was posted: the number of a base or of a tune."""
+    """The id of the base or tune that a prompt was posted to."""
     place = row["base_id"] if row["tune_id"] is None else row["base_id"] or row["tune_id"]
     assert place is not None, "the table has a check for it"
     return place
@@ -68,7 +68,7 @@ def row_of(services: Services, table: Literal["tunes"], row_id: int) -> TuneRow:
 @overload
 def row_of(services: Services, table: Literal["prompts"], row_id: int) -> PromptRow: ...
 def row_of(services: Services, table: Literal["tunes", "prompts"], row_id: int) -> TuneRow | PromptRow:
-    """The row of this number. Raises NotFound."""
+    """The row with this id. Raises NotFound."""
     row = services.store.get(table, row_id)
     if row is None:
         raise NotFound(f"there is no {table[:-1]} {row_id}")

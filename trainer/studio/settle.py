@@ -1,4 +1,4 @@
-"""A tune request with every default filled in: base, preset, model type, hyper-parameters, warnings."""
+"""Fills in the defaults of a tune request: base, preset, model type, hyper-parameters; and its warnings."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def list_presets(services: Services) -> list[str]:
 
 
 def settle(services: Services, request: TuneRequest, photos: int, listed: Bases) -> TuneValues:
-    """Fix everything that has a default, and refuse what does not go together; all problems at once.
+    """Fill in all defaults, and check that the parameters fit together. Raises InvalidRequest with all errors.
 
-    photos: how many. listed: all bases, of this request.
+    photos: their number. listed: all bases, of this request.
     """
     base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services), listed)
     asked_preset, warnings = request.preset, request_warnings(services, request, photos, base)
@@ -79,7 +79,7 @@ def settle(services: Services, request: TuneRequest, photos: int, listed: Bases)
 def tune_values(
     request: TuneRequest, base: Base, token: str | None, method: str, args: str | None, warnings: list[str]
 ) -> TuneValues:
-    """The columns of a tune that its request decides."""
+    """The columns of a tune that come from its request."""
     return {
         "title": request.title,
         "name": request.name.strip(),
@@ -103,13 +103,13 @@ def tune_values(
 
 
 def token_for(services: Services, base: Base) -> str:
-    """That of the earlier tune which the base is, else the branch's."""
+    """The default token: that of the earlier tune if the base is one, else the branch's."""
     earlier = tune_row(services, base.id)
     return (earlier and earlier["token"]) or branch_file.default_token(services.settings.presets, base.branch)
 
 
 def request_warnings(services: Services, request: TuneRequest, photos: int, base: Base) -> list[str]:
-    """What was asked for and is not done, as warnings."""
+    """Warnings about parameters without an effect."""
     messages = [f"{name} is accepted and has no effect" for name in request.ignored]
     messages += branch_file.branch_warnings(services.settings.presets, base.branch)
     if photos < FEW_PHOTOS:
@@ -132,7 +132,7 @@ def request_warnings(services: Services, request: TuneRequest, photos: int, base
 
 
 def untrained_problems(request: TuneRequest, model_type: ModelType) -> dict[str, list[str]]:
-    """What a request for a model type that trains nothing cannot have."""
+    """Errors of a request for a model type without training."""
     problems = {}
     if model_type.needs_person and not of_one_person(request.name):
         problems["name"] = [f"faceid is of one person (man, woman, boy, girl, child, ...), not of {request.name}"]

@@ -1,6 +1,6 @@
-"""SQLite: tunes, prompts and the queue. The only importer of the database library; no business rules.
+"""The SQLite database: tunes, prompts and the queue. No other module imports sqlite3; no business rules.
 
-The web side and the worker meet here. Each thread has its own connection.
+The web side and the worker communicate through it. Each thread has its own connection.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from trainer.studio.migrations import damaged, migrate
 
 Table = Literal["tunes", "prompts", "exports"]
 RUNNING: dict[Table, str] = {"tunes": "training", "prompts": "rendering", "exports": "exporting"}
-PAGE = ("limit", "offset", "before_id", "oldest_first")  # of a query: which of the rows that match
+PAGE = ("limit", "offset", "before_id", "oldest_first")  # parameters of `Query` that are not columns
 
 
 class Query(TypedDict, total=False):
-    """What `find` takes: which of the rows that match, and the columns that must have a value (None: any)."""
+    """The parameters of `find`: the page of the result, and values that columns must have (None: any)."""
 
     limit: int
     offset: int
@@ -44,12 +44,12 @@ class Query(TypedDict, total=False):
 
 
 class InUse(Exception):
-    """Another process works on this outputs folder."""
+    """Another process uses this outputs folder."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work: a tune to train, a prompt to render, or an export to make.
+    """A job: train a tune, render a prompt, or make an export.
 
     tune_id: None for a prompt on a base.
     """
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def target(self) -> tuple[Table, int]:
-        """The row that says what is to be done, and how it ends."""
+        """The table and the id of the row that the job is for."""
         if self.export_id is not None:
             return "exports", self.export_id
         if self.prompt_id is not None:
@@ -75,7 +75,7 @@ class Store:
     """The database of one outputs folder, held by one process at a time."""
 
     def __init__(self, outputs: Path) -> None:
-        """Open, or make, `outputs/tunebooth.db`. Raises InUse where another process has it."""
+        """Open or create `outputs/tunebooth.db`. Raises InUse if another process has it open."""
         self._lock_file = (outputs / ".lock").open("a+")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,12 +87,12 @@ class Store:
         self._lock_file.flush()
         self._path = outputs / "tunebooth.db"
         self._local = threading.local()
-        self._writing = threading.Lock()  # one writer at a time; waiting here is fair, SQLite's own busy wait is not
-        self.changed = threading.Event()  # set when there may be something to do
+        self._writing = threading.Lock()  # one writer at a time; a lock is fair, SQLite's busy wait is not
+        self.changed = threading.Event()  # set when there may be a new job
         try:
             migrate(self._db, self._path)
         except sqlite3.OperationalError:
-            raise  # a full disk, for example
+            raise  # for example a full disk
         except sqlite3.DatabaseError as problem:
             raise damaged(self._path, str(problem)) from problem
 
@@ -104,7 +104,7 @@ class Store:
         if not hasattr(self._local, "db"):
             db = sqlite3.connect(self._path, isolation_level=None, timeout=10)
             db.row_factory = sqlite3.Row
-            db.text_factory = lambda text: text.decode("utf-8", "replace")  # of a database that a disk has spoiled
+            db.text_factory = lambda text: text.decode("utf-8", "replace")  # a damaged database may have other bytes
             # WAL of SQLite 3.7.0 to 3.51.2 can corrupt the file when two connections race (sqlite.org/wal.html).
             safe_wal = sqlite3.sqlite_version_info >= (3, 51, 3)
             db.executescript(
@@ -117,45 +117,45 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing. Nested use joins the outer transaction."""
+        """A transaction; a nested one joins the outer one."""
         if self._db.in_transaction:
             yield self._db
             return
         with self._writing:
             self._db.execute("BEGIN IMMEDIATE")
-            with self._db:  # commits, or rolls back where anything is raised
+            with self._db:  # commits, or rolls back after an error
                 yield self._db
 
     def add_tune(self, values: Mapping[str, object]) -> int:
-        """Insert a tune and its job, both or neither; its prompts follow in the caller's `transaction()`."""
+        """Insert a tune and its job, in one transaction; the caller's `transaction()` may add its prompts."""
         with self.transaction() as db:
             tune_id = self._insert("tunes", values)
             db.execute("INSERT INTO jobs (tune_id) VALUES (?)", (tune_id,))
         return tune_id
 
     def add_ready_tune(self, values: Mapping[str, object], **ended: object) -> int:
-        """Insert a tune that needs no training; `ended` is how it ended. Its callback is noted, as of any that ends."""
+        """Insert a tune that needs no training; `ended`: its result. As for other tunes, its callback becomes due."""
         with self.transaction():
             tune_id = self._insert("tunes", values)
             self.update("tunes", tune_id, status="trained", **ended)
         return tune_id
 
     def add_prompt(self, values: Mapping[str, object]) -> int:
-        """Insert a prompt and its job, both or neither."""
+        """Insert a prompt and its job, in one transaction."""
         with self.transaction() as db:
             prompt_id = self._insert("prompts", values)
             db.execute("INSERT INTO jobs (tune_id, prompt_id) VALUES (?, ?)", (values.get("tune_id"), prompt_id))
         return prompt_id
 
     def add_export(self, tune_id: int, format_: str) -> None:
-        """Insert an export and its job, both or neither."""
+        """Insert an export and its job, in one transaction."""
         with self.transaction() as db:
             export_id = self._insert("exports", {"tune_id": tune_id, "format": format_})
             db.execute("INSERT INTO jobs (tune_id, export_id) VALUES (?, ?)", (tune_id, export_id))
 
     def _insert(self, table: Table, values: Mapping[str, object]) -> int:
-        moment = now()
-        row = encode({**values, "status": "queued", "created_at": moment, "updated_at": moment})
+        created_at = now()
+        row = encode({**values, "status": "queued", "created_at": created_at, "updated_at": created_at})
         idempotency_columns = ", ".join("?" * len(row))
         with self.transaction() as db:
             cursor = db.execute(
@@ -165,7 +165,7 @@ class Store:
         return cursor.lastrowid
 
     def update(self, table: Table, row_id: int, **values: object) -> None:
-        """Change columns of one row; `updated_at` follows."""
+        """Change columns of one row, and its `updated_at`."""
         row = encode({**values, "updated_at": now()})
         with self.transaction() as db:
             db.execute(f"UPDATE {table} SET {', '.join(f'{k} = ?' for k in row)} WHERE id = ?", [*row.values(), row_id])
@@ -177,7 +177,7 @@ class Store:
     @overload
     def get(self, table: Literal["exports"], row_id: int) -> ExportRow | None: ...
     def get(self, table: Table, row_id: int) -> Row | None:
-        if not 0 < row_id < 2**63:  # SQLite has no such number
+        if not 0 < row_id < 2**63:  # not an integer of SQLite
             return None
         row = self._db.execute(f"SELECT * FROM {table} WHERE id = ?", (row_id,)).fetchone()
         return decode(row) if row else None
@@ -200,14 +200,14 @@ class Store:
         return [decode(row) for row in rows]
 
     def delete(self, table: Table, row_id: int) -> None:
-        """Remove a tune with its prompts, or one prompt, and their jobs and callbacks."""
+        """Delete a tune with its prompts, or one prompt; and their jobs and callbacks."""
         with self.transaction() as db:
             db.execute(f"DELETE FROM {table} WHERE id = ?", (row_id,))
 
     def claim(self) -> Job | None:
-        """The oldest job, marked as running; None where there is nothing to do.
+        """Mark the oldest job as running and return it; None: the queue is empty.
 
-        A job that a killed process left behind is simply the oldest one again.
+        The job of a killed process is the oldest one again.
         """
         with self.transaction() as db:
             row = db.execute("SELECT * FROM jobs ORDER BY id LIMIT 1").fetchone()
@@ -224,26 +224,26 @@ class Store:
         return job
 
     def made_headway(self, job: Job) -> None:
-        """A state is on disk: a crash after this is a new crash, not the same one again."""
+        """Reset the count of attempts, after a state was saved: a later crash is a new one."""
         with self.transaction() as db:
             db.execute("UPDATE jobs SET attempts = 1 WHERE id = ?", (job.id,))
 
     def put_back(self, job: Job) -> None:
-        """A job that was stopped because the app ends waits again, at its old place; that was no crash."""
+        """Requeue a job at its old place because the app ends; this does not count as an attempt."""
         table, row_id = job.target
         with self.transaction() as db:
             self.update(table, row_id, status="queued")
             db.execute("UPDATE jobs SET attempts = 0 WHERE id = ?", (job.id,))
 
     def cancel_wanted(self, table: Table, row_id: int) -> bool:
-        """Whether someone asked to stop; also when the row is gone. One indexed read, cheap enough for every step."""
+        """Whether the row was canceled or deleted. One indexed read, fast enough for every step."""
         row = self._db.execute(f"SELECT cancel FROM {table} WHERE id = ?", (row_id,)).fetchone()
         return row is None or bool(row[0])
 
     def finish(self, job: Job, status: str, **values: object) -> None:
-        """Record how a job ended and take it off the queue, in one transaction.
+        """Record the result of a job and remove it from the queue, in one transaction.
 
-        The prompts of a tune that did not get trained end with it.
+        The prompts of a tune that was not trained end as well.
         """
         table, row_id = job.target
         with self.transaction() as db:
@@ -261,7 +261,7 @@ class Store:
             )
 
     def take_off_queue(self, tune_id: int) -> bool:
-        """Remove a tune's job before it runs. False: it runs already, or has ended."""
+        """Remove a tune's job before it runs. Returns False if it runs or has ended."""
         with self.transaction() as db:
             queued = db.execute("SELECT 1 FROM tunes WHERE id = ? AND status = 'queued'", (tune_id,)).fetchone()
             if queued:
@@ -271,11 +271,11 @@ class Store:
             return queued is not None
 
     def requeue_tune(self, tune_id: int) -> None:
-        """Put a tune that ended without a model, and its prompts, at the end of the queue."""
+        """Queue a tune that ended without a model, and its prompts, again, at the end of the queue."""
         with self.transaction() as db:
             self.update("tunes", tune_id, status="queued", cancel=0, error=None, progress={}, eta=None)
             db.execute("INSERT INTO jobs (tune_id) VALUES (?)", (tune_id,))
-            # They will all have ended once more.
+            # All prompts will end again, and this callback will be due again.
             db.execute("DELETE FROM callbacks WHERE tune_id = ? AND kind = 'prompts'", (tune_id,))
             for prompt in self.find("prompts", tune_id=tune_id, oldest_first=True):
                 if prompt["status"] in ("failed", "canceled"):
@@ -283,7 +283,7 @@ class Store:
                     db.execute("INSERT INTO jobs (tune_id, prompt_id) VALUES (?, ?)", (tune_id, prompt["id"]))
 
     def recover(self) -> None:
-        """At start: what a stopped process was working on waits again, at its old place in the queue."""
+        """At start: requeue the jobs that a stopped process was running, at their old places."""
         with self.transaction() as db:
             for table, running in RUNNING.items():
                 db.execute(f"UPDATE {table} SET status = 'queued' WHERE status = ?", (running,))
@@ -291,7 +291,7 @@ class Store:
     # Callbacks
 
     def callbacks(self, place_id: int) -> list[CallbackRow]:
-        """All of a tune or base and its prompts, newest first."""
+        """The callbacks of a tune or base and its prompts, newest first."""
         found = self._db.execute(
             "SELECT * FROM callbacks WHERE tune_id = ?1"
             " OR prompt_id IN (SELECT id FROM prompts WHERE tune_id IS NULL AND base_id = ?1) ORDER BY id DESC",
@@ -299,13 +299,13 @@ class Store:
         )
         return [cast(CallbackRow, dict(row)) for row in found]
 
-    def due_callbacks(self, moment: str) -> list[CallbackRow]:
-        """Those that are to be posted by now, oldest first."""
-        found = self._db.execute("SELECT * FROM callbacks WHERE due_at <= ? ORDER BY due_at, id", (moment,))
+    def due_callbacks(self, time: str) -> list[CallbackRow]:
+        """The callbacks that are due at this time, oldest first."""
+        found = self._db.execute("SELECT * FROM callbacks WHERE due_at <= ? ORDER BY due_at, id", (time,))
         return [cast(CallbackRow, dict(row)) for row in found]
 
     def note_attempt(self, callback_id: int, answer: str, *, arrived: bool, due_at: str | None) -> None:
-        """What came of posting a callback. due_at: when it is tried again; None: not any more."""
+        """Record the result of an attempt. due_at: the time of the next one; None: no more attempts."""
         with self.transaction() as db:
             db.execute(
                 "UPDATE callbacks SET attempts = attempts + 1, answer = ?, due_at = ?, arrived_at = ? WHERE id = ?",
@@ -313,13 +313,13 @@ class Store:
             )
 
     def send_callbacks_again(self, tune_id: int) -> int:
-        """Start again with the callbacks of a tune and its prompts; returns how many there are."""
+        """Make the callbacks of a tune and its prompts due again; returns their number."""
         with self.transaction() as db:
             again = "UPDATE callbacks SET attempts = 0, arrived_at = NULL, due_at = ? WHERE tune_id = ?"
             return db.execute(again, (now(), tune_id)).rowcount
 
     def prompts_under(self, place_id: int, limit: int = -1, offset: int = 0) -> list[PromptRow]:
-        """The prompts of a tune, those on bases whose first model it is, or those of a base; newest first."""
+        """The prompts of a tune (and those on bases that name it first), or of a base; newest first."""
         found = self._db.execute(
             "SELECT * FROM prompts WHERE ?1 IN (tune_id, base_id, lora_id) ORDER BY id DESC LIMIT ?2 OFFSET ?3",
             (place_id, limit, offset),
@@ -327,7 +327,7 @@ class Store:
         return [cast(PromptRow, decode(row)) for row in found]
 
     def dependents(self, tune_id: int) -> list[TuneRow]:
-        """The tunes that were, or are to be, trained on this one, and have not expired; oldest first."""
+        """The tunes that have this tune as their base and have not expired, oldest first."""
         found = self._db.execute(
             "SELECT * FROM tunes WHERE base_id = ? AND status != 'expired' ORDER BY id", (tune_id,)
         )

@@ -1,4 +1,4 @@
-"""The verbs of tunes: create, get, list, cancel, resume, change, delete; and the check of photos."""
+"""The operations on tunes: create, get, list, cancel, resume, change, delete; and the check of photos."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def create_tune(
     key: IdempotencyKey | None = None,
     listed: Bases | None = None,
 ) -> tuple[Tune, bool]:
-    """Queue a tune; False with it: an equal request has made it, by its idempotency key or its title.
+    """Queue a tune. Returns (tune, False) if an equal request, by its idempotency key or its title, created it before.
 
-    data: the tune parameters but `images`, whose files are the uploads. listed: all bases, where the request has listed
-    them already. Raises InvalidRequest with all problems; nothing is kept then.
+    data: the tune parameters without `images`. uploads: the files of `images`. listed: all bases, if the request has
+    listed them already. Raises InvalidRequest with all errors; nothing is kept then.
     """
     request, count, problems = _parse(services, TuneRequest, data, uploads)
     listed = listed or bases.listed_once(services.settings)
@@ -65,7 +65,7 @@ def create_tune(
         return tune_answer(services, existing), False
     if len(request.prompts_attributes) > services.settings.max_prompts:
         problems["prompts_attributes"] = [f"must contain at most {services.settings.max_prompts} prompts"]
-    values: TuneValues | None = None  # where they cannot be settled
+    values: TuneValues | None = None  # if the request is invalid
     try:
         values = settle(services, request, max(1, count), listed)
     except InvalidRequest as invalid:
@@ -80,7 +80,7 @@ def create_tune(
             problems.setdefault("prompts_attributes", []).extend(numbered(invalid, number))
     fetches = request.image_urls or any(prompt.has_input for prompt in request.prompts_attributes)
     if problems and (fetches or "images" in problems):
-        raise InvalidRequest(problems)  # nothing is fetched for a request that is refused anyway
+        raise InvalidRequest(problems)  # nothing is downloaded for an invalid request
     try:
         with (
             intake(services.settings, services.decoder, uploads, request.image_urls, progress) as (work, photos),
@@ -95,7 +95,7 @@ def create_tune(
                 values["warnings"] = [*values["warnings"], *messages]
                 return _insert(services, request, values, work, photos, pictures, key, digest, listed)
             different = sum(not photo.dropped for photo in photos)
-            if different != count:  # a photo that came twice is trained once
+            if different != count:  # a duplicate photo is trained once
                 values = settle(services, request, different, listed)
             return _insert(services, request, values, work, photos, pictures, key, digest, listed)
     except InvalidRequest as invalid:
@@ -103,7 +103,7 @@ def create_tune(
 
 
 def own_name(request: TuneRequest, values: TuneValues | None) -> NamedTune:
-    """What the prompts of a request may call its tune by, which has no id yet."""
+    """The names by which the prompts of a request may refer to its tune, which has no id yet."""
     if values is None:
         return {"id": 0, "title": request.title, "token": request.token or "ohwx", "method": ""}
     return {"id": 0, "title": values["title"], "token": values["token"], "method": values["method"]}
@@ -112,10 +112,10 @@ def own_name(request: TuneRequest, values: TuneValues | None) -> NamedTune:
 def check_photos(
     services: Services, data: Mapping[str, object], uploads: Sequence[Upload], progress: ProgressCallback = no_progress
 ) -> Check:
-    """The verdicts that a tune with these parameters would give its photos; nothing is kept.
+    """The verdicts on photos, as for a tune with these parameters; nothing is kept.
 
-    data: tune parameters but `images`; none of them is needed, but without `name` face detection is skipped. Raises
-    InvalidRequest with all problems, CannotLook.
+    data: tune parameters without `images`. All are optional, but without `name` face detection is skipped. Raises
+    InvalidRequest with all errors, AnalysisUnavailable.
     """
     request, count, problems = _parse(services, CheckRequest, data, uploads)
     listed = bases.listed_once(services.settings)
@@ -136,7 +136,7 @@ def check_photos(
         else:
             warnings = [*warnings, "without a class name (`name`), face detection was skipped"]
         left = sum(not photo.dropped for photo in photos)
-        if left != count:  # the warnings of their number
+        if left != count:  # the warnings depend on the number of photos
             of_left = settle(services, request.as_tune(), max(1, left), listed)["warnings"]
             warnings = [*of_left, *warnings[len(values["warnings"]) :]]
         for number, photo in enumerate(photos):
@@ -149,7 +149,7 @@ def check_photos(
 def _parse(
     services: Services, model: type[R], data: Mapping[str, object], uploads: Sequence[Upload]
 ) -> tuple[R, int, dict[str, list[str]]]:
-    """The request, how many photos come with it, and what is wrong with their number. Raises InvalidRequest."""
+    """The request, its number of photos, and the errors about that number. Raises InvalidRequest."""
     problems: dict[str, list[str]] = {}
     urls = data.get("image_urls")
     count = sum(not u.name.lower().endswith(".txt") for u in uploads) + (len(urls) if isinstance(urls, list) else 0)
@@ -164,7 +164,7 @@ def _parse(
 
 
 def get_tune(services: Services, tune_id: int) -> Tune:
-    """A tune, or a base in its shape. Raises NotFound."""
+    """A tune, or a base as a tune. Raises NotFound."""
     row = tune_row(services, tune_id)
     if row is None and (base := bases.by_id(bases.listed_once(services.settings), tune_id)):
         return base_answer(services, base)
@@ -172,13 +172,13 @@ def get_tune(services: Services, tune_id: int) -> Tune:
 
 
 def list_tunes(services: Services, **query: Unpack[Query]) -> list[Tune]:
-    """Newest first; 20 where the query has no `limit`."""
+    """Newest first; 20 if the query has no `limit`."""
     query.setdefault("limit", 20)
     return [tune_answer(services, row) for row in services.store.find("tunes", **query)]
 
 
 def cancel_tune(services: Services, tune_id: int) -> Tune:
-    """Stop a tune: at once while it waits, within one step while it trains. Raises NotFound, Conflict."""
+    """Stop a tune: at once if it is queued, within one step if it trains. Raises NotFound, Conflict."""
     with services.store.transaction():
         row = row_of(services, "tunes", tune_id)
         if row["status"] in ENDED:
@@ -189,7 +189,7 @@ def cancel_tune(services: Services, tune_id: int) -> Tune:
 
 
 def resume_tune(services: Services, tune_id: int) -> Tune:
-    """Queue a tune again that was canceled or has failed; it goes on from its state. Raises NotFound, Conflict."""
+    """Queue a canceled or failed tune again; it resumes from its last state. Raises NotFound, Conflict."""
     with services.store.transaction():
         row = row_of(services, "tunes", tune_id)
         if row["status"] not in ("canceled", "failed"):
@@ -221,9 +221,9 @@ def change_tune(services: Services, tune_id: int, data: Mapping[str, object]) ->
 
 
 def delete_tune(services: Services, tune_id: int) -> None:
-    """Remove a tune with its prompts and files; a running one is stopped first. Raises NotFound, Conflict.
+    """Delete a tune with its prompts and files; a running one is stopped first.
 
-    One that is the base of others stays.
+    Raises NotFound; Conflict if it is the base of other tunes or does not stop.
     """
     row_of(services, "tunes", tune_id)
     deadline = time.monotonic() + STOP_SECONDS
@@ -243,7 +243,7 @@ def delete_tune(services: Services, tune_id: int) -> None:
 
 
 def _busy(services: Services, tune_id: int) -> bool:
-    """Whether the worker is at the tune or at a prompt that uses it; its own prompts are asked to stop."""
+    """Whether the worker runs the tune or a prompt that uses it; this asks the tune and its own prompts to stop."""
     busy = False
     if row_of(services, "tunes", tune_id)["status"] == "training":
         services.store.update("tunes", tune_id, cancel=1)
@@ -252,17 +252,17 @@ def _busy(services: Services, tune_id: int) -> bool:
         if prompt["tune_id"] == tune_id:
             services.store.update("prompts", prompt["id"], cancel=1)
             busy = True
-        busy = busy or tune_id in tunes_of(prompt)  # a prompt of another tune or of a base comes to its end
+        busy = busy or tune_id in tunes_of(prompt)  # prompts of another tune or of a base are not stopped
     return busy or bool(services.store.find("exports", tune_id=tune_id, status="exporting"))
 
 
 def list_callbacks(services: Services, tune_id: int) -> list[Callback]:
-    """Those of a tune and its prompts, newest first; none of a tune that is not there."""
+    """The callbacks of a tune and its prompts, newest first; none if there is no such tune."""
     return [Callback.model_validate(row) for row in services.store.callbacks(tune_id)]
 
 
 def send_callbacks_again(services: Services, tune_id: int) -> list[Callback]:
-    """Post all callbacks of a tune and its prompts once more. Raises NotFound, Conflict."""
+    """Send all callbacks of a tune and its prompts again. Raises NotFound, Conflict."""
     with services.store.transaction():
         row_of(services, "tunes", tune_id)
         if not services.store.send_callbacks_again(tune_id):
@@ -282,25 +282,25 @@ def _insert(
     listed: Bases,
 ) -> tuple[Tune, bool]:
     if request.base_tune_id is not None or any(prompt.parsed.models for prompt in request.prompts_attributes):
-        listed()  # the models folder is scanned before the transaction, in which other writers wait
+        listed()  # scan the models folder before the transaction, in which other writers wait
     with services.store.transaction():
-        if known := find_by_idempotency_key(services, "tunes", key):  # made by another request meanwhile
+        if known := find_by_idempotency_key(services, "tunes", key):  # another request was faster
             return tune_answer(services, known), False
         if existing := equal_tune(services, request.title, digest):
             return tune_answer(services, existing), False
         base = bases.resolve(services.settings, request.base_tune_id, request.branch, tunes_by_id(services), listed)
-        if base.id != values["base_id"]:  # it was deleted while the photos came
+        if base.id != values["base_id"]:  # it was deleted during the upload
             raise InvalidRequest({"base_tune_id": [f"{request.base_tune_id} is no base any more"]})
         row = {**values, **idempotency_columns(key), "body_digest": digest}
         row |= {"photos": [photo.model_dump() for photo in photos]}
         if not MODEL_TYPES[values["method"]].trains:
-            moment = datetime.now(UTC)
+            ready = datetime.now(UTC)
             tune_id = services.store.add_ready_tune(
                 row,
                 files=[FORMATS[name] for name in MODEL_TYPES[values["method"]].formats],
-                started_training_at=stamp(moment),
-                trained_at=stamp(moment),
-                expires_at=expiry(services.settings, moment),
+                started_training_at=stamp(ready),
+                trained_at=stamp(ready),
+                expires_at=expiry(services.settings, ready),
                 progress={"stage": "trained"},
             )
         else:
@@ -316,7 +316,7 @@ def _insert(
         (work / "request.json").write_text(request.model_dump_json(exclude={"images"}, indent=1))
         target = tune_folder(services, tune_id)
         target.parent.mkdir(exist_ok=True)
-        discard(target)  # left by a crash between the rename and the commit, so that its number came again
+        discard(target)  # left by a crash between the rename and the commit; its id was then used again
         for path in work.rglob("*"):
             fsync(path)
         work.rename(target)

@@ -1,7 +1,7 @@
-"""Callbacks: what has ended is posted to the address that the request gave, at least once, also over restarts.
+"""Callbacks: an ended tune or prompt is posted to the address in its request, at least once, also after a restart.
 
-The store notes a callback together with the end itself. It is tried until it arrives or a day has passed. Where the
-answer is lost on the way, it is posted again with the same `webhook-id`.
+The store creates the callback in the transaction that ends the tune or prompt. It is tried until it arrives or a day
+has passed. If the receiver's answer is lost, it is posted again with the same `webhook-id`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from trainer.studio.rows import Services
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
-AT_ONCE = 4  # one receiver that hangs must not hold up the others
-# Seconds until the next try, after the first, second ... one: a day and some hours in all, as Standard Webhooks has it.
+AT_ONCE = 4  # callbacks sent in parallel: a slow receiver must not delay the others
+# Seconds between attempts: a day and some hours in all, as in Standard Webhooks.
 DELAYS = (5, 30, 120, 600, 1800, 3600, 7200, 14_400, 21_600, 39_600)
-JITTER = 0.1  # of a delay, so that a receiver that comes back is not met by all at once
+JITTER = 0.1  # share of a delay, so that a receiver that is up again does not get all callbacks at once
 MOST_SECONDS = 86_400.0
-GONE = 410  # the receiver wants nothing more (Standard Webhooks)
+GONE = 410  # the HTTP status by which a receiver refuses all further callbacks (Standard Webhooks)
 
 
 class WebhookSender:
-    """A thread that looks for callbacks that are due, and a few that post them."""
+    """A thread that finds due callbacks, and a few threads that post them."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -46,7 +46,7 @@ class WebhookSender:
         self._loop.start()
 
     def close(self) -> None:
-        """Post nothing more; what is under way may arrive without our knowing, and is then posted again."""
+        """Stop. A callback that is being posted may arrive and is then posted again at the next start."""
         self._loop.close()
 
     def _post_due(self) -> None:
@@ -67,11 +67,11 @@ class WebhookSender:
 
 
 def attempt(services: Services, callback: CallbackRow) -> None:
-    """Post a callback once, and note what came of it."""
+    """Post a callback once, and record the result."""
     try:
         body = json.dumps(entity(services, callback)).encode()
     except NotFound:
-        return  # it was deleted meanwhile, and the callback with it
+        return  # the tune or prompt was deleted, with its callbacks
     retry_after: str | None = None
     try:
         status, retry_after = post(services.settings, callback["url"], body, headers(services, callback["id"], body))
@@ -84,7 +84,7 @@ def attempt(services: Services, callback: CallbackRow) -> None:
 
 
 def entity(services: Services, callback: CallbackRow) -> dict[str, object]:
-    """What is posted: as `GET` would answer it now, so that its links are fresh. Raises NotFound."""
+    """The body: the current answer of `GET`, so that its links are new. Raises NotFound."""
     if (prompt_id := callback["prompt_id"]) is not None:
         return {"prompt": prompts.get_prompt(services, prompt_id).model_dump()}
     assert callback["tune_id"] is not None, "only a prompt can be without a tune"
@@ -95,32 +95,32 @@ def entity(services: Services, callback: CallbackRow) -> dict[str, object]:
 
 
 def headers(services: Services, callback_id: int, body: bytes) -> dict[str, str]:
-    """Those of Standard Webhooks (standardwebhooks.com); signed where there is a secret."""
-    name, moment = f"tunebooth-{callback_id}", datetime.now(UTC)
+    """The headers of Standard Webhooks (standardwebhooks.com), with a signature if there is a secret."""
+    name, sent_at = f"tunebooth-{callback_id}", datetime.now(UTC)
     made = {
         "Content-Type": "application/json",
         "User-Agent": f"Tunebooth/{__version__}",
         "webhook-id": name,
-        "webhook-timestamp": str(int(moment.timestamp())),
+        "webhook-timestamp": str(int(sent_at.timestamp())),
     }
     if secret := services.settings.webhook_secret:
-        made["webhook-signature"] = Webhook(webhook_key(secret)).sign(name, moment, body.decode())
+        made["webhook-signature"] = Webhook(webhook_key(secret)).sign(name, sent_at, body.decode())
     return made
 
 
 def next_delay(attempts: int, retry_after: str | None) -> float | None:
-    """Seconds until the next try after so many before this one; None: it was the last.
+    """Seconds until the next attempt; None: there is none. attempts: how many came before the current one.
 
-    A receiver may ask for more patience (`Retry-After`, RFC 9110 10.2.3), up to a day.
+    A receiver may ask for a longer wait (`Retry-After`, RFC 9110 10.2.3), up to a day.
     """
     if attempts >= len(DELAYS):
         return None
-    delay = DELAYS[attempts] * (1 + JITTER * random.random())  # noqa: S311  # no secret
+    delay = DELAYS[attempts] * (1 + JITTER * random.random())  # noqa: S311  # not a secret
     return max(delay, min(asked_seconds(retry_after), MOST_SECONDS))
 
 
 def asked_seconds(retry_after: str | None) -> float:
-    """What `Retry-After` says, a number or a date, in seconds from now; 0 where it says nothing that can be read."""
+    """`Retry-After` (a number or a date) in seconds from now; 0 if it cannot be parsed."""
     if not retry_after:
         return 0.0
     if retry_after.strip().isdecimal():

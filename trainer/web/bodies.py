@@ -1,4 +1,4 @@
-"""The bodies of requests: JSON, multipart and urlencoded forms with Rails-style nesting, and their files."""
+"""Request bodies: JSON, multipart and urlencoded forms with Rails-style nesting, and uploaded files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.studio.rows import Services
 MAX_FIELDS = 5000
 MAX_JSON_BYTES = 2**20
 KEY = re.compile(r"(\w+)((?:\[[\w-]{0,64}\])*)")
-NUMBER = re.compile("[0-9]+")  # `isdigit` and `\d` know more digits than `int` does
+NUMBER = re.compile("[0-9]+")  # `isdigit` and `\d` match digits that `int` refuses
 
 
 class Malformed(Exception):
@@ -36,7 +36,7 @@ class Malformed(Exception):
 
 @asynccontextmanager
 async def sent(request: Request, services: Services, root: str, max_files: int) -> AsyncIterator[dict[str, object]]:
-    """The object under `root` of a request; its files, which are Uploads in it, are gone afterwards."""
+    """The object under `root` of a request; its files are Uploads in it, and are deleted at the end."""
     work = services.settings.outputs / "incoming" / f"{PARTIAL}upload-{uuid.uuid4().hex[:12]}"
     try:
         yield await read_body(request, root, max_files, work)
@@ -46,7 +46,7 @@ async def sent(request: Request, services: Services, root: str, max_files: int) 
 
 @asynccontextmanager
 async def sent_tune(request: Request, services: Services) -> AsyncIterator[tuple[dict[str, object], list[Upload]]]:
-    """The object `tune` of a request, and the files of its `images`."""
+    """The object `tune` of a request without `images`, and the files of `images`."""
     max_files = services.settings.max_images + len(PICTURES) * services.settings.max_prompts
     async with sent(request, services, "tune", max_files) as data:
         uploads = data.pop("images", None) or []
@@ -57,12 +57,12 @@ async def sent_tune(request: Request, services: Services) -> AsyncIterator[tuple
 
 
 def read_idempotency_key(request: Request, data: dict[str, object], uploads: list[Upload]) -> IdempotencyKey | None:
-    """The header `Idempotency-Key` with a digest of what is asked for. Raises InvalidRequest."""
+    """The header `Idempotency-Key` with a digest of the request. Raises InvalidRequest."""
     key = request.headers.get("idempotency-key")
     if key is None:
         return None
     if not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
-        raise InvalidRequest({"Idempotency-Key": ["must be 1 to 255 visible ASCII characters, as a UUID is"]})
+        raise InvalidRequest({"Idempotency-Key": ["must be 1 to 255 visible ASCII characters, such as a UUID"]})
     asked = json.dumps(data, sort_keys=True, default=lambda upload: [upload.name, _sha256(upload.path).hex()])
     digest = hashlib.sha256(request.url.path.encode() + asked.encode())
     for upload in uploads:
@@ -78,9 +78,8 @@ def _sha256(path: Path) -> bytes:
 async def read_body(request: Request, root: str, max_files: int, work: Path | None) -> dict[str, object]:
     """The object under `root` in a JSON, multipart or urlencoded body; files are written into `work`.
 
-    work None: of a file only its name is kept.
-
-    Raises Malformed for a body that cannot be read, InvalidRequest for one without the object.
+    work None: only the names of files are kept. Raises Malformed for an unreadable body, InvalidRequest if the object
+    is missing.
     """
     packed = request.headers.get("content-encoding", "identity")
     if packed != "identity":
@@ -104,7 +103,7 @@ async def read_body(request: Request, root: str, max_files: int, work: Path | No
 
 
 def parse_json(body: bytes, what: str = "the body") -> dict[str, object]:
-    """A JSON object; refuses doubled names, and numbers that JSON does not have."""
+    """A JSON object; refuses duplicate names, and numbers that are not in JSON, such as NaN."""
 
     def no_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
         seen = dict(pairs)
@@ -119,7 +118,7 @@ def parse_json(body: bytes, what: str = "the body") -> dict[str, object]:
         raise Malformed(f"{what} is larger than {MAX_JSON_BYTES} bytes")
     try:
         data = json.loads(body.decode("utf-8"), object_pairs_hook=no_doubles, parse_constant=no_constant)
-        json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate could be neither stored nor answered
+        json.dumps(data, ensure_ascii=False).encode()  # fails for a lone surrogate, which could not be stored
     except (ValueError, RecursionError) as error:
         raise Malformed(f"{what} is not JSON: {error}") from None
     if not isinstance(data, dict):
@@ -141,7 +140,7 @@ async def _read_form(request: Request, max_files: int, work: Path | None) -> dic
     items: list[tuple[str, str | Upload]] = []
     async with request.form(max_files=2 * max_files + 10, max_fields=MAX_FIELDS, max_part_size=2**20) as form:
         boundary = re.search(r'boundary="?([^";]+)', request.headers["content-type"])
-        if boundary and b"--" + boundary[1].encode() + b"--" not in tail:  # Starlette takes a body that was cut off
+        if boundary and b"--" + boundary[1].encode() + b"--" not in tail:  # Starlette accepts a truncated body
             raise Malformed("the body ends before its closing boundary; it was cut off on the way")
         for number, (key, value) in enumerate(form.multi_items()):
             if not isinstance(value, UploadFile):
@@ -159,10 +158,10 @@ async def _read_form(request: Request, max_files: int, work: Path | None) -> dic
 
 
 def nest(items: Sequence[tuple[str, object]]) -> dict[str, object]:
-    """Rails' form names: `a[b]=1&a[c][]=2&a[d][][e]=3` -> {"a": {"b": "1", "c": ["2"], "d": [{"e": "3"}]}}.
+    """Parse the form names of Rails: `a[b]=1&a[c][]=2&a[d][][e]=3` -> {"a": {"b": "1", "c": ["2"], "d": [{"e": "3"}]}}.
 
-    A list of objects goes on to its next object when a name comes again; `[0]`, `[1]` say it outright.
-    Raises Malformed where a name is no such name, is given twice, or is two kinds of thing.
+    In a list of objects, a repeated name begins the next object; `[0]`, `[1]` number the objects. Raises Malformed if a
+    name has another form, is given twice, or is used for two kinds of value.
     """
     root: dict[str, object] = {}
     for key, value in items:

@@ -1,4 +1,4 @@
-"""The Gradio API: one function for each endpoint."""
+"""The endpoints of the Gradio API, one function each."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from trainer.studio.rows import Services
 from trainer.studio.store import Query
 from trainer.web.progress import WATCH_SECONDS, busy, progress_callback
 
-Answer = dict[str, Any]  # Gradio shows this type to its clients
+Answer = dict[str, Any]  # Gradio shows this type to clients
 Endpoint = Callable[..., Awaitable[Any]]
 
 
 def endpoints(services: Services) -> list[Endpoint]:
-    """The functions that gradio_client calls. Gradio shows their types and does not enforce them: the contract does."""
+    """The functions that gradio_client calls. Gradio does not enforce their types; the contract does."""
     submit_tune = submit_endpoint(services)
     return [
         waiting_endpoint(services, submit_tune),
@@ -75,7 +75,7 @@ def submit_endpoint(services: Services) -> Endpoint:
 
 
 def waiting_endpoint(services: Services, submit_tune: Endpoint) -> Endpoint:
-    """`create_tune`: the parameters of `submit_tune`, written once."""
+    """The endpoint `create_tune`, with the parameters of `submit_tune`."""
 
     async def submit_and_wait(*positional: object, **named: object) -> Answer:
         tune = Tune(**await submit_tune(*positional, **named))
@@ -94,7 +94,7 @@ def waiting_endpoint(services: Services, submit_tune: Endpoint) -> Endpoint:
 
     create_tune = functools.wraps(submit_tune)(as_gradio_errors(submit_and_wait))
     create_tune.__name__ = "create_tune"
-    create_tune.__doc__ = "Create a tune and wait for it and its prompts; it goes on when the caller leaves."
+    create_tune.__doc__ = "Create a tune and wait for it and its prompts; it continues if the caller disconnects."
     return create_tune
 
 
@@ -112,7 +112,7 @@ def check_endpoint(services: Services) -> Endpoint:
         model_type: str | None = None,
         args: str | None = None,
     ) -> Answer:
-        """A verdict for each photo, as a tune with these parameters would give it; nothing is kept."""
+        """Check photos for a tune with these parameters: a verdict for each photo; nothing is kept."""
         given = locals()
         values = {key: given[key] for key in CheckRequest.parameters() if given[key] is not None}
         uploads = [_upload(image) for image in values.pop("images", [])]
@@ -146,12 +146,12 @@ def tune_endpoints(services: Services) -> list[Endpoint]:
 
     @as_gradio_errors
     async def cancel_tune(tune_id: int) -> Answer:
-        """Stop a tune, within one step; its state is kept for resume_tune."""
+        """Stop a tune within one step; its state is kept for resume_tune."""
         return (await run_in_threadpool(tune_verbs.cancel_tune, services, tune_id)).model_dump()
 
     @as_gradio_errors
     async def resume_tune(tune_id: int) -> Answer:
-        """Queue a canceled or failed tune again; it goes on from its last state."""
+        """Queue a canceled or failed tune again; it resumes from its last state."""
         return (await run_in_threadpool(tune_verbs.resume_tune, services, tune_id)).model_dump()
 
     @as_gradio_errors
@@ -244,7 +244,7 @@ def list_endpoints(services: Services) -> list[Endpoint]:
 
 
 def as_gradio_errors(endpoint: Endpoint) -> Endpoint:
-    """Our own errors reach the client as `gr.Error` texts, others do not."""
+    """The client gets our own errors as `gr.Error` with their text; other errors are hidden."""
 
     @functools.wraps(endpoint)
     async def wrapped(*positional: object, **named: object) -> object:
@@ -260,7 +260,7 @@ def _upload(image: object, name: str = "images") -> Upload:
     if not isinstance(image, dict) or not image.get("path"):
         raise InvalidRequest({name: ["must be files: handle_file('photo.jpg') of gradio_client makes one"]})
     path = Path(str(image["path"])).resolve()
-    # Gradio itself checks only what says that it is a file of its; anything else would be any file of this machine.
+    # Gradio checks only values marked as its files; without this check, a client could name any file of this machine.
     if not path.is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
         raise InvalidRequest({name: ["must be files that were uploaded: handle_file('photo.jpg') does that"]})
     return Upload(Path(str(image.get("orig_name") or path)).name, path)

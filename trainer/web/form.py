@@ -1,4 +1,4 @@
-"""The forms of the page: create a tune, more pictures."""
+"""The forms of the page: create a tune, and render more pictures."""
 
 from __future__ import annotations
 
@@ -27,20 +27,19 @@ from trainer.web.progress import progress_callback
 
 PAGE_NUM_IMAGES = 4
 OWN = ("branch's own", "")  # the choice that leaves a parameter null
-PROMPT_FIELDS = (  # of a prompt, beside its text, in the order in which they are placed
+PROMPT_FIELDS = (  # parameters of a prompt without its text, in the order of the page
     "num_images", "seed", "aspect_ratio", "style", "steps", "cfg_scale", "w", "h", "negative_prompt", "scheduler",
     "color_grading", "super_resolution", "hires_fix", "film_grain", "inpaint_faces", "face_correct", "use_lpw",
 )  # fmt: skip
-PACK_FIELDS = ("branch", "model_type", "preset", "base_tune_id")  # that a pack sets in the form
-START_FIELDS = (  # of a prompt that starts from a picture
+PACK_FIELDS = ("branch", "model_type", "preset", "base_tune_id")  # parameters that a pack sets in the form
+START_FIELDS = (  # parameters of a prompt that starts from a picture
     "input_image", "mask_image", "denoising_strength", "controlnet", "controlnet_conditioning_scale",
     "controlnet_txt2img",
 )  # fmt: skip
 
 
 def picture_fields(services: Services) -> dict[str, Component]:
-    """Fields for PROMPT_FIELDS, placed where this is called. Numbers are texts: an empty gr.Number turns into 0 when
-    its accordion is opened."""
+    """The components of PROMPT_FIELDS. Numbers are text fields: an empty gr.Number becomes 0 in an opened accordion."""
     folder = services.settings.presets
     fields: dict[str, Component] = {}
 
@@ -75,12 +74,12 @@ def picture_fields(services: Services) -> dict[str, Component]:
 
 
 def look_names(name: str, read: Callable[[Path], Mapping[str, object]], folder: Path) -> list[str]:
-    """The names of styles or film looks; none where their TOML is broken, which the log says."""
+    """The names of styles or film looks; empty if their TOML is broken, which is logged."""
     return list(read_for_show(folder / "looks" / f"{name}.toml", lambda _: read(folder)) or ())
 
 
 class PromptForm:
-    """More pictures of a tune that is there."""
+    """The form that renders a prompt with an existing tune."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -99,8 +98,8 @@ class PromptForm:
             with gr.Row():
                 kind = gr.Dropdown(choices=[("none", ""), *CONTROLS], value="", label="ControlNet")
                 scale = gr.Textbox(label="Its strength", placeholder="1")
-            anew = gr.Checkbox(label="Take only its outline (controlnet_txt2img)")
-        start = dict(zip(START_FIELDS, (*pictures, strength, kind, scale, anew), strict=True))
+            control_only = gr.Checkbox(label="Take only its outline (controlnet_txt2img)")
+        start = dict(zip(START_FIELDS, (*pictures, strength, kind, scale, control_only), strict=True))
         self._fields = {"text": text, **shared, **start}
 
     @property
@@ -108,11 +107,11 @@ class PromptForm:
         return [self.tune, *self._fields.values()]
 
     def choices(self) -> object:
-        """The tunes there are now that have a model."""
+        """The tunes that have a model now."""
         return gr.update(choices=models.rendering_tunes(self._services))
 
     def submit(self, tune_id: int | None, *values: Any) -> str:
-        """Queue the prompt; returns what is wrong."""
+        """Queue the prompt; returns the errors as HTML."""
         data = {name: value for name, value in zip(self._fields, values, strict=True) if value not in (None, False)}
         for name in PICTURES:
             if name in data:
@@ -124,15 +123,15 @@ class PromptForm:
                 self._services, int(tune_id), data, progress_callback(gr.Progress()), always_new=True
             )
             gr.Info(f"prompt {prompt.id} is queued", duration=4)
-        except NotFound as gone:
-            return note([str(gone)])
+        except NotFound as error:
+            return note([str(error)])
         except InvalidRequest as invalid:
             return note([f"{field}: {'; '.join(messages)}" for field, messages in invalid.problems.items()])
         return ""
 
 
 class Form:
-    """The fields of the page, each under the parameter's own name, each with room for what is wrong with it."""
+    """The form that creates a tune. Each field has the name of its parameter, and a place for its errors."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -187,7 +186,7 @@ class Form:
         self._advanced()
 
     def _advanced(self) -> None:
-        """The folds below the buttons."""
+        """The accordions below the buttons."""
         add = self._add
         with self._fold("Characteristics", "characteristics"):
             gr.Markdown("`{{eye_color}}` in a prompt becomes the value of the key `eye_color`.")
@@ -210,13 +209,13 @@ class Form:
             add("prompts_callback", gr.Textbox, label="Callback URL when all prompts are rendered")
 
     def _add(self, name: str, component: type[Component], **options: object) -> None:
-        """Place a field, with room for what is wrong with it right below."""
+        """Add a field, with a place for its errors below it."""
         with gr.Column(min_width=160, elem_classes="tb-field"):
             self.fields[name] = component(elem_id=f"field-{name}", **options)
             self._notes[name] = gr.HTML(elem_id=f"note-{name}")
 
     def _fold(self, label: str, *names: str) -> gr.Accordion:
-        """A part that is folded up until it is opened, or until something is wrong with one of its fields."""
+        """An accordion that opens by a click, or if one of its fields has an error."""
         self._folds.append((gr.Accordion(label, open=False), names))
         return self._folds[-1][0]
 
@@ -225,12 +224,12 @@ class Form:
         return [*self.fields.values(), *self._prompt_fields, self._captions, self._automatic, self.pack]
 
     def take_pack(self, slug: str) -> list[object]:
-        """The settings of a pack, put into the form, where they can be changed."""
+        """Fill the form with the settings of a pack; the user may change them."""
         if not slug:
             return [gr.skip() for _ in PACK_FIELDS]
         try:
             pack = pack_verbs.get_pack(self._services, slug)
-        except (Conflict, NotFound) as problem:  # its file was changed since the list was made
+        except (Conflict, NotFound) as problem:  # its file has changed since the list was made
             gr.Warning(str(problem))
             return [gr.skip() for _ in PACK_FIELDS]
         return [pack[name] or (0 if name == "base_tune_id" else "") for name in PACK_FIELDS]
@@ -240,7 +239,7 @@ class Form:
         return [*self._notes.values(), self._other, *(fold for fold, _ in self._folds)]
 
     def choices(self) -> tuple[object, object]:
-        """The bases and presets there are now: files may have been added since the start."""
+        """The current bases and presets: files may have been added since the start."""
         found = models.list_base_tunes(self._services)
         bases = [(f"{b['title']} ({'cannot be used' if b['error'] else b['branch']})", b["id"]) for b in found]
         named = [OWN, *((name, name) for name in settle.list_presets(self._services))]
@@ -248,27 +247,27 @@ class Form:
         return gr.update(choices=[("branch's own", 0), *earlier, *bases]), gr.update(choices=named)
 
     def dropped(self, paths: list[str] | None) -> str:
-        """The photos that were dropped, small; and the process that looks at them is started meanwhile."""
+        """Thumbnails of the chosen photos; the process that analyzes them is started as well."""
         if paths:
             self._services.analyzer.warm()
         return thumbnails(paths)
 
     def check(self, *values: Any) -> list[object]:
-        """Show a verdict for each photo; then as `submit`."""
+        """Show a verdict for each photo; then the errors, as in `submit`."""
         data, uploads = self._read(values)
         asked = {name: data[name] for name in CheckRequest.parameters() if name in data}
         try:
             verdicts = html.verdicts(
                 tunes.check_photos(self._services, asked, uploads, progress_callback(gr.Progress()))
             )
-            return [verdicts, *self._told({})]
+            return [verdicts, *self._show_errors({})]
         except InvalidRequest as invalid:
-            return [gr.skip(), *self._told(invalid.problems)]
+            return [gr.skip(), *self._show_errors(invalid.problems)]
         except AnalysisUnavailable as problem:
-            return [gr.skip(), *self._told({"images": [str(problem)]})]
+            return [gr.skip(), *self._show_errors({"images": [str(problem)]})]
 
     def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], list[Upload]]:
-        """What stands in the fields, and the files."""
+        """The values of the fields, and the files."""
         data = dict(zip(self.fields, values, strict=False))
         uploads = [Upload(Path(path).name, Path(path)) for path in data.pop("images") or []]
         data["base_tune_id"] = data["base_tune_id"] or None
@@ -276,7 +275,7 @@ class Form:
         return data, uploads
 
     def submit(self, *values: Any) -> list[object]:
-        """Create the tune; returns what is wrong beside each field, what is wrong elsewhere, and what to unfold."""
+        """Create the tune; returns the updates of `_show_errors`."""
         data, uploads = self._read(values)
         *_, rows, automatic, pack = values
         shared = dict(zip(PROMPT_FIELDS, values[len(self.fields) : -3], strict=True))
@@ -293,7 +292,7 @@ class Form:
                 if pack:
                     usual = {"num_images": PAGE_NUM_IMAGES}
                     changed = {name: value for name, value in shared.items() if value and value != usual.get(name)}
-                    # An empty field would take the pack's own away; those of PACK_FIELDS show it.
+                    # An empty field would delete the pack's value; PACK_FIELDS are sent, since the form shows them.
                     given = {name: value for name, value in data.items() if name in PACK_FIELDS or value}
                     data = given | {"prompt_attributes": changed}
                     tune, _ = pack_verbs.create_pack_tune(
@@ -304,12 +303,12 @@ class Form:
             gr.Info(f"{tune.title} is queued", duration=4)
         except InvalidRequest as invalid:
             problems = invalid.problems
-        return self._told(problems)
+        return self._show_errors(problems)
 
-    def _told(self, problems: dict[str, list[str]]) -> list[object]:
-        """What is wrong beside each field, what is wrong elsewhere, and what to unfold."""
+    def _show_errors(self, problems: dict[str, list[str]]) -> list[object]:
+        """Updates of the page: the errors below each field, other errors, and the accordions to open."""
         if problems:
-            gr.Warning("Please check the form: a message stands next to each field that is wrong.", duration=6)
+            gr.Warning("Please check the form: the error is shown below each wrong field.", duration=6)
         other = [f"{field}: {'; '.join(messages)}" for field, messages in problems.items() if field not in self._notes]
         unfold = [gr.update(open=True) if set(names) & set(problems) else gr.skip() for _, names in self._folds]
         return [*(note(problems.get(name, [])) for name in self._notes), note(other), *unfold]
@@ -317,7 +316,7 @@ class Form:
     def caption(
         self, paths: list[str] | None, name: str, token: str, branch: str, rows: list[list[str]], automatic: str
     ) -> tuple[list[list[str]], str]:
-        """A row for each photo: what was written there, else the text file that came along, else the automatic one."""
+        """A caption for each photo: the edited one, else that of the uploaded text file, else the automatic one."""
         token = (token or "").strip() or token_of(self._services.settings.presets, branch) or ""
         now = default_caption(token, name.strip()) if (name or "").strip() else ""
         written = {photo: caption for photo, caption in rows or [] if caption and caption != automatic}
@@ -340,7 +339,7 @@ class Form:
 
 
 def usual_tokens(presets: Path) -> str:
-    """The token of a tune that names none, and of the branches where it is another: `ohwx (sd15: sks)`."""
+    """The default token, and the branches with another one: `ohwx (sd15: sks)`."""
     tokens = {branch: token_of(presets, branch) for branch in BRANCHES}
     usual = tokens[DEMO_BRANCH] or ""
     others = ", ".join(f"{branch}: {token}" for branch, token in tokens.items() if token and token != usual)
@@ -348,12 +347,12 @@ def usual_tokens(presets: Path) -> str:
 
 
 def token_of(presets: Path, branch: str) -> str | None:
-    """The token of a branch; None where its TOML is broken: Create says so."""
+    """The token of a branch; None if its TOML is broken: the request will be refused."""
     return None if branch_file.branch_problem(presets, branch) else branch_file.default_token(presets, branch)
 
 
 def with_captions(uploads: list[Upload], rows: list[list[str]], automatic: str, folder: Path) -> list[Upload]:
-    """The uploads with a text file for each caption that was written; it takes the place of one that came along."""
+    """The uploads with a text file for each edited caption; it replaces an uploaded text file."""
     written = {Path(photo).stem: caption for photo, caption in rows or [] if caption and caption.strip() != automatic}
     kept = [one for one in uploads if not (one.name.lower().endswith(".txt") and Path(one.name).stem in written)]
     for stem in {Path(one.name).stem for one in kept} & written.keys():

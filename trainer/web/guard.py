@@ -1,4 +1,4 @@
-"""The outermost ASGI layer: who may come in, how much they may send, and what they see until the page is up."""
+"""The outermost ASGI layer: checks key, origin and size of each request, and answers while the app loads."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 log = logging.getLogger("tunebooth")
 COOKIE = "tunebooth_key"
-WRONG_KEYS, WRONG_SECONDS = 10, 60.0  # so many of an address within such a time, and it has to wait
+WRONG_KEYS, WRONG_SECONDS = 10, 60.0  # after so many wrong keys in such a time, an address must wait
 MOST_ADDRESSES = 10_000
-MOST_HEADER_BYTES, MOST_URL_BYTES = 2**16, 2**13  # of which the server itself limits only some
-OPEN_PATHS = "/files/"  # their links carry a signature
+MOST_HEADER_BYTES, MOST_URL_BYTES = 2**16, 2**13  # the server itself does not limit all of these
+OPEN_PATHS = "/files/"  # links to files are signed, so they need no key
 
 
 class TooLarge(Exception):
-    """The body is longer than it may be."""
+    """The body is larger than the limit."""
 
 
 class Body:
-    """A request's body that ends with TooLarge after `limit` bytes, whatever its Content-Length is."""
+    """A request's body that raises TooLarge after `limit` bytes; Content-Length is ignored."""
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive = receive
@@ -56,13 +56,13 @@ class Body:
 
 
 class RateLimiter:
-    """Counts the wrong keys that come from each address, so that no client can try many.
+    """Counts the wrong keys of each address, so that a client cannot try many.
 
-    An address that has had the right key is never shut out: behind a proxy it is everybody's.
+    An address that once sent the right key is never limited: behind a proxy, all users share it.
     """
 
     def __init__(self) -> None:
-        self._wrong: dict[str, list[float]] = {}  # when, in seconds
+        self._wrong: dict[str, list[float]] = {}  # address -> times of its wrong keys, in seconds
         self._known: set[str] = set()
 
     def note(self, address: str, right: bool) -> None:
@@ -83,12 +83,12 @@ class RateLimiter:
 
 
 class Guard:
-    """Answers `/health` and a waiting page at once; lets everything else through when the app has been loaded."""
+    """Answers `/health` and a waiting page at once; passes other requests on when the app is loaded."""
 
     def __init__(
         self, settings: Settings, load: Callable[[], FastAPI], begin: Callable[[], None], unload: Callable[[], None]
     ) -> None:
-        """load: builds the inner app (a FastAPI one); begin: called once it is up; unload: ends what they started."""
+        """load: builds the inner FastAPI app; begin: called when that answers; unload: called at the end."""
         self._settings = settings
         self._load = load
         self._begin = begin
@@ -107,7 +107,7 @@ class Guard:
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
-        # Web sockets are not served: nothing here speaks them.
+        # Web sockets are not served: the app does not use them.
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -121,10 +121,10 @@ class Guard:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _run_inner(self) -> None:
-        """Load the app while `/health` answers already, and keep its own lifespan open until the end."""
+        """Load the app in a thread, and keep its lifespan open until the end."""
         try:
             app = await asyncio.to_thread(self._load)
-        except BaseException as error:  # the edge of a thread: all who wait for the app get the error
+        except BaseException as error:  # the edge of a thread: waiting requests get the error
             log.exception("Tunebooth cannot start")
             self.failed = error
             self._ready.set()
@@ -134,7 +134,7 @@ class Guard:
             self._ready.set()
             try:
                 await asyncio.to_thread(self._begin)
-            except Exception as error:  # the edge of a thread: the app answers on without it
+            except Exception as error:  # the edge of a thread: the app still answers
                 log.exception("Tunebooth cannot work; it only answers")
                 self.failed = error
             await self._end.wait()
@@ -167,7 +167,7 @@ class Guard:
             await self._pass_on(scope, headers, receive, send)
 
     async def _pass_on(self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send) -> None:
-        """Hand a request to the app, once it is there, with a limit on its body."""
+        """Pass a request on to the app when that is loaded, with a limit on the body."""
         limit = self._settings.max_body_mb * 2**20
         too_large = {"error": f"the request is larger than {self._settings.max_body_mb} MB"}
         length = headers.get("content-length", "0")
@@ -182,7 +182,7 @@ class Guard:
 
         async def watched_send(message: Message) -> None:
             nonlocal started
-            if not body.too_large or started:  # what the app makes of TooLarge (500) is not the answer
+            if not body.too_large or started:  # the app turns TooLarge into a 500, which is not sent
                 started = True
                 await send(message)
 
@@ -195,7 +195,7 @@ class Guard:
             await _json(send, 413, too_large)
 
     def _origin_refusal(self, headers: dict[str, str]) -> str | None:
-        """Why a request comes from where it should not: another site's page, or a name that was pointed here."""
+        """The reason to refuse a request: another site's page sent it, or its Host is not ours (DNS rebinding)."""
         host = headers.get("host", "")
         public = urlsplit(self._settings.base_url)
         if self._settings.on_loopback and _hostname(host) not in (*LOOPBACK, public.hostname):
@@ -207,13 +207,13 @@ class Guard:
 
     def _has_key(self, address: str, headers: dict[str, str]) -> bool:
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        # By hand: http.cookies stumbles over what other apps on this host have set, and cookies know no ports.
+        # http.cookies fails on cookies of other apps on this host; cookies are not separated by port.
         cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
         sent = token.strip() if scheme.lower() == "bearer" else unquote(cookies.get(COOKIE, ""))
         return bool(sent) and self._right_key(address, sent)
 
     def _right_key(self, address: str, sent: str) -> bool:
-        """Whether it is the key, and it may be tried now."""
+        """Whether it is the key, and the address does not have to wait."""
         if self._rate_limiter.retry_after(address):
             return False
         right = self._is_key(sent)
@@ -224,7 +224,7 @@ class Guard:
         return self._key is None or hmac.compare_digest(digest_of(sent), self._key)
 
     async def _login(self, address: str, receive: Receive, send: Send) -> None:
-        """Take the key from the sign-in page and give the browser a cookie for it."""
+        """Check the key from the sign-in page and set a cookie with it."""
         body, more = b"", True
         while more and len(body) < 4096:
             message = await receive()
@@ -236,7 +236,7 @@ class Guard:
                 return
             await _html(send, 401, render("login.html", problem="That is not the key."))
             return
-        # A Space shows the app in a frame of another site, which only takes a cookie marked for that.
+        # A Space shows the app in a frame of another site, where browsers accept only a cookie marked for that.
         framed = "SameSite=None; Secure; Partitioned" if self._settings.base_url.startswith("https") else "SameSite=Lax"
         cookie = f"{COOKIE}={quote(key)}; HttpOnly; Path=/; Max-Age=2592000; {framed}"
         await send(

@@ -1,4 +1,4 @@
-"""The HTML of the page's live parts, from templates: pure functions of tunes. Jinja2 escapes everything by default."""
+"""The HTML of the page's live parts, made from templates by pure functions. Jinja2 escapes all values by default."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from trainer.studio.pack_file import ANY
 from trainer.web.templating import ENVIRONMENT, render
 
 CSS = (Path(__file__).parent / "style.css").read_text("utf-8")
-CURVE_WIDTH, CURVE_HEIGHT = 600, 120  # of the drawing; it scales with the page
+CURVE_WIDTH, CURVE_HEIGHT = 600, 120  # in SVG units
 SMOOTHING = 0.8
-# Of trainer/studio/answers.py: `readings`, `saved_snapshots` and `trained_pictures`.
+# What trainer/studio/answers.py returns: `readings`, `saved_snapshots`, `trained_pictures`.
 Lines = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class TuneDetails:
-    """What the page shows of a tune besides the tune itself: its callbacks, the tunes that it is based on, formats."""
+    """What the page shows in addition to a tune: its callbacks, its lineage and its model formats."""
 
     callbacks: Sequence[Callback] = ()
     chain: Sequence[str] = ()
@@ -35,7 +35,7 @@ class TuneDetails:
 
 @dataclass(frozen=True)
 class Bar:
-    """The progress bar. percent: 0 to 100. facts: (name, value, unit) of each fact below it."""
+    """The progress bar. percent: 0 to 100. facts: (name, value, unit) of each number below it."""
 
     moving: bool
     step: int
@@ -57,46 +57,45 @@ class Curve:
 
 
 def cards(packs: Sequence[Mapping[str, object]]) -> str:
-    """The packs: `describe` of each, or `slug` and `error` of one that cannot be read."""
+    """Cards of the packs. packs: `describe` of each, or `slug` and `error` of an unreadable one."""
     return render("packs.html", packs=packs)
 
 
-def current(tune: Tune | None, readings: Lines, moments: Lines, waiting: int, waits: str = "") -> str:
-    """The tune that runs, or the one that ran last, with the readings and the previews of its run."""
+def current(tune: Tune | None, readings: Lines, snapshots: Lines, waiting: int, waits: str = "") -> str:
+    """The running tune, or the last one, with the readings and the previews of its run."""
     bar = tune and progress_bar(tune, readings)
     curve = tune and loss_curve(readings, tune.progress.steps)
-    return render("current.html", tune=tune, moments=moments, waiting=waiting, waits=waits, bar=bar, curve=curve)
+    return render("current.html", tune=tune, snapshots=snapshots, waiting=waiting, waits=waits, bar=bar, curve=curve)
 
 
 def trained_pictures(seen: Lines) -> str:
-    """The pictures of the tune above as they are trained, each with its caption."""
+    """The pictures of the current tune as they are trained, each with its caption."""
     return render("trained_pictures.html", seen=seen) if seen else ""
 
 
 def earlier(tunes: Sequence[Tune], details: Mapping[int, TuneDetails], waits: str = "") -> str:
-    """All tunes, newest first, each to be unfolded. details: what else is known of each, by its id. waits: what
-    prompts in the queue wait for."""
+    """All tunes, newest first. details: by the ids of tunes. waits: what queued prompts wait for."""
     return render("earlier.html", tunes=[(tune, details.get(tune.id, TuneDetails())) for tune in tunes], waits=waits)
 
 
 def verdicts(check: Check) -> str:
-    """What a check saw in each photo, with the pictures as the trainer would see them."""
+    """The verdict on each photo of a check, with the pictures as they would be trained."""
     return render("verdicts.html", check=check)
 
 
 def note(messages: Sequence[str]) -> str:
-    """What is wrong with a field of the form."""
+    """The errors of a field of the form."""
     return render("note.html", messages=messages).strip()
 
 
 def thumbnails(paths: Sequence[str] | None) -> str:
-    """The photos that were dropped, small, in the order of the list."""
+    """Thumbnails of the chosen photos, in the order of the list."""
     pictures = [(path, Path(path).name) for path in paths or [] if not path.lower().endswith(".txt")]
     return render("thumbnails.html", pictures=pictures).strip()
 
 
 def progress_bar(tune: Tune, readings: Lines = ()) -> Bar:
-    """Stage, step, ETA, pace, loss, learning rate and memory of a run."""
+    """The progress bar with stage, step, ETA, pace, loss, learning rate and memory of a run."""
     p = tune.progress
     rendering = [prompt for prompt in tune.prompts if prompt.status in ("queued", "rendering")]
     facts = []
@@ -121,7 +120,7 @@ def progress_bar(tune: Tune, readings: Lines = ()) -> Bar:
 
 
 def loss_curve(readings: Lines, steps: int) -> Curve | None:
-    """Loss over steps, from its second reading on: the raw values, and an exponential mean of them."""
+    """Loss over steps: the raw values and their exponential mean; None for fewer than two readings."""
     if len(readings) < 2:
         return None
     losses = [reading["loss"] for reading in readings]
@@ -141,11 +140,11 @@ def loss_curve(readings: Lines, steps: int) -> Curve | None:
     return Curve(low, high, [("raw", points(losses)), ("smooth", points(means))])
 
 
-# What templates ask of a tune, a prompt, a photo or a pack (Jinja2 calls these filters)
+# Functions that the templates call (filters in Jinja2)
 
 
 def where(prompt: Prompt, waits: str) -> str:
-    """How far a prompt is, or what it waits for."""
+    """The progress of a prompt, or what it waits for."""
     if prompt.status == "rendering" and prompt.progress.steps:
         return f"{prompt.progress.stage}: step {prompt.progress.step} of {prompt.progress.steps}"
     return waits if prompt.status == "queued" else ""
@@ -158,13 +157,13 @@ def first_picture(tune: Tune) -> str | None:
 
 
 def prompt_counts(pack: Mapping[str, Mapping[str, Sequence[object]]]) -> list[int]:
-    """The least and the most prompts that a pack has for a class; one number where these are the same."""
+    """The smallest and the largest number of prompts for a class of the pack; one number if they are equal."""
     counts = {len(prompts) for prompts in pack["prompts"].values()}
     return sorted({min(counts), max(counts)})
 
 
 def setting_rows(tune: Tune, more: TuneDetails) -> list[tuple[str, object]]:
-    """What the tune was asked for and what was made of it."""
+    """The settings of a tune: (label, value)."""
     return [
         ("class name", tune.name),
         ("token", tune.token),
@@ -180,24 +179,24 @@ def setting_rows(tune: Tune, more: TuneDetails) -> list[tuple[str, object]]:
 
 
 def relative(url: str) -> str:
-    """A link of ours without its host, so that it works under whatever name the page was opened."""
+    """A link of ours without its host, so that it works under each name of the host."""
     parts = urlsplit(url)
     return f"{parts.path}?{parts.query}"
 
 
 def small(tune: Tune) -> str:
-    """The class of pictures that are shown enlarged, without blur."""
+    """The CSS class of small pictures, which are enlarged without blur."""
     return " tb-small" if tune.branch == DEMO_BRANCH else ""
 
 
 def badges(photo: Photo) -> list[tuple[str, str]]:
-    """(good, plain, doubt or bad; its text) of everything that a verdict says."""
+    """The badges of a verdict: (good, plain, doubt or bad; text)."""
     found = [("bad", "dropped")] if photo.dropped else []
     found.append(("doubt" if photo.too_small else "plain", f"{photo.width} x {photo.height}"))
     if photo.blurred:
         found.append(("doubt", f"blurred, {photo.sharpness:.0f}"))
     if photo.duplicate_of and not photo.dropped:
-        found.append(("doubt", "near-duplicate"))  # of which one, the notes say
+        found.append(("doubt", "near-duplicate"))  # the notes name the other photo
     if photo.rotated:
         found.append(("plain", "turned upright"))
     if photo.converted:
@@ -219,8 +218,8 @@ def outcome(one: Callback) -> str:
     return f"{tried}; next {when(one.due_at)}" if one.due_at else f"{tried}; given up"
 
 
-def when(moment: str) -> str:
-    return datetime.fromisoformat(moment).strftime("%d %b %Y, %H:%M UTC")
+def when(stamp: str) -> str:
+    return datetime.fromisoformat(stamp).strftime("%d %b %Y, %H:%M UTC")
 
 
 def duration(seconds: float) -> str:

@@ -8,12 +8,12 @@ import sys
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take the port (0: a free one) before anything slow happens.
+    """Open the port (0: a free one) before the slow imports.
 
-    A port that is not available ends the process with a message and exit code 1.
+    If the port is not available, the process ends with a message and exit code 1.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio sends small answers at once (TCP_NODELAY) only where it is; 40 ms each.
+    # asyncio sends small answers at once (TCP_NODELAY) only if the protocol is named; this saves 40 ms an answer.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     if os.name == "posix":
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,6 +1,6 @@
-"""The Gradio endpoints as MCP tools, at `/mcp`: for language models, so answers are JSON and photos come by address.
+"""The Gradio endpoints as MCP tools, at `/mcp`, for language models: answers are JSON, photos are addresses.
 
-Gradio's own MCP server answers with Python's text of a dict.
+Gradio's own MCP server answers with the `str` of a dict.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mcp.server.transport_security import TransportSecuritySettings
 
 Endpoint = Callable[..., Awaitable[object]]
 log = logging.getLogger(__name__)
-# A tool's caller has no files; a path that it gave would be one of this machine.
+# Parameters that tools do not have: the caller cannot upload files, and its paths would be read on this machine.
 FILES = ("images", "input_image", "mask_image")
 
 
 def mount(app: FastAPI, endpoints: list[Endpoint], text: type[Exception]) -> None:
-    """Serve the endpoints as tools. spoken: the error whose text is for the caller; any other is masked."""
+    """Serve the endpoints as tools. text: the error whose message the caller gets; others are masked."""
     server = FastMCP(
         "Tunebooth",
         stateless_http=True,
@@ -33,7 +33,7 @@ def mount(app: FastAPI, endpoints: list[Endpoint], text: type[Exception]) -> Non
     )
     for endpoint in endpoints:
         server.add_tool(tool(endpoint, text))
-    app.router.routes.extend(server.streamable_http_app().routes)  # no mount: that would answer only /mcp/
+    app.router.routes.extend(server.streamable_http_app().routes)  # not mounted: a mount would answer only /mcp/
     outer = app.router.lifespan_context
 
     @asynccontextmanager
@@ -45,7 +45,7 @@ def mount(app: FastAPI, endpoints: list[Endpoint], text: type[Exception]) -> Non
 
 
 def tool(endpoint: Endpoint, text: type[Exception]) -> Endpoint:
-    """An endpoint without its files."""
+    """An endpoint without its file parameters."""
 
     @functools.wraps(endpoint)
     async def called(**named: object) -> object:
@@ -53,7 +53,7 @@ def tool(endpoint: Endpoint, text: type[Exception]) -> Endpoint:
             return await endpoint(**named)
         except text:
             raise
-        except Exception:  # the edge to a client: what an error says is not for strangers, and is in the log
+        except Exception:  # the edge to a client: it does not see unexpected errors, the log does
             log.exception("the tool %s failed", endpoint.__name__)
             raise RuntimeError("internal error") from None
 

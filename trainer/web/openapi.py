@@ -1,4 +1,4 @@
-"""What /docs shows of the REST API: bodies, examples and error answers."""
+"""The OpenAPI document that /docs shows: bodies, examples and error answers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from trainer.web.bodies import Malformed
 
 
 class Error(BaseModel):
-    """Every refusal but 422."""
+    """An error answer other than 422."""
 
     error: str
 
 
 class Problems(RootModel[dict[str, list[str]]]):
-    """What is wrong with each field."""
+    """The errors of each field."""
 
 
 class Done(BaseModel):
@@ -51,14 +51,14 @@ REFUSED = {
     403: "From another site's page, or under a name that is not this app's",
     404: "Not found",
     405: "Not with this method",
-    409: "Not in this state",
+    409: "Not possible in the current state",
     413: "The body is too large",
     414: "The address is too long",
     415: "The body is of another type",
-    422: "What is wrong with each field, all at once",
+    422: "The errors of all fields at once",
     429: "Too many wrong keys",
     431: "The headers are too large",
-    503: "Not possible at the moment",
+    503: "Not possible now",
 }
 REFUSALS: dict[int | str, dict[str, object]] = {
     status: {"model": Problems if status == 422 else Error, "description": why} for status, why in REFUSED.items()

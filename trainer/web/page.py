@@ -1,4 +1,4 @@
-"""The page and the Gradio endpoints: the shared verbs, with a face. No rules, no torch."""
+"""The page and the Gradio endpoints. No rules, no torch."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ TUNES_ON_PAGE = 50
 
 
 def mount(app: FastAPI, services: Services) -> FastAPI:
-    """Put the page and the Gradio API onto the REST app."""
+    """Mount the page and the Gradio API on the REST app."""
     mcp.mount(app, [endpoint for endpoint in endpoints(services) if endpoint.__name__ != "create_tune"], gr.Error)
     mounted: FastAPI = gr.mount_gradio_app(
         app,
         build(services),
         path="/",
         ssr_mode=False,
-        show_error=False,  # our own errors are shown all the same; what an unexpected one says stays in the log
+        show_error=False,  # our own errors are still shown; unexpected ones are only in the log
         footer_links=["api"],
         max_file_size=f"{services.settings.max_image_mb}mb",
         theme=gr.themes.Base(
@@ -44,7 +44,7 @@ def mount(app: FastAPI, services: Services) -> FastAPI:
 
 
 def build(services: Services) -> gr.Blocks:
-    """The page: a form on the left, the tunes on the right."""
+    """The page: forms on the left, tunes on the right."""
     with gr.Blocks(title="Tunebooth", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         gr.HTML(render("head.html"))
         with gr.Row(equal_height=False):
@@ -91,12 +91,11 @@ def build(services: Services) -> gr.Blocks:
 
 
 def live_parts(services: Services, shown: tuple[str, str, str]) -> tuple[object, object, object, object]:
-    """The live parts of the page, and what they are; what has not changed is left alone, so that nothing folds up or
-    flickers."""
+    """The live parts of the page, and their HTML for the next call; unchanged parts are skipped, to avoid flicker."""
     tunes = list_tunes(services, limit=TUNES_ON_PAGE)
     running = [tune for tune in tunes if busy(tune)]
     tune = running[-1] if running else (tunes[0] if tunes else None)
-    readings, moments, seen = (
+    readings, snapshots, seen = (
         part(tune.id) if tune else []
         for part in (
             functools.partial(answers.readings, services),
@@ -107,7 +106,7 @@ def live_parts(services: Services, shown: tuple[str, str, str]) -> tuple[object,
     training = next((one.title for one in tunes if one.status == "training"), None)
     waits = f"waits until {training} is trained" if training else ""
     parts = (
-        html.current(tune, readings, moments, len(running) - 1 if running else 0, waits),
+        html.current(tune, readings, snapshots, len(running) - 1 if running else 0, waits),
         html.trained_pictures(seen),
         html.earlier(tunes, {tune.id: details(services, tune.id) for tune in tunes}, waits),
     )
@@ -127,7 +126,7 @@ def details(services: Services, tune_id: int) -> TuneDetails:
 
 
 def pack_shelf(services: Services) -> tuple[str, object]:
-    """The packs as cards, and as choices."""
+    """The packs as cards and as choices."""
     known = pack_verbs.list_packs(services)
     usable = [(pack["title"], pack["slug"]) for pack in known if "error" not in pack]
     return html.cards(known), gr.update(choices=[("none", ""), *usable])

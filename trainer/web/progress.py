@@ -1,4 +1,4 @@
-"""Progress of a Gradio call, from the store to the browser."""
+"""The progress of a Gradio call, shown in the browser."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def busy(tune: Tune) -> bool:
 
 
 def progress_callback(progress: gr.Progress) -> ProgressCallback:
-    """Tell a Gradio progress bar how far a request has come."""
+    """A callback that shows the progress of a request in a Gradio progress bar."""
     return lambda what, done, of: progress((done, of), what)

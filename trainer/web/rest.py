@@ -26,14 +26,14 @@ from trainer.web.openapi import REFUSALS, Done, add_error_answers, body_schema
 
 Slug = Annotated[str, UrlPath(pattern=f"^{SLUG.pattern}$")]
 SqlInteger = Annotated[int, Query(ge=0, lt=2**63)]
-CALLS = ("/tunes", "/prompts", "/photos/", "/gallery/", "/presets", "/packs", "/p/")  # begin their paths
+CALLS = ("/tunes", "/prompts", "/photos/", "/gallery/", "/presets", "/packs", "/p/")  # the paths of the API
 
 
 PROMPT_BODY = {"requestBody": {"content": body_schema("prompt", PromptRequest)}}
 
 
 def create_app(services: Services) -> FastAPI:
-    """All REST routes over the shared verbs."""
+    """The app with all REST routes."""
     app = FastAPI(title="Tunebooth", version=__version__, redirect_slashes=False, responses=REFUSALS)
     app.add_middleware(JsonSuffix)
     add_error_answers(app)
@@ -50,7 +50,7 @@ def tune_routes(app: FastAPI, services: Services) -> None:
 
     @app.post("/tunes", status_code=201, response_model=Tune, responses={200: {"model": Tune}}, openapi_extra=tune_body)
     async def create_tune(request: Request) -> JSONResponse:
-        """Create a tune and queue it. 200 where the title has one already."""
+        """Create a tune and queue it. 200: a tune with this title existed already."""
         async with sent_tune(request, services) as (data, uploads):
             key = await run_in_threadpool(read_idempotency_key, request, data, uploads)
             tune, created = await run_in_threadpool(tunes.create_tune, services, data, uploads, no_progress, key)
@@ -58,7 +58,7 @@ def tune_routes(app: FastAPI, services: Services) -> None:
 
     @app.post("/photos/check", openapi_extra={"requestBody": {"content": body_schema("tune", CheckRequest)}})
     async def check_photos(request: Request) -> Check:
-        """A verdict for each photo, as a tune with these parameters would give it; nothing is kept."""
+        """Check photos for a tune with these parameters: a verdict for each photo; nothing is kept."""
         async with sent_tune(request, services) as (data, uploads):
             return await run_in_threadpool(tunes.check_photos, services, data, uploads)
 
@@ -82,7 +82,7 @@ def tune_routes(app: FastAPI, services: Services) -> None:
 
 
 def change_routes(app: FastAPI, services: Services) -> None:
-    """What can be done to a tune that exists."""
+    """Change, delete, cancel and resume tunes; callbacks."""
 
     @app.patch("/tunes/{tune_id}", openapi_extra={"requestBody": {"content": body_schema("tune", TuneChange)}})
     async def change_tune(tune_id: int, request: Request) -> Tune:
@@ -106,13 +106,13 @@ def change_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/tunes/{tune_id}/callbacks")
     def list_callbacks(tune_id: int) -> list[Callback]:
-        """What was posted, or is still to be, to the callbacks of a tune and its prompts; newest first."""
-        tunes.get_tune(services, tune_id)  # or there is none
+        """The callbacks of a tune and its prompts, sent or waiting; newest first."""
+        tunes.get_tune(services, tune_id)  # raises NotFound
         return tunes.list_callbacks(services, tune_id)
 
     @app.post("/tunes/{tune_id}/callbacks")
     def send_callbacks_again(tune_id: int) -> list[Callback]:
-        """Post all of them once more."""
+        """Send all callbacks of the tune and its prompts again."""
         return tunes.send_callbacks_again(services, tune_id)
 
 
@@ -120,17 +120,17 @@ def file_routes(app: FastAPI, services: Services) -> None:
     """Models and pictures: files behind signed links."""
 
     answers: dict[int | str, dict[str, object]] = {
-        307: {"description": "Leads to the file"},
+        307: {"description": "Redirects to the file"},
         202: {"model": Done, "description": "It is being made; ask again"},
     }
 
     @app.get("/tunes/{tune_id}/model", status_code=307, responses=answers, response_model=None)
     def get_model(tune_id: int, wanted: Annotated[str | None, Query(alias="format")] = None) -> Response:
-        """Leads to the trained file; in another `format` once that is made: kohya, diffusers, embeddings, bundled,
-        checkpoint, faceid, as far as the model type has it."""
+        """Redirect to the model file. `format`: kohya, diffusers, embeddings, bundled, checkpoint or faceid, if the
+        model type has it; 202 until it is made."""
         link = models.model_link(services, tune_id, wanted)
         if link is None:
-            waiting = Done(message=f"the model is being made into {wanted}; ask again in a moment")
+            waiting = Done(message=f"the model is being made into {wanted}; ask again in a few seconds")
             return JSONResponse(waiting.model_dump(), 202, {"Retry-After": "5"})
         return RedirectResponse(link)
 
@@ -153,7 +153,7 @@ def prompt_routes(app: FastAPI, services: Services) -> None:
 
     @app.post("/tunes/{tune_id}/prompts", status_code=201, openapi_extra=PROMPT_BODY)
     async def create_prompt(tune_id: int, request: Request) -> Prompt:
-        """Render a prompt with a tune, or on a base (see `/gallery/tunes`)."""
+        """Render a prompt with a tune or with a base (see `/gallery/tunes`)."""
         async with sent(request, services, "prompt", len(PICTURES)) as data:
             key = await run_in_threadpool(read_idempotency_key, request, data, [])
             return await run_in_threadpool(prompts.create_prompt, services, tune_id, data, no_progress, key)
@@ -178,11 +178,11 @@ def prompt_routes(app: FastAPI, services: Services) -> None:
 
 
 def prompt_change_routes(app: FastAPI, services: Services) -> None:
-    """Delete prompts, or render them again."""
+    """Delete prompts; render them again."""
 
     @app.delete("/prompts/{prompt_id}")
     def delete_prompt(prompt_id: int) -> Done:
-        """Remove a prompt and its pictures; one that renders is stopped first."""
+        """Remove a prompt and its pictures; its rendering is stopped first."""
         prompts.delete_prompt(services, prompt_id)
         return Done(message="Prompt successfully deleted")
 
@@ -193,15 +193,15 @@ def prompt_change_routes(app: FastAPI, services: Services) -> None:
 
     @app.post("/prompts/{prompt_id}/duplicate", status_code=201, openapi_extra=PROMPT_BODY)
     async def duplicate_prompt(prompt_id: int, request: Request) -> Prompt:
-        """Render a prompt again; the body, which may be empty, says what is to be different."""
+        """Render a prompt again; the body, which may be empty, has the parameters to change."""
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         if not has_body:
             return await run_in_threadpool(
-                prompts.duplicate_prompt, services, prompt_id, {}, no_progress, read_idempotency_key(request, {}, [])
+                prompts.duplicate_prompt, services, prompt_id, {}, read_idempotency_key(request, {}, [])
             )
         async with sent(request, services, "prompt", len(PICTURES)) as data:
             key = await run_in_threadpool(read_idempotency_key, request, data, [])
-            return await run_in_threadpool(prompts.duplicate_prompt, services, prompt_id, data, no_progress, key)
+            return await run_in_threadpool(prompts.duplicate_prompt, services, prompt_id, data, key)
 
 
 def pack_routes(app: FastAPI, services: Services) -> None:
@@ -231,7 +231,7 @@ def pack_routes(app: FastAPI, services: Services) -> None:
 
     @app.post("/tunes/{tune_id}/pack", status_code=201)
     def save_pack(tune_id: int, title: str | None = None) -> dict[str, object]:
-        """Make a pack of a tune's settings and prompts, under its own title or another."""
+        """Make a pack of a tune's settings and prompts; `title` replaces the tune's title."""
         return pack_verbs.save_pack(services, tune_id, title)
 
 
@@ -245,7 +245,7 @@ def list_routes(app: FastAPI, services: Services) -> None:
         title: str | None = None,
         model_type: str | None = None,
     ) -> list[dict[str, object]]:
-        """Base models that a tune can start from, and that prompts can be posted on."""
+        """Base models, to train tunes on and to post prompts to."""
         return models.list_base_tunes(services, branch, limit, title, model_type)
 
     @app.get("/presets")
@@ -254,7 +254,7 @@ def list_routes(app: FastAPI, services: Services) -> None:
 
 
 class JsonSuffix:
-    """`/tunes/1.json` is `/tunes/1`, everywhere but in files."""
+    """`/tunes/1.json` is `/tunes/1`; paths of files stay unchanged."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Jinja2 with the templates of `templates/`: everything is escaped by default."""
+"""Jinja2 with the templates of `templates/`; all values are escaped by default."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ ENVIRONMENT = Environment(
 
 
 def render(template: str, **values: object) -> str:
-    """A template, filled in. A value that it needs and does not get is an error."""
+    """Render a template. A missing value is an error."""
     return ENVIRONMENT.get_template(template).render(**values)

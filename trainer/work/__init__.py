@@ -1,1 +1,1 @@
-"""One thread that runs one job at a time, and the wiring of the whole app."""
+"""The worker thread, which runs one job at a time; and the assembly of the app."""

@@ -1,4 +1,4 @@
-"""Everything behind the guard is put together here: store, decoder, verbs, worker, page."""
+"""Builds and starts everything behind the guard: store, decoder, worker, page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.studio.store import InUse, Store
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-IN_USE_EXIT_CODE = 75  # EX_TEMPFAIL: another process has this outputs folder
+IN_USE_EXIT_CODE = 75  # EX_TEMPFAIL: another process uses this outputs folder
 
 
 def check_secrets(settings: Settings) -> None:
@@ -27,8 +27,8 @@ def check_secrets(settings: Settings) -> None:
 def open_store(outputs: Path) -> Store:
     """The database of an outputs folder.
 
-    One that cannot be opened ends the process with a message: exit code 75 where another process has the folder,
-    1 where the database is damaged or of a newer version.
+    If it cannot be opened, the process ends with a message: exit code 75 if another process uses the folder, 1 if the
+    database is damaged or of a newer version.
     """
     try:
         return Store(outputs)
@@ -40,7 +40,7 @@ def open_store(outputs: Path) -> Store:
 
 
 class Studio:
-    """Everything behind the guard: imported and started while `/health` answers already."""
+    """Everything behind the guard. `/health` answers while this is imported and started."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         from trainer.photos.analysis import PhotoAnalyzer
@@ -58,7 +58,7 @@ class Studio:
         from trainer.studio.expiry import expiry_loop
         from trainer.studio.rows import Services
         from trainer.studio.webhooks import WebhookSender
-        from trainer.web import page  # `import gradio` is the longest wait
+        from trainer.web import page  # `import gradio` takes longest
         from trainer.web.rest import create_app
 
         sweep(self._settings.outputs)
@@ -70,7 +70,7 @@ class Studio:
         return page.mount(create_app(self._services), self._services)
 
     def begin(self) -> None:
-        """Start working, now that the page is up: importing torch would have made it wait."""
+        """Start the worker, after the page is up: the import of torch would delay it."""
         self._decoder.warm()
         self._worker.start()
         self._webhook_sender.start()
@@ -83,7 +83,7 @@ class Studio:
             queue_demo(self._services)
 
     def close(self) -> None:
-        """Put a running job aside, its state saved, and let go of the outputs folder."""
+        """Requeue a running job after its state is saved, and release the outputs folder."""
         self._worker.stop()
         self._webhook_sender.close()
         self._expiry_loop.close()

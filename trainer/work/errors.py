@@ -1,4 +1,4 @@
-"""Unexpected errors of a job as messages, with a remedy where one is known."""
+"""Messages for unexpected errors of a job, with a remedy if one is known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OF_PICTURES = "try a smaller w and h, no super_resolution or hires_fix, or no co
 
 
 def explain(error: Exception, remedy: str = OF_TRAINING) -> str:
-    """An unexpected error as a message, with a remedy where one is known. remedy: for a card that is full."""
+    """An unexpected error as a message. remedy: added if the card's memory is full."""
     if isinstance(error, OSError) and isinstance(error.filename, str):
         file = Path(error.filename)
         return f"{printable(f'{file.parent.name}/{file.name}')} cannot be used: {reason(error)}"

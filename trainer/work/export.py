@@ -1,4 +1,4 @@
-"""A trained tune in another format: what `GET /tunes/ID/model?format=` makes when it is first asked for."""
+"""Exports: a trained model in another format, made at the first `GET /tunes/ID/model?format=`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ DIFFUSERS_ZIP = "diffusers.zip"
 
 
 def export_tune(tune: TuneRow, base: Base, format_: str, settings: Settings) -> str:
-    """Write `outputs/tunes/ID/exports/FORMAT/`. Returns the file to hand out, below `exports/`.
+    """Write `outputs/tunes/ID/exports/FORMAT/`. Returns the file for download, relative to `exports/`.
 
-    tune: its row in the store, trained. base: the tune as a base. It works in ordinary memory, without the card.
+    tune: the row of a trained tune. base: the tune as a base. This uses RAM, not the card.
     """
     folder = settings.outputs / "tunes" / str(tune["id"])
     dtype = getattr(torch, train_config.parse_args(tune["args"])["save_dtype"])
     branch = load_branch(base, torch.device("cpu"), settings.outputs / "cache", dtype)
     if base.model is not None:
         lora.apply(branch, base.model, 1.0)
-        new_tokens.remove(branch.pipeline)  # a whole model has no place for them; their own file stays beside it
+        new_tokens.remove(branch.pipeline)  # a checkpoint cannot hold them; they stay in their own file
         lora.merge(branch.pipeline)
     with whole_folder(folder / "exports" / format_) as partial:
         if format_ == CHECKPOINT_FORMAT:
@@ -44,7 +44,7 @@ def export_tune(tune: TuneRow, base: Base, format_: str, settings: Settings) -> 
 
 
 def facts_of(file: Path, branch: Branch) -> dict[str, str]:
-    """The metadata of a saved LoRA, as of a whole model."""
+    """The metadata of a saved LoRA, for a whole model."""
     with safe_open(file, "pt") as tensors:
         facts = dict(tensors.metadata() or {})
     kept = {key: value for key, value in facts.items() if not key.startswith("ss_network_")}
@@ -52,13 +52,13 @@ def facts_of(file: Path, branch: Branch) -> dict[str, str]:
 
 
 def write_diffusers(branch: Branch, folder: Path, dtype: torch.dtype) -> None:
-    """Write the pipeline as a diffusers folder, in one file that a browser can fetch."""
+    """Write the pipeline as a zipped diffusers folder, which a browser can download."""
     for part in branch.pipeline.components.values():
         if isinstance(part, nn.Module):
             part.to(dtype)
     work = folder / "diffusers"
     branch.pipeline.save_pretrained(work)
-    with zipfile.ZipFile(folder / DIFFUSERS_ZIP, "w", zipfile.ZIP_STORED) as packed:  # weights do not get smaller
+    with zipfile.ZipFile(folder / DIFFUSERS_ZIP, "w", zipfile.ZIP_STORED) as packed:  # weights do not compress
         for path in sorted(work.rglob("*")):
             packed.write(path, path.relative_to(work))
             if path.is_file():

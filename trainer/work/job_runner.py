@@ -43,15 +43,15 @@ from trainer.work.reporter import Reporter
 
 log = logging.getLogger("tunebooth.worker")
 R = TypeVar("R", TuneRow, PromptRow, ExportRow)
-MAX_ATTEMPTS = 3  # a job that takes the process down this often without headway is not tried again
+MAX_ATTEMPTS = 3  # a job that crashes the process so often without progress is not tried again
 
 
 class JobInterrupted(Exception):
-    """The job is to stop, before it has begun to train."""
+    """The job must stop before training begins."""
 
 
 class JobRunner:
-    """Runs jobs; keeps what is worth keeping between two of them."""
+    """Runs jobs; keeps loaded models between two jobs."""
 
     def __init__(
         self, settings: Settings, store: Store, analyzer: PhotoAnalyzer, device: torch.device, stopping: threading.Event
@@ -64,7 +64,7 @@ class JobRunner:
         self._renderer = Renderer(settings, device, analyzer)
 
     def run(self, job: Job) -> None:
-        """Do a job, and record how it ended."""
+        """Run a job, and record its result."""
         reporter = Reporter(self._settings, self._store, job, self._stopping, self._device)
         try:
             if job.attempts >= MAX_ATTEMPTS:
@@ -79,7 +79,7 @@ class JobRunner:
             self._store.finish(job, "failed", error=str(problem))
         except (JobInterrupted, Closed):
             self._requeue(job, reporter)
-        except Exception as error:  # the edge of a job: it must end, also where a library raises
+        except Exception as error:  # the edge of a job: it must end, also after an error of a library
             log.exception("job %s failed", job)
             self._store.finish(job, "failed", error=explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING))
 
@@ -92,16 +92,16 @@ class JobRunner:
         files = train_tune(tune, self._base(tune), config, self._settings, self._device, reporter, self._preview(tune))
         if files is not None:
             reporter.stage("trained")
-            moment = datetime.now(UTC)
-            ends = {"trained_at": stamp(moment), "eta": stamp(moment), "expires_at": expiry(self._settings, moment)}
+            end = datetime.now(UTC)
+            ends = {"trained_at": stamp(end), "eta": stamp(end), "expires_at": expiry(self._settings, end)}
             self._store.finish(job, "trained", files=files, progress=reporter.progress, **ends)
-            if get_method(tune["method"]).LARGE:  # nothing goes on from its states, which are several times the model
+            if get_method(tune["method"]).LARGE:  # its states are several times the model, and no longer needed
                 discard(self._settings.outputs / "tunes" / str(tune["id"]) / "state")
         else:
             self._requeue(job, reporter)
 
     def _requeue(self, job: Job, reporter: Reporter) -> None:
-        """End a job that was stopped: for good where that was asked for, else until the next start."""
+        """Requeue a stopped job if the app ends; otherwise it was canceled."""
         if self._stopping.is_set() and not self._store.cancel_wanted(*job.target):
             self._store.put_back(job)
             log.info("%s %s is paused; it resumes at the next start", job.target[0][:-1], job.target[1])
@@ -109,7 +109,7 @@ class JobRunner:
             self._store.finish(job, "canceled", eta=None, progress=reporter.progress)
 
     def _prepared(self, tune: TuneRow, config: TrainConfig, reporter: Reporter) -> TuneRow:
-        """The tune with the verdicts on its photos, and with what is made of them in `dataset/`; once for a tune."""
+        """Analyze the photos of a tune and write `dataset/`, once for a tune. Returns the row with the verdicts."""
         folder = self._settings.outputs / "tunes" / str(tune["id"])
         done = folder / "dataset" / "prepared.json"
         if done.exists():
@@ -119,7 +119,7 @@ class JobRunner:
 
         def progress(what: str, number: int, of: int) -> None:
             reporter.stage(f"{what}: {number} of {of}")
-            if not reporter.going_on():
+            if not reporter.may_continue():
                 raise JobInterrupted
 
         photos, warnings = self._analyzer.prepare(
@@ -135,16 +135,16 @@ class JobRunner:
             warnings.append(f"{left} of {before} photos are left; steps and batch are those for {before}")
         for warning in warnings:
             reporter.warn(warning)
-        write_whole(done, json.dumps(verdicts(photos)))  # before the store: a crash in between must not judge again
+        write_whole(done, json.dumps(verdicts(photos)))  # before the store: a crash must not repeat the analysis
         self._store.update("tunes", tune["id"], photos=verdicts(photos))
         return self._must(self._store.get("tunes", tune["id"]))
 
     def _fitted(self, tune: TuneRow) -> TrainConfig:
-        """The configuration, made to fit the card when the tune is first begun. Raises RuntimeError where none fits."""
+        """The configuration, fitted to the card at the tune's first start. Raises RuntimeError if none fits."""
         config = TrainConfig(**train_config.parse_args(tune["args"]))
         folder = self._settings.outputs / "tunes" / str(tune["id"])
         if (folder / "config.json").exists():
-            return config  # begun before; a run ends as it began
+            return config  # a resumed run keeps its configuration
         free, branch, method = free_gib(self._device), tune["branch"], tune["method"]
         least = branch_file.least_gib(self._settings.presets, branch, method)
         if free < least:
@@ -160,14 +160,14 @@ class JobRunner:
         return config
 
     def _preview(self, tune: TuneRow) -> str:
-        """What the previews of a run show: its first prompt, else the subject alone."""
+        """The prompt of a run's previews: its first prompt, else the subject alone."""
         first = self._store.find("prompts", tune_id=tune["id"], oldest_first=True, limit=1)
         return plain(first[0], tune["characteristics"]) if first else f"{tune['token']} {tune['name']}"
 
     def _render(self, job: Job, prompt_id: int, reporter: Reporter) -> None:
         prompt = self._must(self._store.get("prompts", prompt_id))
         tune_id = prompt["tune_id"] or prompt["lora_id"]
-        tune = self._tune_row(tune_id) if tune_id else None  # None: on a base, with no tune's LoRA first
+        tune = self._tune_row(tune_id) if tune_id else None  # None: a prompt on a base that names no tune
         try:
             models = self._to_render(prompt, tune, reporter)
             folder = self._settings.outputs / prompt_home(prompt)
@@ -189,7 +189,7 @@ class JobRunner:
         self._store.finish(job, "rendered", files=files, warnings=warnings, **ended)
 
     def _to_render(self, prompt: PromptRow, tune: TuneRow | None, reporter: Reporter) -> Models:
-        """What a prompt is rendered with. tune: its own, or on a base the first that it names; None: neither."""
+        """The models of a prompt. tune: its own, or on a base the first that it names; None: neither."""
         listed = bases.listed_once(self._settings)
         base = self._base_of_prompt(prompt, tune, listed)
         named = references.of_row(self._store, listed, prompt, tune, base.branch)
@@ -218,9 +218,9 @@ class JobRunner:
         return Models(title, base, loras, self._face(face, base, reporter) if face else None, is_person)
 
     def _base_of_prompt(self, prompt: PromptRow, tune: TuneRow | None, listed: Bases) -> Base:
-        """What a prompt is rendered on: its tune's base, or the base that it was posted on.
+        """The base of a prompt: its tune's base, or the base that it was posted to.
 
-        A LoRA whose first base that is comes with what it was trained on, which may be a checkpoint derived from it.
+        If its lineage begins with that base, the tune's own base is used, such as a checkpoint derived from it.
         """
         if tune is not None and MODEL_TYPES[tune["method"]].trains and prompt["base_id"] in (None, self._root(tune)):
             return bases.of_tune(self._settings, tune, self._tune_row, listed)
@@ -228,27 +228,27 @@ class JobRunner:
         return bases.resolve(self._settings, base_id, branch, self._tune_row, listed)
 
     def _root(self, tune: TuneRow) -> int:
-        """The base that the first tune of a lineage was trained on."""
+        """The id of the base that the first tune of a lineage was trained on."""
         while earlier := self._tune_row(tune["base_id"]):
             tune = earlier
         return tune["base_id"]
 
     def _lora(self, lora_id: int, listed: Bases) -> tuple[Path, str]:
-        """The LoRA of this number, a tune's or a file of the models folder, and what it is called."""
+        """The LoRA with this id (a tune's, or a file in the models folder), and its title."""
         if tune := self._tune_row(lora_id):
             if tune["status"] != "trained":
                 raise RuntimeError(f"<lora:{lora_id}>: tune {lora_id} is {tune['status']}; it has no model")
             return self._settings.outputs / "tunes" / str(lora_id) / "model", tune["title"]
         file = next((base for base in listed() if base.id == lora_id and base.model), None)
         if file is None or file.model is None:
-            raise RuntimeError(f"<lora:{lora_id}>: that tune, or file of the models folder, is gone")
+            raise RuntimeError(f"<lora:{lora_id}>: that tune, or file of the models folder, was deleted")
         return file.model, file.title
 
     def _face(self, named: Named, base: Base, reporter: Reporter) -> FaceID:
-        """The face of this number, and the adapter that puts it into pictures of this base."""
+        """The face with this id, and the adapter that puts it into pictures of this base."""
         folder = self._settings.outputs / "tunes" / str(named.id) / "model"
         if not (folder / IDENTITY_FILE).exists():
-            raise RuntimeError(f"<faceid:{named.id}>: that tune is gone, and its face with it")
+            raise RuntimeError(f"<faceid:{named.id}>: that tune was deleted, and its face with it")
         wanted = weights.face_adapter(self._settings, base.branch)
         adapter = weights.obtain(self._settings, wanted, progress=lambda what, *_: reporter.stage(what))
         return FaceID(folder, adapter, named.weight)
@@ -266,19 +266,19 @@ class JobRunner:
         return self._store.get("tunes", tune_id)
 
     def _base(self, tune: TuneRow) -> Base:
-        """What a tune is trained on."""
+        """The base that a tune is trained on."""
         return bases.resolve(self._settings, tune["base_id"], tune["branch"], self._tune_row)
 
     @staticmethod
     def _must(row: R | None) -> R:
-        assert row is not None, "a job's rows go with it"
+        assert row is not None, "a job is deleted together with its rows"
         if columns := row.get("broken"):
             raise Unreadable(f"the database is damaged: {' and '.join(columns)} cannot be read. Send the request again")
         return row
 
 
 def prepared(file: Path, tune: TuneRow) -> list[Photo]:
-    """The verdicts on a tune's photos, of `dataset/prepared.json`. Raises Unreadable."""
+    """The verdicts on a tune's photos, from `dataset/prepared.json`. Raises Unreadable."""
     try:
         photos = read_json(file, VERDICTS)
     except FileNotFoundError as problem:
@@ -292,7 +292,7 @@ def prepared(file: Path, tune: TuneRow) -> list[Photo]:
 
 
 def asked_args(file: Path) -> str | None:
-    """What a request had in args, of `request.json`. Raises Unreadable."""
+    """The parameter args of the request, from `request.json`. Raises Unreadable."""
     try:
         return read_json(file, ASKED).args
     except (FileNotFoundError, Unreadable) as problem:
@@ -301,5 +301,5 @@ def asked_args(file: Path) -> str | None:
 
 
 def verdicts(photos: list[Photo]) -> list[dict[str, object]]:
-    """As the store keeps them."""
+    """The form in which the store keeps them."""
     return [photo.model_dump() for photo in photos]

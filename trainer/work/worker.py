@@ -1,4 +1,4 @@
-"""The thread that works: claims a job, runs it, records how it ended. The one broad handler lives here."""
+"""The worker thread: claims a job, runs it, and waits for the next one."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Worker:
         self._loop.start()
 
     def stop(self, timeout_s: float = 60.0) -> None:
-        """Finish the current step, save its state and end; the job goes on at the next start."""
+        """Finish the current step, save its state and end; the job resumes at the next start."""
         self._loop.close(timeout_s)
 
     def _work(self) -> None:
-        """Run the jobs that are there. What it raises comes from the store: a full disk, for one; the job is kept."""
+        """Run all queued jobs. Only errors of the store are raised, such as a full disk; the job stays in the queue."""
         if self._runner is None and not self._unable:
             self._set_up()
         while not self._loop.stopping.is_set() and (job := self._store.claim()):
@@ -49,7 +49,7 @@ class Worker:
                 self._runner.run(job)
 
     def _set_up(self) -> None:
-        """The slow imports, before anybody waits for them."""
+        """Do the slow imports before the first job, and choose the device."""
         try:
             from diffusers.utils import logging as diffusers_logging
             from transformers.utils import logging as transformers_logging
@@ -57,13 +57,13 @@ class Worker:
             from trainer.device import leave_a_core_free, pick_device
             from trainer.work.job_runner import JobRunner
 
-            for library in (diffusers_logging, transformers_logging):  # the page has a progress bar of its own
+            for library in (diffusers_logging, transformers_logging):  # the page has its own progress bar
                 library.disable_progress_bar()
                 library.set_verbosity_error()
 
             leave_a_core_free()
             device = pick_device(self._settings.device)
             self._runner = JobRunner(self._settings, self._store, self._analyzer, device, self._loop.stopping)
-        except Exception as error:  # the edge of a thread: a driver or library that is broken raises anything
+        except Exception as error:  # the edge of a thread: a broken driver or library raises any error
             log.exception("no usable device")
             self._unable = f"no usable device: {explain(error)}"
