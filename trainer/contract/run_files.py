@@ -1,4 +1,4 @@
-"""What the files beside a tune hold. The program writes them; a disk or a user may spoil them."""
+"""The content of the files in a tune's folder, which the program writes and a disk or a user may damage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class SeenPicture(BaseModel):
-    """A picture as it is trained, of `dataset/seen/seen.json`. file: its name beside that file."""
+    """A picture as it is trained, from `dataset/seen/seen.json`. file: its name in the same folder."""
 
     model_config = FINITE
 
@@ -41,7 +41,7 @@ class LogLine(BaseModel):
 
 
 class Asked(BaseModel):
-    """Of `request.json`: the hyper-parameters that the request named. The row has all of them, as they were settled."""
+    """The part of `request.json` that is read: the hyperparameters that the request set."""
 
     model_config = FINITE
 
@@ -55,7 +55,7 @@ NAMES = TypeAdapter(list[str])
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log, those left out that are none. Raises FileNotFoundError, Unreadable."""
+    """The valid lines of a run's log. Raises FileNotFoundError; Unreadable if there is none in the file."""
     lines = read_json_lines(file)
     good = [line for line in lines if _is_line(line)]
     if not good and file.stat().st_size:

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-# Of one value. Another type of number is left to the library, which may know it.
+# Bits of a number of each type. Types that are not listed are not checked here.
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32,
     "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
@@ -22,7 +22,7 @@ METADATA = "__metadata__"
 
 
 class Entry(BaseModel):
-    """A tensor: the type of its numbers, its shape, and where it begins and ends behind the header, in bytes."""
+    """A tensor: the type of its numbers, its shape, and its first and last byte after the header."""
 
     model_config = ConfigDict(strict=True)
 
@@ -43,7 +43,7 @@ OBJECT = TypeAdapter(dict[str, object])
 
 @dataclass(frozen=True)
 class Header:
-    """shapes: of each tensor, by its name. metadata: texts of whoever wrote the file, by their names."""
+    """shapes: of each tensor, by its name. metadata: the texts in `__metadata__`, by their names."""
 
     shapes: Mapping[str, list[int]]
     metadata: Mapping[str, str]

@@ -6,7 +6,7 @@ import json
 import logging
 import sqlite3
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -20,7 +20,7 @@ from trainer.files import reason
 log = logging.getLogger("tunebooth.store")
 Row = TuneRow | PromptRow | ExportRow
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
-COLUMNS: dict[str, tuple[TypeAdapter[object], object]] = {  # the type of each, and what stands for a broken one
+COLUMNS: dict[str, tuple[TypeAdapter[Any], object]] = {  # the type of each, and the value used for a broken one
     "characteristics": (TypeAdapter(dict[str, str], config=STRICT), {}),
     "photos": (TypeAdapter(list[Photo]), []),
     "files": (TypeAdapter(list[str], config=STRICT), []),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,17 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from trainer.config import branch_file, looks
+from trainer.config import looks
 from trainer.config.kinds import default_caption
 from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import ASPECT_RATIOS, CONTROLS, PICTURES, SCHEDULERS
 from trainer.contract.tunes import CheckRequest
-from trainer.files import read_for_show
 from trainer.names import BRANCHES, DEFAULT_METHOD, DEMO_BRANCH, METHODS
 from trainer.studio import models, pack_verbs, prompts, settle, tunes
 from trainer.studio.rows import Services
 from trainer.web import html
+from trainer.web.choices import look_names, token_of, usual_tokens
 from trainer.web.html import note, thumbnails
 from trainer.web.progress import progress_callback
 
@@ -71,11 +71,6 @@ def picture_fields(services: Services) -> dict[str, Component]:
                 fields[name] = gr.Checkbox(label=label, min_width=110)
     assert tuple(fields) == PROMPT_FIELDS
     return fields
-
-
-def look_names(name: str, read: Callable[[Path], Mapping[str, object]], folder: Path) -> list[str]:
-    """The names of styles or film looks; empty if their TOML is broken, which is logged."""
-    return list(read_for_show(folder / "looks" / f"{name}.toml", lambda _: read(folder)) or ())
 
 
 class PromptForm:
@@ -336,19 +331,6 @@ class Form:
             number += 1
             unique = f"{title} ({number})"
         return unique
-
-
-def usual_tokens(presets: Path) -> str:
-    """The default token, and the branches with another one: `ohwx (sd15: sks)`."""
-    tokens = {branch: token_of(presets, branch) for branch in BRANCHES}
-    usual = tokens[DEMO_BRANCH] or ""
-    others = ", ".join(f"{branch}: {token}" for branch, token in tokens.items() if token and token != usual)
-    return f"{usual} ({others})" if others else usual
-
-
-def token_of(presets: Path, branch: str) -> str | None:
-    """The token of a branch; None if its TOML is broken: the request will be refused."""
-    return None if branch_file.branch_problem(presets, branch) else branch_file.default_token(presets, branch)
 
 
 def with_captions(uploads: list[Upload], rows: list[list[str]], automatic: str, folder: Path) -> list[Upload]:

@@ -25,8 +25,9 @@ from trainer.library.bases import Base, Bases
 from trainer.library.weights import Unavailable
 from trainer.methods.protocol import get_method
 from trainer.names import FACE_REFERENCE, IDENTITY_FILE, LORA_REFERENCE, MODEL_TYPES
-from trainer.photos.analysis import PhotoAnalyzer, remove_unfinished
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.subprocess_worker import Closed
+from trainer.photos.unfinished import remove_unfinished
 from trainer.rendering.job import FaceID, Lora, Models, Stopped
 from trainer.rendering.plan import make_plan, plain
 from trainer.rendering.renderer import Renderer

@@ -114,7 +114,7 @@ class Reporter:
         try:
             with self._log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        except (IsADirectoryError, PermissionError) as problem:  # the log is only displayed: the run goes on
+        except (IsADirectoryError, PermissionError) as problem:  # the log is only displayed: the run continues
             warn_once(self._log, str(unreadable(self._log, problem)))
 
 
