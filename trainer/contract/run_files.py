@@ -63,7 +63,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     return good
 
 
-def _is_line(line: dict[str, Any]) -> bool:
+def _is_line(line: object) -> bool:
     try:
         LogLine.model_validate(line)
     except ValidationError:

@@ -6,7 +6,7 @@ import json
 import logging
 import sqlite3
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -20,7 +20,7 @@ from trainer.files import reason
 log = logging.getLogger("tunebooth.store")
 Row = TuneRow | PromptRow | ExportRow
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
-COLUMNS: dict[str, tuple[TypeAdapter[Any], object]] = {  # the type of each, and the value used for a broken one
+COLUMNS: dict[str, tuple[TypeAdapter[object], object]] = {  # the type of each, and the value used for a broken one
     "characteristics": (TypeAdapter(dict[str, str], config=STRICT), {}),
     "photos": (TypeAdapter(list[Photo]), []),
     "files": (TypeAdapter(list[str], config=STRICT), []),
@@ -28,8 +28,8 @@ COLUMNS: dict[str, tuple[TypeAdapter[Any], object]] = {  # the type of each, and
     "warnings": (TypeAdapter(list[str], config=STRICT), []),
     "kept": (TypeAdapter(dict[str, JsonValue], config=STRICT), {}),
     "attributes": (TypeAdapter(dict[str, JsonValue], config=STRICT), {}),
-    "named": (TypeAdapter(list[tuple[str, int, float]] | None, config=STRICT), None),
-    "parsed": (TypeAdapter(dict[str, JsonValue] | None, config=STRICT), None),
+    "named": (TypeAdapter(list[tuple[str, int, float]], config=STRICT), None),  # null: not looked up yet
+    "parsed": (TypeAdapter(dict[str, JsonValue], config=STRICT), None),  # null: not parsed yet
 }
 FOR_SHOW = ("progress", "warnings", "kept")  # a job does without them
 _logged: set[tuple[int, str, str]] = set()
@@ -50,7 +50,8 @@ def decode(row: sqlite3.Row) -> Row:
             kind, empty = COLUMNS[key]
             try:
                 value = from_json(value, allow_inf_nan=False)
-                kind.validate_json(row[key])
+                if value is not None or empty is not None:
+                    kind.validate_json(row[key])
                 if key == "parsed" and value:
                     of_row(value)
             except (ValidationError, ValueError, TypeError, LookupError, AttributeError) as problem:

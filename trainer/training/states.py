@@ -6,7 +6,6 @@ import hashlib
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, Field, TypeAdapter
@@ -104,9 +103,9 @@ def resume(
     wanted = config.model_dump(mode="json")
     for folder in reversed(steps_in(states)):
         file, facts = folder / "state.safetensors", manifest(folder)
-        expected = {"schema": SCHEMA, "step": int(folder.name.removeprefix("step-"))}
-        same_run = expected.items() <= facts.items() and ADDED_LATER | facts.get("config", {}) == wanted
-        if not same_run or not file.is_file() or facts.get("sha256") != sha256(file):
+        if facts is None or (facts.schema_, f"step-{facts.step:06d}") != (SCHEMA, folder.name):
+            continue
+        if ADDED_LATER | facts.config != wanted or not file.is_file() or facts.sha256 != sha256(file):
             continue
         with safe_open(file, "pt") as tensors, torch.no_grad():
             moments: dict[str, list[str]] = {}
@@ -120,15 +119,13 @@ def resume(
                 optimizer.state[param] = {
                     key: tensors.get_tensor(f"{key}/{name}").to(param.device) for key in moments.get(name, [])
                 }
-        return int(facts["step"]), int(facts["halvings"])
+        return facts.step, facts.halvings
     return None
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a state; empty where it cannot be read."""
-    file = folder / "manifest.json"
-    facts = read_for_show(file, partial(read_json, content=MANIFEST))
-    return {} if facts is None else facts.model_dump(exclude={"schema_"}) | {"schema": facts.schema_}
+def manifest(folder: Path) -> Manifest | None:
+    """The manifest of a state; None: it cannot be read."""
+    return read_for_show(folder / "manifest.json", partial(read_json, content=MANIFEST))
 
 
 def sha256(file: Path) -> str:
