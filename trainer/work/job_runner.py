@@ -17,16 +17,18 @@ from trainer.config.train_config import TrainConfig
 from trainer.contract.errors import AnalysisUnavailable, InvalidRequest, ModelChanged
 from trainer.contract.photos import Photo
 from trainer.contract.rows import ExportRow, PromptRow, TuneRow
+from trainer.contract.run_files import ASKED, VERDICTS
 from trainer.device import forget_peak, free_gib
 from trainer.disk import problem_of
-from trainer.files import discard, write_whole
+from trainer.files import Unreadable, discard, read_json, unreadable, write_whole
 from trainer.library import bases, weights
 from trainer.library.bases import Base, Bases
 from trainer.library.weights import Unavailable
 from trainer.methods.protocol import get_method
 from trainer.names import FACE_REFERENCE, IDENTITY_FILE, LORA_REFERENCE, MODEL_TYPES
-from trainer.photos.analysis import PhotoAnalyzer, remove_unfinished
+from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.subprocess_worker import Closed
+from trainer.photos.unfinished import remove_unfinished
 from trainer.rendering.job import FaceID, Lora, Models, Stopped
 from trainer.rendering.plan import make_plan, plain
 from trainer.rendering.renderer import Renderer
@@ -91,7 +93,7 @@ class JobRunner:
                 self._record_device_error(job, reporter, fatal)
                 raise DeviceLost(str(self._device)) from error
             message = str(error)
-            if not isinstance(error, InvalidRequest | AnalysisUnavailable | Unavailable | ModelChanged):
+            if not isinstance(error, InvalidRequest | AnalysisUnavailable | Unavailable | ModelChanged | Unreadable):
                 log.exception("job %s failed", job)
                 message = explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING)
             self._store.finish(job, "failed", error=message)
@@ -146,7 +148,7 @@ class JobRunner:
         folder = self._settings.outputs / "tunes" / str(tune["id"])
         done = folder / "dataset" / "prepared.json"
         if done.exists():
-            self._store.update("tunes", tune["id"], photos=json.loads(done.read_text("utf-8")))
+            self._store.update("tunes", tune["id"], photos=verdicts(prepared(done, tune)))
             return self._must(self._store.get("tunes", tune["id"]))
         remove_unfinished(done.parent)
 
@@ -185,7 +187,7 @@ class JobRunner:
                 f"{branch} needs a card with {least:g} GiB of free memory; there are {free:.1f} GiB. Close what else"
                 " uses the card, or train a smaller branch"
             )
-        asked = json.loads((folder / "request.json").read_text("utf-8"))["args"]
+        asked = asked_args(folder / "request.json")
         config = resolve.fit(
             self._settings.presets, config, branch=branch, model_type=method, asked=asked, free_gib=free
         )
@@ -316,12 +318,37 @@ class JobRunner:
     @staticmethod
     def _must(row: R | None) -> R:
         assert row is not None, "a job is deleted together with its rows"
+        if columns := row.get("broken"):
+            raise Unreadable(f"the database is damaged: {' and '.join(columns)} cannot be read. Send the request again")
         return row
 
 
 def files_of(base: Base) -> list[Path | None]:
     """What is read of a base: its weights, the LoRA on it, and what has the parts that its file lacks."""
     return [base.path, base.model, *(files_of(base.rest) if base.rest else [])]
+
+
+def prepared(file: Path, tune: TuneRow) -> list[Photo]:
+    """The verdicts on a tune's photos, from `dataset/prepared.json`. Raises Unreadable."""
+    try:
+        photos = read_json(file, VERDICTS)
+    except FileNotFoundError as problem:
+        raise unreadable(file, problem) from None
+    except Unreadable as problem:
+        raise Unreadable(f"{problem}. Delete it, and resume: the photos are analyzed again") from None
+    if [photo.file for photo in photos] != [photo["file"] for photo in tune["photos"]]:
+        message = "prepared.json is not about the photos of this tune. Delete it, and resume: they are analyzed again"
+        raise Unreadable(message)
+    return photos
+
+
+def asked_args(file: Path) -> str | None:
+    """The parameter args of the request, from `request.json`. Raises Unreadable."""
+    try:
+        return read_json(file, ASKED).args
+    except (FileNotFoundError, Unreadable) as problem:
+        why = f"{problem}" if isinstance(problem, Unreadable) else "request.json is missing"
+        raise Unreadable(f"{why}. It holds what was asked for in args: put it back, or create the tune again") from None
 
 
 def verdicts(photos: list[Photo]) -> list[dict[str, object]]:
