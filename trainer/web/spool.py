@@ -80,7 +80,7 @@ def note_use(paths: Iterable[Path | str]) -> None:
 
 
 def check_uploads(field: str, uploads: Iterable[Upload]) -> None:
-    """Note that uploads are used. field: that they are in. Raises InvalidRequest for those that are gone."""
+    """Note that uploads are used. field: that they are in. Raises InvalidRequest for missing ones."""
     sent = list(uploads)
     note_use(upload.path for upload in sent)
     if gone := [f"{upload.name} {GONE}" for upload in sent if not upload.path.is_file()]:

@@ -85,12 +85,12 @@ class JobRunner:
         except (JobInterrupted, Closed):
             self._requeue(job, reporter)
         except Exception as error:  # the edge of a job: it must end, also after an error of a library
-            if problem := problem_of(error, self._settings.outputs):
-                raise problem from error
             if fatal := device_error(error):
                 log.exception("job %s: fatal error of the device; the app restarts", job)
                 self._record_device_error(job, reporter, fatal)
                 raise DeviceLost(str(self._device)) from error
+            if problem := problem_of(error, self._settings.outputs):
+                raise problem from error
             message = str(error)
             if not isinstance(error, InvalidRequest | AnalysisUnavailable | Unavailable | ModelChanged | Unreadable):
                 log.exception("job %s failed", job)
