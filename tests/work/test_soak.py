@@ -73,7 +73,7 @@ def check_files(outputs: Path, tunes: list[dict[str, Any]], prompts: list[dict[s
     """Folders and rows belong to each other; models and pictures are whole, and no leftovers lie about."""
     assert {path.name for path in outputs.iterdir()} <= AT_HOME
     assert not [path for path in outputs.rglob("*") if PARTIAL in path.name or path.suffix in (".part", ".partial")]
-    assert list((outputs / "incoming").iterdir()) == []
+    assert [path for path in (outputs / "incoming").rglob("*") if path.is_file()] == []
     assert names(outputs / "tunes") == {str(row["id"]) for row in tunes}
     models = []
     for row in tunes:
