@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial-"  # in the name of every unfinished file or folder; these are deleted at start
+UNCOMMITTED = f"{PARTIAL}new"  # a file in a folder that is in its place before its row is in the database
+LEFTOVER = re.compile(rf"{re.escape(PARTIAL)}([0-9a-f]{{8}}|new)?$")  # only such names are ours: a user has others
 
 
 def fsync(path: Path) -> None:
@@ -80,15 +83,26 @@ def discard(folder: Path) -> None:
         shutil.rmtree(waste, ignore_errors=True)
 
 
-def sweep(root: Path, spare: Callable[[Path], bool] = lambda _path: False) -> None:
-    """Delete the unfinished files and folders below `root`, left by a killed process. spare: which to keep."""
-    for waste in list(root.rglob(f"*{PARTIAL}*")):
-        if spare(waste):
-            continue
-        if waste.is_dir():
-            shutil.rmtree(waste, ignore_errors=True)
-        else:
-            waste.unlink(missing_ok=True)
+def sweep(root: Path, *, below: bool = True) -> None:
+    """Delete the unfinished files and folders in `root`, left by a killed process. No link is followed.
+
+    below: also those in its folders.
+    """
+    for folder, folders, files in os.walk(root):
+        for name in [*folders, *files]:
+            if LEFTOVER.search(name):
+                remove(Path(folder, name))
+        folders[:] = [name for name in folders if below and not LEFTOVER.search(name)]
+
+
+def remove(path: Path) -> bool:
+    """Delete a file, a folder or a link. False: it, or a part of it, is still there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+    return not os.path.lexists(path)
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:

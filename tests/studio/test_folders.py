@@ -13,7 +13,8 @@ from tests.helpers.web import photo, upload
 from trainer.files import sweep
 from trainer.settings import Settings
 from trainer.studio import expiry, folders, tunes
-from trainer.studio.folders import find_orphans, keep_prompt_numbers, orphans_note, sweep_outputs
+from trainer.studio.deletions import remove_leftovers
+from trainer.studio.folders import find_orphans, keep_prompt_numbers, orphans_note
 from trainer.studio.rows import Services, tune_folder
 
 pytest_plugins = ("tests.helpers.web",)
@@ -120,7 +121,7 @@ def test_folders_without_a_row_are_counted(client: TestClient, services: Service
     )
     known = create(client, "Rex", ("tune[prompts_attributes][][text]", "ohwx dog"))
     home = tune_folder(services, known["id"])
-    for name in (f"prompts/{known['prompts'][0]['id']}", "prompts/30", "prompts/31.partial-1"):
+    for name in (f"prompts/{known['prompts'][0]['id']}", "prompts/30", "prompts/31.partial-1a2b3c4d"):
         (home / name).mkdir(parents=True)
     (outputs / "bases/690204/prompts/32").mkdir(parents=True)
     for number in ("11", "9"):
@@ -144,19 +145,19 @@ def test_what_a_killed_process_left_is_removed_but_for_models_without_a_row(
     outputs = services.settings.outputs
     known = tune_folder(services, create(client, "Rex")["id"])
     lost = with_model(outputs / "tunes" / "9")
-    being_removed = with_model(outputs / "tunes" / "10.partial-1")
+    being_removed = with_model(outputs / "tunes" / "10.partial-1a2b3c4d")
     kept = [lost, being_removed]
     for folder in (known, lost):
-        (folder / "samples.partial-2").mkdir()
-        (folder / "samples.partial-2" / "half").write_bytes(b"half")
-    noted = with_model(outputs / "tunes" / "11.partial-3")
-    incoming = with_model(outputs / "incoming" / ".partial-4")  # of a face
+        (folder / "samples.partial-2a2b3c4d").mkdir()
+        (folder / "samples.partial-2a2b3c4d" / "half").write_bytes(b"half")
+    noted = with_model(outputs / "tunes" / "11.partial-3a2b3c4d")
+    incoming = with_model(outputs / "incoming" / ".partial-4a2b3c4d")  # of a face
     with services.store.transaction() as db:
         db.execute("INSERT INTO deletions VALUES ('tunes/11')")
     before = [content(folder) for folder in kept]
-    sweep_outputs(services.store, outputs)
+    remove_leftovers(outputs, services.store)
     assert [content(folder) for folder in kept] == before
-    assert not any(path.exists() for path in (known / "samples.partial-2", noted, incoming))
+    assert not any(path.exists() for path in (known / "samples.partial-2a2b3c4d", noted, incoming))
     sweep(outputs)  # what nobody spares goes
     assert not being_removed.exists()
 

@@ -160,12 +160,12 @@ def test_the_disk_fills_in_mid_training_and_the_app_says_so_until_there_is_room(
 ) -> None:
     with disk(tmp_path / "outputs", 48) as outputs, running(outputs, TMPDIR=str(tmp_path)) as app:
         app.ready()
-        wanted = {"steps": 200, "args": "save_every=10"}
+        wanted = {"steps": 80, "args": "save_every=5"}
         whole = post(app, "whole", dog_photos(3), **wanted).json()["id"]
         assert app.finished(whole)["status"] == "trained"
         waits = post(app, "waits", dog_photos(3), **wanted).json()["id"]
         after = post(app, "after", dog_photos(3), steps=5).json()["id"]
-        wait_for(lambda: app.tune(waits)["progress"]["step"] >= 25)
+        wait_for(lambda: app.tune(waits)["progress"]["step"] >= 12)
         with full(app):
             wait_for(lambda: app.http.get("/health").json()["status"] == "on hold")
             health = app.http.get("/health").json()
@@ -203,7 +203,7 @@ def test_an_app_that_starts_on_a_full_disk_says_so_and_resumes_when_there_is_roo
 ) -> None:
     with small_disk(tmp_path / "outputs", 48) as outputs:
         with running(outputs, TMPDIR=str(tmp_path)) as app:
-            tune_id = post(app.ready(), "Rex", dog_photos(3), steps=150, args="save_every=5").json()["id"]
+            tune_id = post(app.ready(), "Rex", dog_photos(3), steps=80, args="save_every=5").json()["id"]
             wait_for(lambda: app.tune(tune_id)["progress"]["step"] >= 10)
         filler = fill(outputs)
         with running(outputs, TMPDIR=str(tmp_path)) as app:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.files import PARTIAL, discard, sweep
+from trainer.files import PARTIAL, discard
 from trainer.studio.store import Store
 
 NUMBER = re.compile(r"[1-9][0-9]{0,8}")  # larger numbers are those of bases
@@ -141,16 +141,3 @@ def orphans_note(orphans: Orphans, outputs: Path) -> str:
 def has_model(folder: Path) -> bool:
     """Whether a tune's folder holds a trained model, or what is left of one."""
     return bool(entries(folder / "model"))
-
-
-def sweep_outputs(store: Store, outputs: Path) -> None:
-    """Remove what a killed process left half-written, but nothing of a tune without a row that holds a model."""
-    lost = {folder for folder in find_orphans(store, outputs).tunes if has_model(folder)}
-    deleted = noted_deletions(store)
-
-    def spare(path: Path) -> bool:
-        name = path.relative_to(outputs).as_posix().partition(PARTIAL)[0]
-        of_tune = path.parent == outputs / TUNES  # a tune's folder that was taken for waste
-        return (of_tune and has_model(path) and name not in deleted) or not lost.isdisjoint(path.parents)
-
-    sweep(outputs, spare)

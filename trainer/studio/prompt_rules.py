@@ -12,6 +12,7 @@ from trainer.contract.errors import InvalidRequest, nearest
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import COLUMNS, CONTROLS, HOSTED_CONTROLS, PICTURES, PromptRequest, attributes_of
 from trainer.contract.rows import PromptRow
+from trainer.files import UNCOMMITTED
 from trainer.names import LORA_REFERENCE
 from trainer.photos import inputs
 from trainer.studio.references import Named, as_row
@@ -49,7 +50,7 @@ def keep_pictures(services: Services, prompt_id: int, folder: Path, target: Path
     target: that folder, if the tune is being created; None: in the folder of its tune or base.
     """
     row = row_of(services, "prompts", prompt_id)
-    names = {path.stem: path.name for path in folder.iterdir()}
+    names = {path.stem: path.name for path in folder.iterdir() if path.name != UNCOMMITTED}
     target = target or pictures_of(services, row)
     inputs.move_into_place(folder, target)
     services.store.update("prompts", prompt_id, attributes=row["attributes"] | names)

@@ -287,24 +287,10 @@ class Store:
         )
         return [cast(CallbackRow, dict(row)) for row in found]
 
-    def due_callbacks(self, time: str) -> list[CallbackRow]:
-        """The callbacks that are due at this time, oldest first."""
-        found = self._db.execute("SELECT * FROM callbacks WHERE due_at <= ? ORDER BY due_at, id", (time,))
+    def waiting_callbacks(self) -> list[CallbackRow]:
+        """The callbacks that are to be posted, now or later; ordered by due_at."""
+        found = self._db.execute("SELECT * FROM callbacks WHERE due_at IS NOT NULL ORDER BY due_at, id")
         return [cast(CallbackRow, dict(row)) for row in found]
-
-    def note_attempt(self, callback_id: int, answer: str, *, arrived: bool, due_at: str | None) -> None:
-        """Record the result of an attempt. due_at: the time of the next one; None: no more attempts."""
-        with self.transaction() as db:
-            db.execute(
-                "UPDATE callbacks SET attempts = attempts + 1, answer = ?, due_at = ?, arrived_at = ? WHERE id = ?",
-                (answer, due_at, now() if arrived else None, callback_id),
-            )
-
-    def send_callbacks_again(self, tune_id: int) -> int:
-        """Make the callbacks of a tune and its prompts due again; returns their number."""
-        with self.transaction() as db:
-            again = "UPDATE callbacks SET attempts = 0, arrived_at = NULL, due_at = ? WHERE tune_id = ?"
-            return db.execute(again, (now(), tune_id)).rowcount
 
     def prompts_under(self, place_id: int, limit: int = -1, offset: int = 0) -> list[PromptRow]:
         """The prompts of a tune (and those on bases that name it first), or of a base; newest first."""

@@ -17,14 +17,15 @@ from trainer.contract.photos import Check, Photo, ProgressCallback, Upload, no_p
 from trainer.contract.rows import TuneValues
 from trainer.contract.states import ENDED, Callback
 from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
-from trainer.files import discard, fsync
+from trainer.files import UNCOMMITTED, fsync
 from trainer.library import bases
 from trainer.library.bases import Bases
 from trainer.names import FORMATS, MODEL_TYPES
 from trainer.photos import inputs
 from trainer.photos.intake import intake
-from trainer.studio import checksums
+from trainer.studio import callbacks, checksums
 from trainer.studio.answers import tune_answer
+from trainer.studio.deletions import finish_deletions, note_deletions
 from trainer.studio.expiry import expiry, in_trash
 from trainer.studio.folders import adding_tunes
 from trainer.studio.idempotency import (
@@ -227,22 +228,25 @@ def delete_tune(services: Services, tune_id: int) -> None:
 
     Raises NotFound; Conflict if it is the base of other tunes or does not stop.
     """
-    row_of(services, "tunes", tune_id)
+    outputs = services.settings.outputs
     deadline = time.monotonic() + STOP_SECONDS
     while True:
         with services.store.transaction():
+            row_of(services, "tunes", tune_id)
             if others := services.store.dependents(tune_id):
                 named = ", ".join(f"{other['id']} ({other['title']})" for other in others)
                 raise Conflict(f"tune {tune_id} is the base of tunes {named}; delete those first")
             services.store.take_off_queue(tune_id)
             if not _busy(services, tune_id):
                 services.store.delete("tunes", tune_id)
+                note_deletions(
+                    outputs, services.store, tune_folder(services, tune_id), *in_trash(services.settings, tune_id)
+                )
                 break
         if time.monotonic() > deadline:
             raise Conflict(f"tune {tune_id} does not stop; try again later")
         time.sleep(0.1)
-    for folder in (tune_folder(services, tune_id), *in_trash(services.settings, tune_id)):
-        discard(folder)
+    finish_deletions(outputs, services.store)
 
 
 def _busy(services: Services, tune_id: int) -> bool:
@@ -268,9 +272,9 @@ def send_callbacks_again(services: Services, tune_id: int) -> list[Callback]:
     """Send all callbacks of a tune and its prompts again. Raises NotFound, Conflict."""
     with services.store.transaction():
         row_of(services, "tunes", tune_id)
-        if not services.store.send_callbacks_again(tune_id):
+        if not callbacks.send_again(services.store, tune_id):
             raise Conflict(f"tune {tune_id} has no callback to send: none was requested, or nothing has ended yet")
-    return list_callbacks(services, tune_id)
+        return list_callbacks(services, tune_id)
 
 
 def _insert(
@@ -320,10 +324,12 @@ def _insert(
         (work / "request.json").write_text(request.model_dump_json(exclude={"images"}, indent=1))
         target = tune_folder(services, tune_id)
         target.parent.mkdir(exist_ok=True)
+        (work / UNCOMMITTED).touch()
         for path in work.rglob("*"):
             fsync(path)
         work.rename(target)
         folders.append(target)
         fsync(target.parent)
+    (target / UNCOMMITTED).unlink(missing_ok=True)
     services.store.changed.set()
     return get_tune(services, tune_id), True

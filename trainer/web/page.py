@@ -13,11 +13,12 @@ from trainer.studio import answers, models, pack_verbs
 from trainer.studio.folders import find_orphans, orphans_note
 from trainer.studio.rows import Services
 from trainer.studio.tunes import list_callbacks, list_tunes
-from trainer.web import html, mcp
+from trainer.web import html, mcp, spool
 from trainer.web.endpoints import endpoints
-from trainer.web.form import PACK_FIELDS, Form, PromptForm
+from trainer.web.form import PACK_FIELDS, Form
 from trainer.web.html import TuneDetails
 from trainer.web.progress import WATCH_SECONDS, busy
+from trainer.web.prompt_form import PromptForm
 from trainer.web.templating import render
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere; read at import
@@ -27,6 +28,8 @@ TUNES_ON_PAGE = 50
 
 def mount(app: FastAPI, services: Services) -> FastAPI:
     """Mount the page and the Gradio API on the REST app."""
+    spool.take_over(services.settings.outputs)
+    spool.add_route(app, services.settings.max_image_mb * 2**20)
     mcp.mount(app, [endpoint for endpoint in endpoints(services) if endpoint.__name__ != "create_tune"], gr.Error)
     mounted: FastAPI = gr.mount_gradio_app(
         app,
@@ -46,7 +49,7 @@ def mount(app: FastAPI, services: Services) -> FastAPI:
 
 def build(services: Services) -> gr.Blocks:
     """The page: forms on the left, tunes on the right."""
-    with gr.Blocks(title="Tunebooth", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
+    with gr.Blocks(title="Tunebooth", analytics_enabled=False) as blocks:
         orphans = find_orphans(services.store, services.settings.outputs)
         gr.HTML(render("head.html", note=orphans_note(orphans, services.settings.outputs)))
         with gr.Row(equal_height=False):
@@ -79,8 +82,9 @@ def build(services: Services) -> gr.Blocks:
             concurrency_limit=None,
             show_progress_on=form.thumbnails,
         )
-        form.button.click(form.submit, form.inputs, form.outputs, **pressed).then(watch, shown, live, **quiet)
-        more.button.click(more.submit, more.inputs, more.note, **pressed).then(watch, shown, live, **quiet)
+        created = [*form.outputs, form.fields["images"]]
+        form.button.click(form.submit, form.inputs, created, **pressed).then(watch, shown, live, **quiet)
+        more.button.click(more.submit, more.inputs, more.outputs, **pressed).then(watch, shown, live, **quiet)
         more.tune.focus(more.choices, None, more.tune, **quiet)
         blocks.load(more.choices, None, more.tune, **quiet)
         stock = functools.partial(pack_shelf, services)

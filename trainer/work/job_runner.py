@@ -32,11 +32,13 @@ from trainer.rendering.plan import make_plan, plain
 from trainer.rendering.renderer import Renderer
 from trainer.settings import Settings
 from trainer.studio import checksums, references
+from trainer.studio.crashes import attempts_here
 from trainer.studio.expiry import expiry
 from trainer.studio.references import Named
 from trainer.studio.rows import prompt_home
 from trainer.studio.store import Job, Store
 from trainer.training.train import train_tune
+from trainer.work.device_errors import DeviceLost, device_error
 from trainer.work.errors import OF_PICTURES, OF_TRAINING, explain
 from trainer.work.export import export_tune
 from trainer.work.reporter import Reporter
@@ -44,6 +46,7 @@ from trainer.work.reporter import Reporter
 log = logging.getLogger("tunebooth.worker")
 R = TypeVar("R", TuneRow, PromptRow, ExportRow)
 MAX_ATTEMPTS = 3  # a job that crashes the process so often without progress is not tried again
+MAX_DEVICE_ERRORS = 2  # the same for fatal errors of the device
 
 
 class JobInterrupted(Exception):
@@ -64,7 +67,8 @@ class JobRunner:
         self._renderer = Renderer(settings, device, analyzer)
 
     def run(self, job: Job) -> None:
-        """Run a job, and record its result. Raises DiskProblem, then the job must wait."""
+        """Run a job, and record its result. Raises DiskProblem, then the job must wait; DeviceLost after a fatal error
+        of the device."""
         try:
             reporter = Reporter(self._settings, self._store, job, self._stopping, self._device)
             if job.attempts >= MAX_ATTEMPTS:
@@ -80,11 +84,30 @@ class JobRunner:
         except Exception as error:  # the edge of a job: it must end, also after an error of a library
             if problem := problem_of(error, self._settings.outputs):
                 raise problem from error
+            if fatal := device_error(error):
+                log.exception("job %s: fatal error of the device; the app restarts", job)
+                self._record_device_error(job, reporter, fatal)
+                raise DeviceLost(str(self._device)) from error
             message = str(error)
             if not isinstance(error, InvalidRequest | AnalysisUnavailable | Unavailable | ModelChanged):
                 log.exception("job %s failed", job)
                 message = explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING)
             self._store.finish(job, "failed", error=message)
+
+    def _record_device_error(self, job: Job, reporter: Reporter, fatal: str) -> None:
+        """Warn, or let the job fail after its second crash without progress. fatal: the error, as a message.
+
+        `claim` counts each attempt before it begins, so a job cannot restart the app for ever.
+        """
+        attempts = attempts_here(self._store, job)
+        if attempts >= MAX_DEVICE_ERRORS:
+            message = (
+                f"{fatal} -- the app ended {attempts} times at this point, so the job is not tried again. If other"
+                " jobs fail like this too, check the graphics card and its driver, or restart the computer"
+            )
+            self._store.finish(job, "failed", error=message)
+        elif job.export_id is None:
+            reporter.warn(f"{fatal} -- the app restarted and resumed the job")
 
     def _train(self, job: Job, reporter: Reporter) -> None:
         forget_peak(self._device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trainer.clock import Loop
@@ -10,6 +11,7 @@ from trainer.disk import DiskProblem
 from trainer.photos.analysis import PhotoAnalyzer
 from trainer.settings import Settings
 from trainer.studio.store import Job, Store
+from trainer.work.device_errors import DeviceLost
 from trainer.work.errors import explain
 from trainer.work.hold import Hold
 
@@ -24,10 +26,18 @@ STORE_RETRY_SECONDS = 10.0
 class Worker:
     """One thread, one job at a time, oldest first."""
 
-    def __init__(self, settings: Settings, store: Store, analyzer: PhotoAnalyzer) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        analyzer: PhotoAnalyzer,
+        on_device_lost: Callable[[str], object] = lambda device: None,
+    ) -> None:
+        """on_device_lost: called with the name of the device after a fatal error of it. The worker stops then."""
         self._settings = settings
         self._store = store
         self._analyzer = analyzer
+        self._on_device_lost = on_device_lost
         self._runner: JobRunner | None = None
         self._unable = ""
         self._hold = Hold(store)
@@ -58,7 +68,7 @@ class Worker:
                 if self._runner is None:
                     self._store.finish(job, "failed", error=self._unable)
                 else:
-                    self._runner.run(job)
+                    self._run(self._runner, job)
                 self._hold.note_end()
                 job = None
         except DiskProblem as problem:
@@ -69,6 +79,13 @@ class Worker:
         if not self._recovered:
             self._store.recover()
             self._recovered = True
+
+    def _run(self, runner: JobRunner, job: Job) -> None:
+        try:
+            runner.run(job)
+        except DeviceLost as lost:
+            self._loop.stopping.set()  # every other job would fail in this process
+            self._on_device_lost(str(lost))
 
     def _set_up(self) -> None:
         """Do the slow imports before the first job, and choose the device."""
