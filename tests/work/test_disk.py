@@ -90,6 +90,7 @@ def test_a_prompt_waits_for_room_for_its_pictures(studio: Studio) -> None:
     fill(outputs, RESERVE_BYTES)
     prompt = prompts.create_prompt(studio.services, tune_id, PROMPT)
     until(lambda: "the pictures of this prompt" in studio.store.hold)
+    until(lambda: prompts.get_prompt(studio.services, prompt.id).status == "queued")
     waiting = prompts.get_prompt(studio.services, prompt.id)
     assert (waiting.status, waiting.error, waiting.progress.stage) == ("queued", None, studio.store.hold)
     assert tunes.get_tune(studio.services, tune_id).progress.stage == "trained"  # it has ended

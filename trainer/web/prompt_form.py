@@ -10,6 +10,7 @@ from gradio.components import Component
 from trainer.contract.errors import InvalidRequest, NotFound
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import CONTROLS, PICTURES
+from trainer.disk import DiskProblem
 from trainer.studio import models, prompts
 from trainer.studio.rows import Services
 from trainer.web import spool
@@ -79,7 +80,7 @@ class PromptForm:
             spool.forget(paths.values())
             gr.Info(f"prompt {prompt.id} is queued", duration=4)
             return ["", *(None for _ in self.pictures)]
-        except NotFound as gone:
+        except (NotFound, DiskProblem):
             problems = [str(gone)]
         except InvalidRequest as invalid:
             problems = [f"{field}: {'; '.join(messages)}" for field, messages in invalid.problems.items()]
