@@ -80,8 +80,8 @@ class PromptForm:
             spool.forget(paths.values())
             gr.Info(f"prompt {prompt.id} is queued", duration=4)
             return ["", *(None for _ in self.pictures)]
-        except (NotFound, DiskProblem):
-            problems = [str(gone)]
+        except (NotFound, DiskProblem) as error:
+            problems = [str(error)]
         except InvalidRequest as invalid:
             problems = [f"{field}: {'; '.join(messages)}" for field, messages in invalid.problems.items()]
         return [note(problems), *(gr.skip() for _ in self.pictures)]
