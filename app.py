@@ -8,7 +8,7 @@ import sys
 from trainer.settings import command_line
 from trainer.web.guard import Guard
 from trainer.web.listen import listen
-from trainer.work.assembly import Studio, open_store
+from trainer.work.assembly import Studio, check_secrets, open_store
 from trainer.work.restart import restart
 
 
@@ -21,6 +21,7 @@ def main() -> None:
         sys.exit(rescue(settings))
     listening = listen(settings.host, settings.port)
     settings = settings.model_copy(update={"port": listening.getsockname()[1]})
+    check_secrets(settings)
     store = open_store(settings.outputs)
     import uvicorn  # after the port is taken: an early browser waits instead of being refused
 

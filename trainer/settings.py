@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -16,7 +17,9 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+log = logging.getLogger("tunebooth.settings")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SIGNS_LINKS = r"[!-~]{22,}"  # of 6 bits each: 128 and more
 LEAST_SECRET_BYTES = 24  # Standard Webhooks
 
 
@@ -99,8 +102,10 @@ class Settings(BaseSettings):
     def link_secret(self) -> bytes:
         """The secret that signs links. It is kept in a file, so that links survive a restart."""
         path = self.outputs / ".link-secret"
-        kept = path.read_text().strip() if path.exists() else ""
-        if not kept:  # a power cut leaves an empty file; with an empty secret, anyone could sign links
+        kept = _kept_secret(path)
+        if not re.fullmatch(SIGNS_LINKS, kept):  # a power cut leaves an empty file, or zeros: anyone could sign links
+            if kept:
+                log.warning(".link-secret is broken; a new one is made, and links that were given out end")
             kept = secrets.token_urlsafe(24)
             _write_secret(path, kept)
         return kept.encode()
@@ -112,16 +117,34 @@ class Settings(BaseSettings):
         if self.on_loopback:
             return None, None
         path = self.outputs / ".key"
-        kept = path.read_text().strip() if path.exists() else ""
+        kept = _kept_secret(path)
         if re.fullmatch("[0-9a-f]{64}", kept):
             return bytes.fromhex(kept), None
+        if kept:
+            log.warning(".key is broken; a new key is made, and the earlier one is not valid any more")
         key = secrets.token_urlsafe(24)
         _write_secret(path, digest_of(key).hex())
         return digest_of(key), key
 
+    def check_secrets(self) -> None:
+        """Raises RuntimeError if the file of a secret exists and cannot be read."""
+        for name in (".key", ".link-secret"):
+            _kept_secret(self.outputs / name)
+
 
 def digest_of(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
+
+
+def _kept_secret(path: Path) -> str:
+    """The content of a secret's file; empty if there is no file. Raises RuntimeError if it cannot be read."""
+    try:
+        return path.read_bytes().decode("utf-8", "replace").strip()
+    except FileNotFoundError:
+        return ""
+    except OSError as problem:
+        why = f"{path.name} in the outputs folder cannot be read ({problem.strerror})"
+        raise RuntimeError(f"{why}; remove it, and a new one is made") from None
 
 
 def _write_secret(path: Path, text: str) -> None:

@@ -12,8 +12,7 @@ from trainer.branches.sd15 import CONFIG as SD15_CONFIG
 from trainer.branches.sd15 import SD15
 from trainer.branches.sdxl1 import CONFIG as SDXL1_CONFIG
 from trainer.branches.sdxl1 import SDXL1
-from trainer.config.branch_file import control_row
-from trainer.config.detection import detection, detections
+from trainer.config.branch_file import control_row, detection_of, detections
 from trainer.contract.prompts import CONTROLS
 from trainer.names import BRANCHES
 from trainer.settings import Settings
@@ -24,7 +23,7 @@ FAMILIES = {"sd15": (SD15, SD15_CONFIG), "sdxl1": (SDXL1, SDXL1_CONFIG), "flux1"
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_s_toml_and_file_agree(settings: Settings, name: str) -> None:
     family, config = FAMILIES[name]
-    found = detection(settings.presets, name)
+    found = detection_of(settings.presets, name)
     assert found is not None
     assert (found.denoiser, found.whole_file) == (family.denoiser_name, family.whole_file)
     assert found.pipeline == config["model_index.json"]["_class_name"]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from tests.helpers.app import ROOT
+from tests.helpers.faults import CONTENTS, INSTEAD, instead_of
 from trainer.settings import Settings, digest_of, read_settings
 
 KEY = "sd_123"
@@ -133,6 +137,34 @@ def test_a_key_is_made_once_and_kept_for_its_owner_alone() -> None:
     assert stat.S_IMODE((settings.outputs / ".key").stat().st_mode) == 0o600
     other = read_settings(["--host", "0.0.0.0", "--outputs", "elsewhere"])
     assert other.required_key()[0] != digest
+
+
+@pytest.mark.parametrize("fault", ["empty", "cut", "not UTF-8", "zeros", "null", "a text", "a number", "brackets"])
+def test_a_broken_secret_is_made_anew_and_the_log_says_so(fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    settings = read_settings(["--host", "0.0.0.0"])
+    (digest, _), secret = settings.required_key(), settings.link_secret
+    for name in (".key", ".link-secret"):
+        file = settings.outputs / name
+        file.write_bytes(CONTENTS[fault](file.read_bytes()[:24]))
+    if fault == "brackets":
+        (settings.outputs / ".link-secret").write_bytes(b"[" * 5)
+    again = read_settings(["--host", "0.0.0.0"])
+    made, key = again.required_key()
+    assert key and made == digest_of(key) != digest
+    assert len(again.link_secret) >= 32 and again.link_secret != secret
+    assert len(caplog.records) == (0 if fault == "empty" else 2)  # nobody has had a key of an empty file
+    assert read_settings(["--host", "0.0.0.0"]).required_key() == (made, None)
+
+
+@pytest.mark.parametrize("name", [".key", ".link-secret"])
+@pytest.mark.parametrize("fault", INSTEAD)
+def test_the_app_does_not_start_where_a_secret_cannot_be_read(name: str, fault: str, tmp_path: Path) -> None:
+    instead_of(tmp_path / name, fault)
+    command = [sys.executable, "app.py", "--port", "0", "--outputs", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Tunebooth: {name} in the outputs folder cannot be read (")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_links_are_signed_with_a_secret_that_is_kept() -> None:

@@ -32,10 +32,11 @@ def safetensors(header: object, data: bytes = b"") -> bytes:
 
 
 def tensors(*names: str, shapes: Mapping[str, object] | None = None) -> bytes:
-    """A safetensors file that speaks of these tensors, in the real models' shapes or others, and holds nothing."""
+    """A safetensors file that speaks of these tensors, in the real models' shapes or others, and holds nothing: its
+    numbers are of a type that nobody knows the size of."""
     entries = {name: SHAPES.get(name, [0]) for name in names} | dict(shapes or {})
     return safetensors(
-        {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in entries.items()}
+        {name: {"dtype": "F0", "shape": shape, "data_offsets": [0, 0]} for name, shape in entries.items()}
     )
 
 
@@ -148,7 +149,7 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "offsets of the wrong kind": (lambda whole: safetensors({UNET: {"data_offsets": [0, "many"]}}), UNREADABLE),
     "no offsets": (lambda whole: safetensors({UNET: {"data_offsets": []}}), UNREADABLE),
     "header without end": (lambda whole: struct.pack("<Q", 200_000) + b"[" * 200_000, UNREADABLE),
-    "shape of the wrong kind": (lambda whole: tensors(CLIP, VAE, shapes={UNET: 5}), EDITS),
+    "shape of the wrong kind": (lambda whole: tensors(CLIP, VAE, shapes={UNET: 5}), UNREADABLE),
     "web page": (lambda whole: b"<!DOCTYPE html><html><body>Please log in</body></html>", NOT_ONE),
     "pickle": (lambda whole: b"PK\x03\x04" + bytes(100), NOT_ONE),
     "LoRA of none": (lambda whole: tensors("diffusion_model.blocks.0.attn.lora_A.weight"), "a LoRA of no family"),

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
+from tests.helpers.faults import CONTENTS, as_json
 from trainer.rendering import pictures
 from trainer.rendering.pictures import Facts, parameters, preview_bytes, read_facts, write
 
@@ -292,3 +294,37 @@ def test_each_picture_has_its_facts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         write(tmp_path, [picture(), picture()], [FACTS], "png")
     assert write(tmp_path / "nowhere", [], [], "png") == []
+
+
+@pytest.mark.parametrize("picture_format", FORMATS)
+def test_a_picture_whose_facts_are_broken_does_not_say_how_it_was_made(
+    tmp_path: Path, picture_format: Literal["png", "jpeg"]
+) -> None:
+    name = write(tmp_path, [picture()], [FACTS], picture_format)[0]
+    whole = (tmp_path / name).read_bytes()
+    told = dict(read_facts(tmp_path / name))
+    file = tmp_path / f"spoiled{Path(name).suffix}"
+    generator = random.Random(7)
+    for _ in range(300):  # a byte of the headers and facts is another one, or the file ends
+        content = bytearray(whole)
+        content[generator.randrange(min(len(whole), 1500))] = generator.randrange(256)
+        file.write_bytes(content[: generator.randrange(len(whole))] if generator.random() < 0.3 else content)
+        try:
+            assert isinstance(read_facts(file), dict)
+        except (ValueError, OSError) as problem:
+            assert str(problem)
+    for fault, spoil in CONTENTS.items():
+        image = picture()
+        if picture_format == "png":
+            info = PngInfo()
+            info.add_text("tunebooth", spoil(as_json(told)).decode("latin-1"))
+            image.save(file, pnginfo=info)
+        else:
+            exif = Image.Exif()
+            exif[ExifTags.Base.ImageDescription] = spoil(as_json(told))[:60_000].decode("latin-1")
+            image.save(file, exif=exif)
+        if fault in ("an empty object", "an object"):
+            assert isinstance(read_facts(file), dict)
+        else:
+            with pytest.raises(ValueError, match="does not say how it was made"):
+                read_facts(file)

@@ -204,7 +204,7 @@ def test_a_deleted_tune_takes_its_prompts_and_jobs_with_it(store: Store) -> None
 def test_json_columns_come_back_as_they_were(store: Store) -> None:
     values = {
         "characteristics": {"eye_color": "blue ‘eyes’", "{{x}}": "'; DROP TABLE tunes; --"},
-        "photos": [{"name": "ä\u2028.png", "notes": []}],
+        "photos": [{"name": "ä\u2028.png", "file": "000.png", "width": 8, "height": 6, "format": "PNG", "notes": []}],
         "warnings": ["one", "\U0001f415"],
     }
     tune_id = add(store, **values)

@@ -23,7 +23,8 @@ from trainer.studio.rows import Services
 from trainer.studio.tunes import create_tune
 from trainer.web import html as page_html
 from trainer.web import page
-from trainer.web.form import Form, usual_tokens, with_captions
+from trainer.web.choices import usual_tokens
+from trainer.web.form import Form, with_captions
 from trainer.web.html import (
     TuneDetails,
     cards,

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.branches.protocol import Task
-from trainer.files import whole_folder
+from trainer.files import unreadable, whole_folder
 from trainer.library.bases import Base
+from trainer.library.hub import WrongConfig
 from trainer.library.models_folder import sidecar
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -44,7 +46,11 @@ def loading_errors(base: Base) -> Iterator[None]:
         raise ValueError(f"{base.title} cannot be loaded: weights are missing from it") from problem
     except KeyError as problem:  # diffusers does not find a weight by name
         raise ValueError(f"{base.title} cannot be loaded: {problem} is missing from it") from problem
-    except (RuntimeError, ValueError, SafetensorError, SingleFileComponentError) as problem:
+    # A configuration with values of other types than the libraries expect makes them raise those of the second line.
+    except (
+        RuntimeError, ValueError, SafetensorError, SingleFileComponentError, TypeError, AttributeError, LookupError,
+        ArithmeticError, WrongConfig,
+    ) as problem:  # fmt: skip
         raise ValueError(f"{base.title} cannot be loaded: {problem}") from problem
 
 
@@ -65,6 +71,18 @@ def read_base(
         pipeline = read(base.path, base.variant, dtype, cache)
     finish(base, pipeline)
     return pipeline
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata. Raises FileNotFoundError, Unreadable."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            metadata = dict(tensors.metadata() or {})
+        return load_file(file), metadata
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError) as problem:
+        raise unreadable(file, problem) from None
 
 
 def folder_source(folder: Path, variant: str | None) -> dict[str, Any]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-from trainer.config.toml_file import Table, read_toml
-from trainer.names import BRANCHES, METHODS
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from trainer.config.detection import Detection, detection
+from trainer.config.kinds import KINDS, OTHER_KIND, STYLE_KIND
+from trainer.config.toml_file import CHECKED, Table, read_toml
+from trainer.contract.errors import InvalidRequest
+from trainer.files import Unreadable, printable, warn_once
+from trainer.names import BRANCHES, DEFAULT_METHOD, METHODS
 
 PROGRAM = Path(__file__).parents[2] / "presets"  # the setting `presets` may name another folder
+MOST_GIB = 1e6
 FACTS = ("detect", "placeholder", "face_adapter", "base")  # tables that describe a family, and that no user changes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class RenderConfig:
     """Rendering defaults: sampling steps, guidance, width and height in pixels."""
 
@@ -29,7 +37,7 @@ class RenderConfig:
     preview: str | None = None  # the hub repository of a tiny decoder (TAESD)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class BaseRow:
     """A base model. id: its number in the hosted service's gallery (0: it has none)."""
 
@@ -41,20 +49,120 @@ class BaseRow:
     variant: str | None = None  # of its weight files: `fp16` if the repository has them twice
 
 
+class BranchFile(BaseModel):
+    """The keys of a branch's TOML that are checked when it is read. Hyperparameters are checked when they are used."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    token: str
+    model_type: str
+    placeholder: bool = False
+    warnings: list[str] = []
+    without: list[str] = []
+    why_not: dict[str, str] = {}
+    instead: dict[str, str] = {}
+    face_adapter: dict[str, str | int | float] | None = None
+
+
+def check_branch(table: Table) -> None:
+    """Check the TOML of a branch. Raises ValueError."""
+    BranchFile.model_validate(table)
+    bases, controls = table.get("base", []), table.get("control", {})
+    if not isinstance(bases, list):
+        raise ValueError("base must be one or more tables, [[base]]")
+    if not isinstance(controls, dict):
+        raise ValueError("[control] must be a table")
+    _check_row("render", table.get("render"), RenderConfig)
+    for row in bases:
+        _check_row("base", row, BaseRow)
+    for row in controls.values():
+        _check_row("control", row, ControlRow)
+    if "detect" in table:
+        detection(table["detect"])
+    for method in {DEFAULT_METHOD} | (table.keys() & set(METHODS)):
+        _check_method(method, table.get(method))
+
+
+def _check_row(name: str, row: object, make: Callable[..., object]) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"[{name}] must be a table")
+    try:
+        make(**row)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        raise ValueError(f"[{name}] {first['loc'][-1]}: {first['msg']}") from None
+
+
+def _check_method(method: str, table: object) -> None:
+    """Check the table of a model type, but for its hyperparameters. Raises ValueError."""
+    if not isinstance(table, dict):
+        raise ValueError(f"[{method}] must be a table")
+    for kind in table.keys() & {*KINDS, STYLE_KIND, OTHER_KIND}:
+        if not isinstance(table[kind], dict):
+            raise ValueError(f"[{method}.{kind}] must be a table")
+    rows, least = table.get("memory", []), table.get("least_gib", 0)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "below_gib" in row for row in rows):
+        raise ValueError(f"[[{method}.memory]] must be tables with below_gib")
+    if not all(
+        type(gib) in (int, float) and 0 <= gib < MOST_GIB for gib in (least, *(row["below_gib"] for row in rows))
+    ):
+        raise ValueError(f"[{method}] least_gib and below_gib must be numbers")
+    if not all(type(row.get("resolution", 0)) is int for row in rows):
+        raise ValueError(f"[[{method}.memory]] resolution must be a whole number")
+
+
 def branch_table(folder: Path, branch: str) -> Table:
     """The TOML of a branch.
 
-    If the user's folder is of an older version, FACTS come from the program's TOML.
+    If the user's folder is of an older version, FACTS come from the program's TOML. Raises InvalidRequest if one of the
+    TOMLs is broken: values are not guessed.
     """
-    tables = [read_toml(path / f"{branch}.toml") for path in (PROGRAM, folder) if (path / f"{branch}.toml").exists()]
+    tables = []
+    for path in (PROGRAM, folder):
+        try:
+            tables.append(read_toml(path / f"{branch}.toml", check_branch))
+        except FileNotFoundError:
+            continue
+        except Unreadable as problem:
+            raise InvalidRequest({"branch": [f"{branch} cannot be used: {problem}"]}) from None
     if not tables:
-        raise FileNotFoundError(f"there is no {branch}.toml in {folder}")
-    return {key: value for key, value in tables[0].items() if key in FACTS} | tables[-1]
+        raise InvalidRequest({"branch": [f"{branch} cannot be used: there is no {branch}.toml in the presets folder"]})
+    table = {key: value for key, value in tables[0].items() if key in FACTS} | tables[-1]
+    if not table.get("base"):
+        raise InvalidRequest({"branch": [f"{branch} cannot be used: {branch}.toml has no [[base]]"]})
+    return table
+
+
+def branch_problem(folder: Path, branch: str) -> str | None:
+    """Why a branch cannot be used; None: it can."""
+    try:
+        branch_table(folder, branch)
+    except InvalidRequest as invalid:
+        return "; ".join(invalid.problems["branch"])
+    return None
+
+
+def detections(folder: Path) -> dict[str, Detection]:
+    """The families that have their own files, the newest first: it is tried before the families that it resembles.
+
+    A branch whose TOML is broken is left out.
+    """
+    found = {}
+    for branch in reversed(BRANCHES):
+        if branch_problem(folder, branch) is None and (one := detection_of(folder, branch)):
+            found[branch] = one
+    return found
+
+
+def detection_of(folder: Path, branch: str) -> Detection | None:
+    """The detection of one family; None: it has no files of its own."""
+    table = branch_table(folder, branch).get("detect")
+    return None if table is None else detection(table)
 
 
 def base_rows(folder: Path, branch: str) -> list[BaseRow]:
     """The base models of a branch; the first one is the default."""
-    return [BaseRow(**row) for row in branch_table(folder, branch).get("base", [])]
+    return [BaseRow(**row) for row in branch_table(folder, branch)["base"]]
 
 
 def is_placeholder(folder: Path, branch: str) -> bool:
@@ -66,7 +174,7 @@ def render_config(folder: Path, branch: str) -> RenderConfig:
     return RenderConfig(**branch_table(folder, branch)["render"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class ControlRow:
     """The hub repository of a ControlNet; the fields are those of `BaseRow`."""
 
@@ -96,7 +204,13 @@ def branch_warnings(folder: Path, branch: str) -> list[str]:
 
 def list_presets(folder: Path) -> list[str]:
     """The presets: every TOML in the folder that is not named after a branch."""
-    return sorted(path.stem for path in folder.glob("*.toml") if path.stem not in BRANCHES)
+    names = []
+    for path in folder.glob("*.toml"):
+        if printable(path.name) != path.name:
+            warn_once(path, f"{printable(path.name)} is no preset: its name is not UTF-8; rename it")
+        elif path.stem not in BRANCHES:
+            names.append(path.stem)
+    return sorted(names)
 
 
 def model_types(folder: Path, branch: str) -> list[str]:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from trainer.config.branch_file import branch_table
 from trainer.config.toml_file import Table
-from trainer.names import BRANCHES
 
 
 @dataclass(frozen=True)
@@ -57,28 +54,28 @@ class Detection:
     refusals: tuple[Refusal, ...]
 
 
-def detections(folder: Path) -> dict[str, Detection]:
-    """The families that have their own files, the newest first: it is tried before the families that it resembles."""
-    found = {branch: detection(folder, branch) for branch in reversed(BRANCHES)}
-    return {branch: one for branch, one in found.items() if one is not None}
+def detection(table: Table) -> Detection:
+    """The detection of a family, from its table [detect]. Raises ValueError if the table is broken."""
+    try:
+        return _detection(table)
+    except (AttributeError, LookupError, TypeError, ValueError, re.error) as problem:
+        raise ValueError(f"[detect] cannot be used ({type(problem).__name__}: {problem})") from None
 
 
-def detection(folder: Path, branch: str) -> Detection | None:
-    """The detection of one family; None: it has no files of its own."""
-    table = branch_table(folder, branch).get("detect")
-    if table is None:
-        return None
+def _detection(table: Table) -> Detection:
     file = table.get("file")
     first, last = file["channels"] if file else ("", 0)
     return Detection(
-        pipeline=table["pipeline"],
-        denoiser=table["denoiser"],
+        pipeline=_text(table["pipeline"]),
+        denoiser=_text(table["denoiser"]),
         file=_keys(file) if file else None,
         channels=(re.compile(first), re.compile(last) if isinstance(last, str) else last) if file else None,
         whole_file=file.get("whole", True) if file else True,
         loras=tuple(_keys(row) for row in table.get("loras", [])),
         refusals=tuple(
-            Refusal(row["because"], row.get("config", {}), _pattern(row.get("has")), _pattern(row.get("lacks")))
+            Refusal(
+                _text(row["because"]), dict(row.get("config", {})), _pattern(row.get("has")), _pattern(row.get("lacks"))
+            )
             for row in table.get("refuse", [])
         ),
     )
@@ -87,6 +84,12 @@ def detection(folder: Path, branch: str) -> Detection | None:
 def _keys(row: Table) -> Keys:
     sizes = {re.compile(pattern): size for pattern, size in row.get("sizes", {}).items()}
     return Keys(tuple(map(re.compile, row.get("has", []))), sizes)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def _pattern(text: str | None) -> re.Pattern[str] | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
+from pydantic.dataclasses import dataclass
+
 from trainer.config.branch_file import ControlRow
-from trainer.config.toml_file import Table, read_toml
+from trainer.config.toml_file import CHECKED, Table, anything, read_toml
+from trainer.files import Unreadable, printable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class Style:
     """A style of prompts. prompt: a text in which {prompt} is the user's prompt. negative: added to the user's."""
 
@@ -18,11 +21,15 @@ class Style:
 
 
 def styles(folder: Path) -> dict[str, Style]:
-    """The styles of prompts by their names."""
-    return {name: Style(**table) for name, table in looks(folder, "styles").items()}
+    """The styles of prompts by their names. Raises Unreadable."""
+    return _styles(looks(folder, "styles", _styles))
 
 
-@dataclass(frozen=True)
+def _styles(table: Table) -> dict[str, Style]:
+    return {name: Style(**_row(name, row)) for name, row in table.items()}
+
+
+@dataclass(frozen=True, config=CHECKED)
 class FilmLook:
     """The colours of a film: a matrix, then a saturation, then a tone curve for each channel; colours are 0 to 1.
 
@@ -35,21 +42,37 @@ class FilmLook:
 
 
 def film_looks(folder: Path) -> dict[str, FilmLook]:
-    """The film looks of `color_grading`, by their names."""
-    return {
-        name: FilmLook(
+    """The film looks of `color_grading`, by their names. Raises Unreadable."""
+    return _film_looks(looks(folder, "film", _film_looks))
+
+
+def _film_looks(table: Table) -> dict[str, FilmLook]:
+    return {name: _film_look(name, _row(name, row)) for name, row in table.items()}
+
+
+def _film_look(name: str, row: Table) -> FilmLook:
+    try:
+        return FilmLook(
             curves=tuple(tuple((x, y) for x, y in row[channel]) for channel in ("red", "green", "blue")),
             saturation=row["saturation"],
             matrix=tuple((red, green, blue) for red, green, blue in row["matrix"]),
         )
-        for name, row in looks(folder, "film").items()
-    }
+    except (LookupError, TypeError) as problem:
+        raise ValueError(f"[{name}] is no film look ({type(problem).__name__}: {problem})") from None
 
 
-def looks(folder: Path, name: str) -> Table:
-    """The table of a TOML in `looks/`; empty if the user's folder has no such file."""
-    file = folder / "looks" / f"{name}.toml"
-    return read_toml(file) if file.exists() else {}
+def _row(name: str, row: object) -> Table:
+    if not isinstance(row, dict):
+        raise ValueError(f"{name} must be a table, [{name}]")
+    return row
+
+
+def looks(folder: Path, name: str, check: Callable[[Table], object] = anything) -> Table:
+    """The table of a TOML in `looks/`; empty if the user's folder has no such file. Raises Unreadable."""
+    try:
+        return read_toml(folder / "looks" / f"{name}.toml", check)
+    except FileNotFoundError:
+        return {}
 
 
 def pack_tables(*folders: Path) -> dict[str, Table | str]:
@@ -57,9 +80,11 @@ def pack_tables(*folders: Path) -> dict[str, Table | str]:
     tables: dict[str, Table | str] = {}
     for file in (file for folder in folders for file in sorted(folder.glob("*.toml"))):
         try:
-            tables[file.stem] = read_toml(file)
-        except (OSError, ValueError, RecursionError) as problem:
-            tables[file.stem] = f"{file.name} cannot be read: {problem}"
+            tables[printable(file.stem)] = read_toml(file)
+        except Unreadable as problem:
+            tables[printable(file.stem)] = str(problem)
+        except FileNotFoundError:  # deleted since it was listed
+            continue
     return tables
 
 
@@ -68,7 +93,11 @@ def annotator_row(folder: Path, name: str) -> ControlRow:
 
     Raises ValueError if the user's folder does not name it.
     """
-    rows = looks(folder, "annotators")
+    rows = looks(folder, "annotators", _annotators)
     if name not in rows:
         raise ValueError(f"looks/annotators.toml has no [{name}]; copy the one of the program into the presets folder")
     return ControlRow(**rows[name])
+
+
+def _annotators(table: Table) -> dict[str, ControlRow]:
+    return {name: ControlRow(**_row(name, row)) for name, row in table.items()}

@@ -11,6 +11,7 @@ from trainer.config.kinds import KINDS, OTHER_KIND, STYLE_KIND, kind_of
 from trainer.config.toml_file import Table, read_toml
 from trainer.config.train_config import TrainConfig, parse_args
 from trainer.contract.errors import InvalidRequest, nearest, words
+from trainer.files import Unreadable
 from trainer.names import DEFAULT_METHOD, METHODS, MODEL_TYPES, WORDS
 
 STEP_RULE = ("steps_per_photo", "min_steps", "max_steps")  # the keys of a TOML that decide `steps`
@@ -51,7 +52,7 @@ def resolve(
             raise InvalidRequest({"args": [f"{word} is given twice: as {name_of} and in args; leave one of them out"]})
     if kind != "person":
         values |= {"face_set": False}
-    per_photo, least, most = (values.pop(key) for key in STEP_RULE)
+    per_photo, least, most = (step_rule(branch, key, values.pop(key, None)) for key in STEP_RULE)
     values["steps"] = steps if steps is not None else min(max(per_photo * photos, least), most)
     try:
         config = TrainConfig(**{**values, **asked})
@@ -60,7 +61,8 @@ def resolve(
         for problem in error.errors():
             word = str(problem["loc"][0])
             field = "args" if word in asked else "steps" if word == "steps" and steps is not None else "preset"
-            problems.setdefault(field, []).append(f"{word}: {problem['msg']}")
+            where = "" if preset or field != "preset" else f"{branch}.toml: "
+            problems.setdefault(field, []).append(f"{where}{word}: {problem['msg']}")
         raise InvalidRequest(problems) from None
     meaningless = [(word, f"on {branch}") for word in table.get("without", []) if getattr(config, word)]
     meaningless += [
@@ -78,6 +80,13 @@ def resolve(
     return config if "batch" in asked else config.model_copy(update={"batch": min(config.batch, photos)})
 
 
+def step_rule(branch: str, key: str, value: object) -> int:
+    """A number of the rule for steps. Raises InvalidRequest where neither branch nor preset has it."""
+    if type(value) is not int:
+        raise InvalidRequest({"branch": [f"{branch} cannot be used: {key} in {branch}.toml must be a whole number"]})
+    return value
+
+
 def layer(table: Table, kind: str) -> Table:
     """The values of a model type's table; those for the kind of subject override the others."""
     plain = {key: value for key, value in table.items() if key in KEYS}
@@ -88,10 +97,15 @@ def overlay(file: Path, branch: str, model_type: str, kind: str) -> Table:
     """The values of a preset. Raises InvalidRequest for an invalid TOML, an unknown key or another branch's preset."""
     try:
         preset = read_toml(file)
-    except ValueError as problem:
-        raise InvalidRequest({"preset": [f"{file.name} cannot be read: {problem}"]}) from None
+    except FileNotFoundError:
+        raise InvalidRequest({"preset": [f"there is no {file.name} any more"]}) from None
+    except Unreadable as problem:
+        raise InvalidRequest({"preset": [str(problem)]}) from None
     problems = unknown(file, preset, PRESET_KEYS)
-    if branch not in preset.get("branches", [branch]):
+    branches = preset.get("branches", [branch])
+    if not isinstance(branches, list) or not all(isinstance(one, str) for one in branches):
+        problems.append(f'{file.name}: branches must be a list of names, as ["{branch}"]')
+    elif branch not in branches:
         problems.append(f"{file.stem} is a preset for {words(preset['branches'])}, not for {branch}")
     for section in PRESET_KEYS & preset.keys() - {"branches"}:
         problems += section_problems(file, section, preset[section])
@@ -130,7 +144,7 @@ def fit(
     is from 1 to batch.
     """
     changes: Table = {}
-    for row in branch_table(folder, branch)[model_type].get("memory", []):
+    for row in branch_table(folder, branch).get(model_type, {}).get("memory", []):
         if free_gib < row["below_gib"]:
             changes |= {key: value for key, value in row.items() if key != "below_gib"}
     if "resolution" in changes:  # never larger than before
@@ -140,4 +154,8 @@ def fit(
     if wanted.get("optimizer", "adafactor") != "adafactor":  # only adafactor rounds at random
         changes.pop("trained_dtype", None)
     fitted = config.model_dump() | {key: value for key, value in changes.items() if key not in wanted}
-    return TrainConfig(**fitted | {"micro_batch": min(fitted["micro_batch"] or config.batch, config.batch)})
+    try:
+        return TrainConfig(**fitted | {"micro_batch": min(fitted["micro_batch"] or config.batch, config.batch)})
+    except (TypeError, ValidationError) as problem:
+        message = f"{branch} cannot be used: [[{model_type}.memory]] of {branch}.toml has a wrong value ({problem})"
+        raise InvalidRequest({"branch": [message]}) from None

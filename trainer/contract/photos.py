@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 ProgressCallback = Callable[[str, int, int], None]  # progress("photos are decoded", 3, 20)
 
@@ -29,6 +29,8 @@ class Face(BaseModel):
     score: the detector's, 0 to 1. sharpness: variance of the Laplacian of the face at 112 px. main: it is the subject.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     box: tuple[int, int, int, int]
     score: float
     sharpness: float
@@ -41,6 +43,8 @@ class Photo(BaseModel):
     Sizes are in pixels, of the upright picture. file: its name among the tune's images. url: its link. seen: the
     picture as it is trained. closeup: its face crop. The last two are links for a tune, data URLs for a check.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     name: str
     file: str

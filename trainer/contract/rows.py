@@ -1,4 +1,7 @@
-"""The rows of the database as the store returns them: JSON columns are parsed, others are SQLite's values."""
+"""The rows of the database as the store returns them: JSON columns are parsed, others are SQLite's values.
+
+broken: the JSON columns that cannot be read; they are empty in the row.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +72,7 @@ class TuneRow(TuneValues):
     request_key: str | None
     request_digest: str | None
     body_digest: str | None
+    broken: NotRequired[list[str]]
 
 
 class PromptToRender(TypedDict):
@@ -116,6 +120,7 @@ class PromptRow(PromptToRender):
     request_key: str | None
     request_digest: str | None
     body_digest: str | None
+    broken: NotRequired[list[str]]
 
 
 class ExportRow(TypedDict):
@@ -131,6 +136,7 @@ class ExportRow(TypedDict):
     created_at: str
     updated_at: str
     started_training_at: str | None
+    broken: NotRequired[list[str]]
 
 
 class CallbackRow(TypedDict):

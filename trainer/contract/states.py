@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 TuneStatus = Literal["queued", "training", "trained", "failed", "canceled", "expired"]
 PromptStatus = Literal["queued", "rendering", "rendered", "failed", "canceled"]
@@ -13,6 +13,8 @@ ENDED = ("trained", "rendered", "failed", "canceled", "expired")
 
 class Progress(BaseModel):
     """The progress of a job. loss: the mean of the steps since the last reading. seconds_per_step: a moving average."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     stage: str = "queued"
     step: int = 0

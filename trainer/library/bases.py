@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from trainer.config import branch_file
 from trainer.config.branch_file import BaseRow
-from trainer.config.detection import detection
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.rows import TuneRow
 from trainer.contract.tunes import check_branch
@@ -54,8 +53,7 @@ Bases = Callable[[], list[Base]]  # all bases: see `listed_once`
 
 def list_bases(settings: Settings) -> list[Base]:
     """All bases: those of the presets (hub repositories, or part of the program), and those of the models folder."""
-    presets = settings.presets
-    known = [_of_row(row, branch) for branch in BRANCHES for row in branch_file.base_rows(presets, branch)]
+    known = [base for branch in BRANCHES for base in _of_branch(settings, branch)]
     found = scan(settings)
     known += [
         Base(hashed_id(one.name), one.name, one.branch, path=one.path, error=one.error)
@@ -63,6 +61,13 @@ def list_bases(settings: Settings) -> list[Base]:
         if not one.is_lora
     ]
     return known + [_put_on(one, known, settings) for one in found if one.is_lora]
+
+
+def _of_branch(settings: Settings, branch: str) -> list[Base]:
+    """The bases in the TOML of a branch. If the TOML is broken: one base with the error."""
+    if problem := branch_file.branch_problem(settings.presets, branch):
+        return [Base(hashed_id(branch), branch, branch, error=problem)]
+    return [_of_row(row, branch) for row in branch_file.base_rows(settings.presets, branch)]
 
 
 def listed_once(settings: Settings) -> Bases:
@@ -79,7 +84,8 @@ def _put_on(lora: FoundModel, known: list[Base], settings: Settings) -> Base:
     """A LoRA file with the base that its metadata names, else with the default base of its branch."""
     number, ours = hashed_id(lora.name), lora.trained_here_on
     named = {ours or lora.trained_on} - {None}
-    under = next((base for base in known if named & {base.title, base.repository, Path(base.title).name}), None)
+    usable = [base for base in known if not base.error]
+    under = next((base for base in usable if named & {base.title, base.repository, Path(base.title).name}), None)
     # A placeholder's LoRAs have the keys of the family that it replaces.
     if under is None or not (
         under.branch == lora.branch or (under.branch and branch_file.is_placeholder(settings.presets, under.branch))
@@ -87,7 +93,7 @@ def _put_on(lora: FoundModel, known: list[Base], settings: Settings) -> Base:
         if ours:
             error = f"it was trained on {ours!r}, which is not among the bases"
             return Base(number, lora.name, lora.branch, model=lora.path, error=error)
-        under = next(base for base in known if base.branch == lora.branch)
+        under = next(base for base in usable if base.branch == lora.branch)
     root = under.root or under.title
     return replace(under, id=number, title=lora.name, model=lora.path, chain=(under.title,), root=root)
 
@@ -151,7 +157,7 @@ def of_tune(settings: Settings, tune: TuneRow, tunes: Tunes, listed: Bases | Non
     if not model_type.whole_model:
         root = under.root or under.title
         return replace(under, id=tune_id, title=title, model=model, chain=chain, root=root)
-    family = detection(settings.presets, tune["branch"])
+    family = branch_file.detection_of(settings.presets, tune["branch"])
     rest = None if family is None or family.whole_file else under.rest or replace(under, model=None)
     return Base(tune_id, title, tune["branch"], path=model / CHECKPOINT_FILE, rest=rest, chain=chain)
 

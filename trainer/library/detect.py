@@ -5,18 +5,19 @@ The rules of a family are in its TOML (trainer/config/detection.py).
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from trainer.config.detection import Detection, Keys
+from trainer.files import Unreadable, read_json
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 EDITING_MODEL = "it is a model for inpainting or editing, which has a picture as input; such models cannot be trained"
 LORA_KEY = re.compile(r"\.(lora_down|lora_A|lora\.down)\.weight$")
+OBJECT = TypeAdapter(dict[str, object])
+Shapes = Mapping[str, list[int]]  # of the tensors of a file, by their names
 Families = Mapping[str, Detection]  # by their names, in the order in which they are tried
 
 
@@ -46,18 +47,15 @@ def branch_of_folder(folder: Path, families: Families) -> str:
 
 
 def _json_object(file: Path) -> dict[str, object]:
+    """Raises FileNotFoundError, ValueError."""
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"its {file.name} is not a JSON object")
-    return content
+        return read_json(file, OBJECT)
+    except Unreadable as problem:
+        raise ValueError(f"its {file.name} is not a JSON object: {problem}") from None
 
 
-def branch_of_file(file: Path, families: Families) -> str:
+def branch_of_file(header: Shapes, families: Families) -> str:
     """The family of a single file in the layout of the original release. Raises ValueError as `branch_of_folder`."""
-    header = safetensors_header(file)
     for branch, family in families.items():
         if family.file is None or not _matches(family.file, header, header):
             continue
@@ -73,7 +71,7 @@ def branch_of_file(file: Path, families: Families) -> str:
     raise ValueError("its tensors are of no family that is known here")
 
 
-def branch_of_lora(header: Mapping[str, Any], families: Families) -> str | None:
+def branch_of_lora(header: Shapes, families: Families) -> str | None:
     """The family of a LoRA; None: it is not a LoRA. Raises ValueError for an unknown family."""
     adapters = [key for key in header if LORA_KEY.search(key)]
     if not adapters:
@@ -84,11 +82,10 @@ def branch_of_lora(header: Mapping[str, Any], families: Families) -> str | None:
     raise ValueError("it is a LoRA of no family that is known here")
 
 
-def _matches(keys: Keys, among: Iterable[str], header: Mapping[str, Any]) -> bool:
+def _matches(keys: Keys, among: Iterable[str], header: Shapes) -> bool:
     """Whether conditions hold: their keys are in `among`, and have the required sizes."""
     return all(_first(pattern, among) for pattern in keys.has) and all(
-        any(_size(header, key)[-1:] == [size] for key in among if pattern.match(key))
-        for pattern, size in keys.sizes.items()
+        any(header[key][-1:] == [size] for key in among if pattern.match(key)) for pattern, size in keys.sizes.items()
     )
 
 
@@ -97,34 +94,7 @@ def _first(pattern: re.Pattern[str], keys: Iterable[str]) -> str | None:
     return next((key for key in keys if pattern.match(key)), None)
 
 
-def _shape(header: Mapping[str, Any], pattern: re.Pattern[str]) -> list[int]:
+def _shape(header: Shapes, pattern: re.Pattern[str]) -> list[int]:
     """The shape of the first tensor whose key a pattern matches; empty if none matches."""
     key = _first(pattern, header)
-    return [] if key is None else _size(header, key)
-
-
-def _size(header: Mapping[str, Any], key: str) -> list[int]:
-    shape = header[key].get("shape")
-    return shape if isinstance(shape, list) else []
-
-
-def safetensors_header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file (names and shapes); also checks the length of the file.
-
-    Layout: https://github.com/huggingface/safetensors#format. Raises ValueError for an invalid file.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError("it is not a safetensors file, or a broken one")
-        try:
-            header = json.loads(stream.read(length))
-            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-            expected = 8 + length + int(end)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
-            raise ValueError("it is not a safetensors file, or a broken one: its header cannot be read") from None
-    if expected != size:
-        raise ValueError(f"it is broken: its header speaks of {expected} bytes, it has {size}")
-    return dict(header)
+    return [] if key is None else header[key]

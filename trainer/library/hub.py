@@ -30,8 +30,12 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from huggingface_hub.hf_api import RepoSibling
+from pydantic import BaseModel, TypeAdapter
+
+from trainer.files import Unreadable, read_json
 
 ASK_SECONDS = 10.0  # time limit of each request about a repository; downloads have the library's own limits
 DISK_MARGIN = 2**30  # bytes that stay free after a download
@@ -42,6 +46,19 @@ SMALL = (".json", ".txt", ".model")  # configurations and vocabularies
 WEIGHTS = {"model", "diffusion_pytorch_model"}  # file names that transformers and diffusers load
 # (names of all files, function that fetches one of them) -> names of the wanted files
 Pick = Callable[[Collection[str], Callable[[str], Path]], list[str]]
+
+
+WrongConfig = StrictDataclassError  # of transformers' configurations: a value of a wrong type
+
+
+class _Shards(BaseModel):
+    """An index of weights: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
+SHARDS = TypeAdapter(_Shards)
+OBJECT = TypeAdapter(dict[str, object])
 
 
 class NotEnoughRoom(OSError):
@@ -174,8 +191,8 @@ def _names_in(folder: Path) -> set[str]:
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     for index in folder.glob("*/*.safetensors.index*.json"):
         try:
-            shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, TypeError, LookupError, AttributeError):
+            shards = set(read_json(index, SHARDS).weight_map.values())
+        except (OSError, Unreadable):
             raise _Lacking(f"has a broken {index.name}") from None
         names |= {f"{index.parent.name}/{shard}" for shard in shards}
     return names
@@ -188,8 +205,8 @@ def _shortened(names: Sequence[str]) -> str:
 def _parts(index: Path) -> list[str]:
     """The folders that a model_index.json names, without those that are never used."""
     try:
-        entries = dict(json.loads(index.read_text("utf-8")))
-    except (ValueError, TypeError):
+        entries = read_json(index, OBJECT)
+    except Unreadable:
         raise _Lacking(f"has a broken {INDEX}") from None
     # An entry is [library, class]; [null, null] means that this pipeline does not have the part.
     named = (name for name, entry in entries.items() if isinstance(entry, list) and entry and entry[0])

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config.detection import detections
-from trainer.library.detect import Families, branch_of_file, branch_of_folder, branch_of_lora, safetensors_header
+from trainer.config.branch_file import detections
+from trainer.files import printable
+from trainer.library.detect import Families, branch_of_file, branch_of_folder, branch_of_lora
+from trainer.library.header import read_header
 
 if TYPE_CHECKING:
     from trainer.settings import Settings
@@ -61,8 +63,10 @@ def _is_embeddings(path: Path, files: list[Path]) -> bool:
 
 def _identify(path: Path, models: Path, families: Families) -> FoundModel:
     """The model of a folder or file. A folder's index is small and is read each time."""
-    name = path.relative_to(models).as_posix()
+    name = printable(path.relative_to(models).as_posix())
     try:
+        if name != path.relative_to(models).as_posix():
+            raise ValueError("its name is not UTF-8, and no library opens it; rename it")
         if not path.resolve().is_relative_to(models.resolve()):
             raise ValueError("it is outside the models folder")
         if path.is_dir():
@@ -76,6 +80,8 @@ def _identify(path: Path, models: Path, families: Families) -> FoundModel:
         return known[2]
     except OSError as problem:
         return FoundModel(name, path, error=f"it cannot be read: {problem.strerror}")
+    except RuntimeError:  # of Python before 3.13
+        return FoundModel(name, path, error="it cannot be read: it is a link that leads to itself")
     except ValueError as problem:
         return FoundModel(name, path, error=str(problem))
 
@@ -83,11 +89,11 @@ def _identify(path: Path, models: Path, families: Families) -> FoundModel:
 def _identify_file(name: str, path: Path, families: Families) -> FoundModel:
     """A LoRA or a base in one file; if it cannot be used, `error` says why. Raises OSError."""
     try:
-        header = safetensors_header(path)
-        branch = branch_of_lora(header, families)
+        header = read_header(path)
+        branch = branch_of_lora(header.shapes, families)
         if branch is None:
-            return FoundModel(name, path, branch_of_file(path, families))
+            return FoundModel(name, path, branch_of_file(header.shapes, families))
     except ValueError as problem:
         return FoundModel(name, path, error=str(problem))
-    facts = header.get("__metadata__", {})
+    facts = header.metadata
     return FoundModel(name, path, branch, True, facts.get("tunebooth.root"), facts.get("ss_sd_model_name"))

@@ -112,8 +112,11 @@ ARCFACE = Weights(
 
 
 def face_adapter(settings: Settings, branch: str) -> Weights:
-    """The adapter that puts a face into pictures of a branch (IP-Adapter FaceID)."""
-    return Weights(**branch_file.branch_table(settings.presets, branch)["face_adapter"])
+    """The adapter that puts a face into pictures of a branch (IP-Adapter FaceID). Raises Unavailable."""
+    try:
+        return Weights(**branch_file.branch_table(settings.presets, branch)["face_adapter"])
+    except (LookupError, TypeError):
+        raise Unavailable(f"{branch}.toml has no valid [face_adapter]") from None
 
 
 def find(settings: Settings, *wanted: Weights) -> Path | None:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trainer.branches import loading
 from trainer.branches.protocol import Branch
 from trainer.names import IDENTITY_FILE
 
@@ -73,7 +72,7 @@ def remove(pipeline: DiffusionPipeline) -> None:
 def read(adapter: Path) -> dict[str, dict[str, Tensor]]:
     """Part -> weights of an adapter, from a .bin or .safetensors. Raises ValueError for other files."""
     if adapter.suffix == ".safetensors":
-        flat = load_file(adapter)
+        flat = loading.read_tensors(adapter)[0]
         state = {
             part: {key[len(part) + 1 :]: flat[key] for key in flat if key.startswith(f"{part}.")} for part in PARTS
         }
@@ -87,8 +86,10 @@ def read(adapter: Path) -> dict[str, dict[str, Tensor]]:
 
 def read_identity(file: Path) -> tuple[Tensor, dict[str, str]]:
     """A person's identity (D,), float32 and of length 1, and its metadata (`recognizer`, `photos`)."""
-    with safe_open(file, "pt") as tensors:
-        return tensors.get_tensor("identity"), tensors.metadata() or {}
+    tensors, facts = loading.read_tensors(file)
+    if "identity" not in tensors:
+        raise ValueError(f"{file.name} holds no identity of a person")
+    return tensors["identity"], facts
 
 
 def check(branch: Branch, state: dict[str, dict[str, Tensor]], adapter: Path, file: Path) -> None:

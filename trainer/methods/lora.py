@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trainer.branches import loading
 from trainer.branches.protocol import Branch
 from trainer.config.train_config import TrainConfig
 from trainer.methods import new_tokens
@@ -207,13 +207,11 @@ def load(pipeline: DiffusionPipeline, model: Path, adapter: str, token: str | No
     name of the tokens; None: the name from training. Raises ValueError where it does not fit the base.
     """
     file = model / DIFFUSERS_FILE if model.is_dir() else model
-    with safe_open(file, "pt") as tensors:
-        facts = tensors.metadata() or {}
-    state = load_file(file)
+    state, facts = loading.read_tensors(file)
     weights = {key: value for key, value in state.items() if not new_tokens.is_rows(key)}
     try:
         pipeline.load_lora_weights(weights, adapter_name=adapter)
-    except (RuntimeError, ValueError, KeyError) as problem:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise ValueError(f"{file.name} does not fit its base: {problem}") from problem
     token_files = [file.with_name(f"{file.stem}_emb.safetensors")]
     token_files += [file.with_name(WORDS_FILE)] if file.name in (KOHYA_FILE, DIFFUSERS_FILE) else []

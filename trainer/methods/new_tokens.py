@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from trainer.branches import loading
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -183,7 +185,7 @@ def load(file: Path) -> dict[str, Tensor]:
     Raises ValueError for unknown keys, or several tokens.
     """
     parts = {key: part for part, key in KEYS.items()}
-    found = {key: value for key, value in load_file(file).items() if is_rows(key)}
+    found = {key: value for key, value in loading.read_tensors(file)[0].items() if is_rows(key)}
     names = [key.rpartition(".")[2] for key in found]
     if strange := [key for key in found if key.rpartition(".")[2] not in parts]:
         raise ValueError(f"{file.name} has learned tokens under {strange[0]!r}; known are {', '.join(parts)}")

@@ -7,7 +7,6 @@ while a tune trains. This module decides what the child does, and reads its answ
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ from trainer.config.kinds import kind_of
 from trainer.config.train_config import TrainConfig
 from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
 from trainer.contract.photos import Face, Photo, ProgressCallback, no_progress
-from trainer.files import write_whole
 from trainer.library import weights
 from trainer.library.weights import Unavailable, Weights
 from trainer.names import IDENTITY_FILE
@@ -38,7 +36,6 @@ from trainer.settings import Settings
 FIND_SECONDS = 60.0  # for one photo; a third of a second is usual
 PREPARE_SECONDS = 120.0  # for one photo, plus RESTORE_SECONDS for each face
 RESTORE_SECONDS = 60.0  # for one face; three are usual on a CPU
-MADE = ("restored", "faces", "masks")  # folders in `dataset/`
 
 
 class PhotoAnalyzer:
@@ -315,20 +312,6 @@ class PhotoAnalyzer:
             put_into_verdict(photo, task, made)
         for kind in sorted(masks_of(config) - set(photo.masks)):
             photo.notes.append(f"no mask of the {kind}: the whole picture is trained")
-
-
-def remove_unfinished(dataset: Path) -> None:
-    """Remove the files of an interrupted preparation; keep the files that a user has put there."""
-    dataset.mkdir(exist_ok=True)
-    note = dataset / "preparing.json"  # lists the files from before the first preparation
-    existing = [file for kind in MADE for file in sorted((dataset / kind).rglob("*")) if file.is_file()]
-    if not note.exists():
-        write_whole(note, json.dumps([str(file.relative_to(dataset)) for file in existing]))
-        return
-    kept = set(json.loads(note.read_text("utf-8")))
-    for file in existing:
-        if str(file.relative_to(dataset)) not in kept:
-            file.unlink()
 
 
 @contextmanager

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from trainer.photos.picture_file import open_picture
+
 BUCKETS_PER_SIDE = 16  # sides are multiples of a sixteenth of the resolution: 64 px at 1024, as is common
 MAX_STRETCH = 2.0  # the longest bucket is 2 x 1/2 resolutions
 DIMMED = 0.3  # brightness of what the loss ignores, on the page
@@ -64,9 +66,8 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def load_mask(file: Path, size: tuple[int, int]) -> Image.Image:
-    """A mask as grey picture. Raises ValueError where its size is not `size`, or it is all black."""
-    with Image.open(file) as opened:
-        mask = opened.convert("L")
+    """A mask as grey picture. Raises ValueError where it is broken, its size is not `size`, or it is all black."""
+    mask = open_picture(file, "L")
     if mask.size != size:
         ours, theirs = (f"{width} x {height}" for width, height in (mask.size, size))
         raise ValueError(f"the mask {file.name} has {ours} pixels, its picture {theirs}")

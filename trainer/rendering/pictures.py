@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
@@ -17,6 +18,7 @@ from typing import Literal
 
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
+from pydantic import TypeAdapter
 
 QUALITY = 95  # of JPEGs
 SMALL_QUALITY = 85
@@ -24,6 +26,7 @@ THUMB, CELL, PREVIEW = 256, 512, 512  # pixels of the long side, at most
 GAP = 4  # pixels between the cells of a sheet
 PAPER = (255, 255, 255)  # background of transparent pictures and sheets
 COMMENT_ENCODING = b"UNICODE\0"  # the EXIF standard's prefix of a UserComment in UTF-16
+FACTS = TypeAdapter(dict[str, object])
 MOST_EXIF = 65_533  # bytes with prefix: a JPEG segment has a length of 16 bits
 
 
@@ -106,17 +109,11 @@ def read_facts(file: Path) -> dict[str, object]:
         with Image.open(file) as image:
             text = image.getexif().get(ExifTags.Base.ImageDescription) if image.format == "JPEG" else None
             text = image.info.get("tunebooth") if image.format == "PNG" else text
-    except Image.DecompressionBombError:
-        raise ValueError(f"{file.name} has more pixels than any picture that is rendered here") from None
-    try:
-        facts = json.loads(text or "")
-    except (ValueError, RecursionError):
-        facts = None
-    if not isinstance(facts, dict):
+        return FACTS.validate_json(text if isinstance(text, str) else "")
+    except (ValueError, SyntaxError, LookupError, TypeError, struct.error, Image.DecompressionBombError):
         raise ValueError(
             f"{file.name} does not say how it was made: it was not rendered here, or was saved by another program"
-        )
-    return facts
+        ) from None
 
 
 def preview_bytes(image: Image.Image) -> bytes:

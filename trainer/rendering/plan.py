@@ -17,6 +17,7 @@ from trainer.contract.flags import Flags
 from trainer.contract.prompts import AR, CONTROLS, DENOISING_STRENGTH, PromptRequest, prompt_of
 from trainer.contract.rows import PromptToRender
 from trainer.photos import inputs
+from trainer.photos.picture_file import open_picture
 from trainer.rendering.preprocessors import ANNOTATORS
 
 DEFAULT_SEED = 42  # the hosted service's: a prompt without a seed renders the same twice
@@ -142,8 +143,7 @@ def read(file: Path | None, mode: str) -> Image.Image | None:
     """An input picture of a prompt, as the decoding child process wrote it."""
     if file is None:
         return None
-    with Image.open(file) as opened:
-        return opened.convert(mode)
+    return open_picture(file, mode)
 
 
 def fill(text: str, characteristics: dict[str, str]) -> tuple[str, list[str]]:

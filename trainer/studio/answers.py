@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from trainer.contract.photos import Photo
 from trainer.contract.prompts import COLUMNS, PICTURES, Echo, Prompt, PromptRequest
 from trainer.contract.rows import PromptRow, TuneRow
+from trainer.contract.run_files import SEEN, read_log
 from trainer.contract.states import ENDED, Progress
 from trainer.contract.tunes import Tune
-from trainer.files import read_json_lines
+from trainer.files import is_there, read_for_show, read_json, steps_in
 from trainer.names import FORMATS
 from trainer.photos.intake import SAME_PICTURE
 from trainer.studio.links import MODEL_LINK_SECONDS, link_path, make_link
-from trainer.studio.rows import Services, place_of, prompt_home, tune_folder
+from trainer.studio.rows import Services, broken_warnings, place_of, prompt_home, tune_folder
 
 SNAPSHOT_FILES = FORMATS["bundled"], FORMATS["kohya"]  # the first is made if there are learned tokens
 CONTACT_SHEET = "sheet.jpg"
@@ -26,25 +29,23 @@ FLAGS = ("use_lpw", "film_grain", "hires_fix", "inpaint_faces", "face_correct", 
 
 def readings(services: Services, tune_id: int) -> list[dict[str, Any]]:
     """The log of a run. Each line has `step`, `loss` (mean of the last steps), `lr`, `peak_gib` and `seconds`."""
-    log = tune_folder(services, tune_id) / "log.jsonl"
-    lines = read_json_lines(log) if log.exists() else []
+    lines = read_for_show(tune_folder(services, tune_id) / "log.jsonl", read_log) or []
     return [line for line in lines if "loss" in line]
 
 
 def trained_pictures(services: Services, tune_id: int) -> list[dict[str, Any]]:
     """The pictures as they are trained. Each has `url`, `name`, `kind`, `caption`, `width`, `height` and `mask`."""
-    facts = tune_folder(services, tune_id) / "dataset" / "seen" / "seen.json"
-    try:
-        listed = json.loads(facts.read_text("utf-8"))
-    except FileNotFoundError:  # not written yet, or being replaced
-        listed = []
-    return [one | {"url": make_link(services.settings, f"{tune_id}/dataset/seen/{one['file']}")} for one in listed]
+    file = tune_folder(services, tune_id) / "dataset" / "seen" / "seen.json"
+    listed = read_for_show(file, partial(read_json, content=SEEN)) or []  # not written yet, or being replaced
+    return [
+        one.model_dump() | {"url": make_link(services.settings, f"{tune_id}/dataset/seen/{one.file}")} for one in listed
+    ]
 
 
 def saved_snapshots(services: Services, tune_id: int) -> list[dict[str, Any]]:
     """The previews of a run: `step`, `url`, and `model`, the link to the model at that step if it was saved."""
     folder, found = tune_folder(services, tune_id), []
-    for picture in sorted((folder / "samples").glob("step-*.png")):
+    for picture in steps_in(folder / "samples", ".png"):
         model = snapshot_of(folder / "checkpoints" / picture.stem)
         found.append(
             {
@@ -66,7 +67,7 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
     tune_id = row["id"]
     models = [make_link(services.settings, f"{tune_id}/model/{f}", MODEL_LINK_SECONDS) for f in row["files"]]
     if models:
-        kept = map(snapshot_of, sorted(tune_folder(services, tune_id).glob("checkpoints/step-??????"), reverse=True))
+        kept = map(snapshot_of, reversed(steps_in(tune_folder(services, tune_id) / "checkpoints")))
         models += [snapshot_link(services, model) for model in kept if model]
     photos = photo_answers(services, row)
     prompts = [prompt_answer(services, p) for p in reversed(services.store.prompts_under(tune_id))]
@@ -78,6 +79,7 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
         "photos": photos,
         "progress": progress_answer(services, row),
         "prompts": prompts,
+        "warnings": row["warnings"] + broken_warnings(row),
     }
     return Tune.model_validate({**row, **computed})
 
@@ -106,19 +108,27 @@ def photo_answers(services: Services, row: TuneRow) -> list[Photo]:
 
 
 def prompt_answer(services: Services, row: PromptRow) -> Prompt:
+    try:
+        return _prompt_answer(services, row)
+    except ValidationError:  # the database is damaged: no request has such attributes
+        broken = [*row.get("broken", []), "attributes"]
+        return _prompt_answer(services, {**row, "attributes": {}, "kept": {}, "broken": broken})
+
+
+def _prompt_answer(services: Services, row: PromptRow) -> Prompt:
     prompt_id, place, home = row["id"], place_of(row), services.settings.outputs / prompt_home(row)
     wanted = row["attributes"]
     folder = home / "prompts" / str(prompt_id)
     attributes = {name: wanted.get(name) or (False if name in FLAGS else None) for name in ATTRIBUTES}
     thumbs = [f"{Path(file).stem}.thumb.jpg" for file in row["files"]]
-    small = bool(thumbs) and (folder / thumbs[0]).exists()  # not in older ones
+    small = bool(thumbs) and is_there(folder / thumbs[0])  # not in older ones
 
     def link(file: Path) -> str:
         return make_link(services.settings, link_path(services.settings, file))
 
     preview = home / "previews" / f"{prompt_id}.jpg"
     preview_link = None
-    if row["status"] == "rendering" and preview.exists():  # the step: against the browser's cache
+    if row["status"] == "rendering" and is_there(preview):  # the step: against the browser's cache
         preview_link = f"{link(preview)}&step={row['progress'].get('step')}"
     inputs = {
         name: link(home / "inputs" / str(prompt_id) / str(wanted[name])) if name in wanted else None
@@ -133,6 +143,7 @@ def prompt_answer(services: Services, row: PromptRow) -> Prompt:
         "preview": preview_link,
         "progress": progress_answer(services, row),
         "user_error": row["error"],
+        "warnings": row["warnings"] + broken_warnings(row),
         "tunes": list(dict.fromkeys([*filter(None, [row["tune_id"]]), *(one[1] for one in row["named"] or [])])),
     }
     echo = Echo.model_validate(row["kept"] | wanted).model_dump()
@@ -141,7 +152,7 @@ def prompt_answer(services: Services, row: PromptRow) -> Prompt:
 
 def snapshot_of(folder: Path) -> Path | None:
     """The file for download in the folder of a model saved during a run; None: it is missing."""
-    return next((folder / name for name in SNAPSHOT_FILES if (folder / name).exists()), None)
+    return next((folder / name for name in SNAPSHOT_FILES if is_there(folder / name)), None)
 
 
 def here(row: TuneRow) -> dict[str, str]:

@@ -26,6 +26,7 @@ class Connection(sqlite3.Connection):
         db = sqlite3.connect(path, isolation_level=None, timeout=BUSY_SECONDS, factory=cls)
         db.folder = path.parent
         db.row_factory = sqlite3.Row
+        db.text_factory = lambda text: text.decode("utf-8", "replace")  # a damaged database may have other bytes
         # WAL of SQLite 3.7.0 to 3.51.2 can corrupt the file when two connections race (sqlite.org/wal.html).
         safe_wal = sqlite3.sqlite_version_info >= (3, 51, 3)
         db.execute(f"PRAGMA journal_mode={'WAL' if safe_wal else 'DELETE'}")

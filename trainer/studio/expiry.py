@@ -58,6 +58,8 @@ def expire_tunes(settings: Settings, store: Store) -> None:
 
 def expire(settings: Settings, store: Store, tune: TuneRow) -> None:
     """Move a tune's files to the trash, unless the tune is in use or is the base of others."""
+    trash = trash_of(settings)
+    trash.mkdir(exist_ok=True)  # first: without a trash folder, nothing may expire
     with store.transaction():
         rendering = any(tune["id"] in tunes_of(prompt) for prompt in store.find("prompts", status="rendering"))
         if rendering or store.find("exports", tune_id=tune["id"], status="exporting") or store.dependents(tune["id"]):

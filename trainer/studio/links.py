@@ -31,8 +31,11 @@ def open_link(settings: Settings, path: str, expires: int, signature: str) -> Pa
     if expires and expires < time.time():
         return None
     root = (settings.outputs / ("bases" if path.startswith(BASES) else "tunes")).resolve()
-    file = (root / path.removeprefix(BASES)).resolve()
-    return file if file.is_relative_to(root) and file.is_file() else None
+    try:
+        file = (root / path.removeprefix(BASES)).resolve()
+        return file if file.is_relative_to(root) and file.is_file() else None
+    except (OSError, RuntimeError):  # a link that leads to itself, or a folder without permission
+        return None
 
 
 def link_path(settings: Settings, file: Path) -> str:

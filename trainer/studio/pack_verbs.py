@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 from trainer.config import branch_file, looks
@@ -10,8 +9,9 @@ from trainer.contract.errors import Conflict, InvalidRequest, NotFound, nearest,
 from trainer.contract.fields import parse_request
 from trainer.contract.photos import ProgressCallback, Upload, no_progress
 from trainer.contract.prompts import PromptRequest, prompt_of
+from trainer.contract.run_files import ASKED
 from trainer.contract.tunes import Tune
-from trainer.files import write_whole
+from trainer.files import Unreadable, read_json, write_whole
 from trainer.library import bases
 from trainer.studio import pack_file, packs
 from trainer.studio.idempotency import IdempotencyKey
@@ -31,7 +31,7 @@ def list_packs(services: Services) -> list[dict[str, object]]:
         try:
             pack = read_pack(slug, table)
             described.append(packs.describe(pack, branch_file.default_token(services.settings.presets, pack.branch)))
-        except Conflict as problem:
+        except (Conflict, InvalidRequest) as problem:  # of its branch, the second
             described.append({"slug": slug, "error": str(problem)})
     return described
 
@@ -91,12 +91,19 @@ def save_pack(services: Services, tune_id: int, title: str | None = None) -> dic
     tune = row_of(services, "tunes", tune_id)
     prompts = [prompt_of(row) for row in services.store.find("prompts", tune_id=tune_id, oldest_first=True)]
     request = tune_folder(services, tune_id) / "request.json"
-    asked = json.loads(request.read_text("utf-8"))["args"] if request.exists() else None
+    try:
+        asked = read_json(request, ASKED).args
+    except FileNotFoundError:  # of an older version
+        asked = None
+    except Unreadable as problem:
+        raise Conflict(f"tune {tune_id} cannot be made into a pack: {problem}") from None
     title = title or tune["title"]
     requests = [prompt.model_dump(exclude_none=True) for prompt in prompts]
     placeholder = branch_file.is_placeholder(services.settings.presets, tune["branch"])
     toml = pack_file.to_toml(title, tune, requests, asked, placeholder=placeholder)
     folder = services.settings.outputs / "packs"
+    if folder.exists() and not folder.is_dir():
+        raise Conflict("packs in the outputs folder is a file, where the folder of the packs should be; move it away")
     folder.mkdir(exist_ok=True)
     with services.store.transaction():  # so that no other request takes the name
         slug = pack_file.free_slug(title, list(all_pack_tables(services)))

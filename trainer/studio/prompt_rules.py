@@ -12,7 +12,7 @@ from trainer.contract.errors import InvalidRequest, nearest
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import COLUMNS, CONTROLS, HOSTED_CONTROLS, PICTURES, PromptRequest, attributes_of
 from trainer.contract.rows import PromptRow
-from trainer.files import UNCOMMITTED
+from trainer.files import UNCOMMITTED, Unreadable
 from trainer.names import LORA_REFERENCE
 from trainer.photos import inputs
 from trainer.studio.references import Named, as_row
@@ -25,8 +25,13 @@ def check_prompt(services: Services, request: PromptRequest) -> None:
     """Check styles, film looks and pictures, and parameters that exclude each other. Raises InvalidRequest."""
     problems: dict[str, list[str]] = {}
     folder = services.settings.presets
-    for field, known in (("style", looks.styles(folder)), ("color_grading", looks.film_looks(folder))):
+    for field, read in (("style", looks.styles), ("color_grading", looks.film_looks)):
         given = getattr(request, field)
+        try:
+            known = list(read(folder)) if given else []
+        except Unreadable as problem:
+            problems[field] = [str(problem)]
+            continue
         name = next((name for name in known if given and name.lower() == given.strip().lower()), None)
         if given and name is None:
             message = f"there is no {given!r}{nearest(given, known)}; known: {', '.join(known)}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Literal
 
-from trainer.studio.store import JSON_COLUMNS, Store
+from trainer.studio.columns import encode
+from trainer.studio.store import Store
 
 
 def restore(store: Store, table: Literal["tunes", "prompts"], row_id: int | None, values: Mapping[str, object]) -> int:
@@ -14,8 +14,7 @@ def restore(store: Store, table: Literal["tunes", "prompts"], row_id: int | None
 
     row_id: None takes a new number.
     """
-    row = {key: json.dumps(value) if key in JSON_COLUMNS else value for key, value in values.items()}
-    columns = {"id": row_id} | row
+    columns = {"id": row_id} | encode(values)
     with store.transaction() as db:
         cursor = db.execute(
             f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",

@@ -54,6 +54,11 @@ def tunes_of(row: PromptRow) -> set[int]:
     return {row["tune_id"] or 0, *(number for _, number, _ in row["named"] or [])} - {0}
 
 
+def broken_warnings(row: TuneRow | PromptRow) -> list[str]:
+    """What the answer of a row must say of its columns that cannot be read."""
+    return [f"{column} cannot be read: the database is damaged there" for column in row.get("broken", [])]
+
+
 def tune_row(services: Services, tune_id: int) -> TuneRow | None:
     return services.store.get("tunes", tune_id)
 

@@ -6,7 +6,6 @@ The web side and the worker communicate through it. Each thread has its own conn
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import sqlite3
 import threading
@@ -19,11 +18,10 @@ from typing import Literal, TypedDict, Unpack, cast, overload
 from trainer.clock import now
 from trainer.contract.rows import CallbackRow, ExportRow, PromptRow, TuneRow
 from trainer.disk import DiskProblem
+from trainer.studio.columns import Row, decode, encode
 from trainer.studio.connection import Connections
 
 Table = Literal["tunes", "prompts", "exports"]
-Row = TuneRow | PromptRow | ExportRow
-JSON_COLUMNS = ("characteristics", "photos", "files", "progress", "warnings", "kept", "attributes", "named", "parsed")
 RUNNING: dict[Table, str] = {"tunes": "training", "prompts": "rendering", "exports": "exporting"}
 PAGE = ("limit", "offset", "before_id", "oldest_first")  # parameters of `Query` that are not columns
 
@@ -139,7 +137,7 @@ class Store:
 
     def _insert(self, table: Table, values: Mapping[str, object]) -> int:
         created_at = now()
-        row = _encode({**values, "status": "queued", "created_at": created_at, "updated_at": created_at})
+        row = encode({**values, "status": "queued", "created_at": created_at, "updated_at": created_at})
         idempotency_columns = ", ".join("?" * len(row))
         with self.transaction() as db:
             cursor = db.execute(
@@ -150,7 +148,7 @@ class Store:
 
     def update(self, table: Table, row_id: int, **values: object) -> None:
         """Change columns of one row, and its `updated_at`."""
-        row = _encode({**values, "updated_at": now()})
+        row = encode({**values, "updated_at": now()})
         with self.transaction() as db:
             db.execute(f"UPDATE {table} SET {', '.join(f'{k} = ?' for k in row)} WHERE id = ?", [*row.values(), row_id])
 
@@ -164,7 +162,7 @@ class Store:
         if not 0 < row_id < 2**63:  # not an integer of SQLite
             return None
         row = self._db.execute(f"SELECT * FROM {table} WHERE id = ?", (row_id,)).fetchone()
-        return _decode(row) if row else None
+        return decode(row) if row else None
 
     @overload
     def find(self, table: Literal["tunes"], **query: Unpack[Query]) -> list[TuneRow]: ...
@@ -181,7 +179,7 @@ class Store:
         values = [*wanted.values(), *([before_id] if before_id is not None else []), limit, offset]
         order = "ASC" if query.get("oldest_first") else "DESC"
         rows = self._db.execute(f"SELECT * FROM {table} {where} ORDER BY id {order} LIMIT ? OFFSET ?", values)
-        return [_decode(row) for row in rows]
+        return [decode(row) for row in rows]
 
     def delete(self, table: Table, row_id: int) -> None:
         """Delete a tune with its prompts, or one prompt; and their jobs and callbacks."""
@@ -298,23 +296,14 @@ class Store:
             "SELECT * FROM prompts WHERE ?1 IN (tune_id, base_id, lora_id) ORDER BY id DESC LIMIT ?2 OFFSET ?3",
             (place_id, limit, offset),
         )
-        return [cast(PromptRow, _decode(row)) for row in found]
+        return [cast(PromptRow, decode(row)) for row in found]
 
     def dependents(self, tune_id: int) -> list[TuneRow]:
         """The tunes that have this tune as their base and have not expired, oldest first."""
         found = self._db.execute(
             "SELECT * FROM tunes WHERE base_id = ? AND status != 'expired' ORDER BY id", (tune_id,)
         )
-        return [cast(TuneRow, _decode(row)) for row in found]
+        return [cast(TuneRow, decode(row)) for row in found]
 
     def queue_length(self) -> int:
         return int(self._db.execute("SELECT COUNT(*) FROM jobs").fetchone()[0])
-
-
-def _encode(values: Mapping[str, object]) -> dict[str, object]:
-    return {key: json.dumps(value) if key in JSON_COLUMNS else value for key, value in values.items()}
-
-
-def _decode(row: sqlite3.Row) -> Row:
-    decoded = {key: json.loads(row[key]) if key in JSON_COLUMNS else row[key] for key in row.keys()}  # noqa: SIM118
-    return cast(Row, decoded)

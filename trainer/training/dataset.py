@@ -28,7 +28,7 @@ from trainer.branches.protocol import Branch
 from trainer.config.kinds import default_caption
 from trainer.config.train_config import TrainConfig
 from trainer.device import placed
-from trainer.files import whole_folder
+from trainer.files import read_text, whole_folder
 from trainer.photos.geometry import FACE_SUFFIX
 from trainer.training.seeds import derive
 from trainer.training.views import Picture, Sample, View, encode_and_show, mask_file
@@ -226,10 +226,20 @@ def find_pictures(
 
 
 def captions_for(photos: list[Path], token: str, class_name: str) -> list[str]:
-    """The text of `NAME.txt` next to a photo, else the hosted service's caption: `A photo of TOKEN CLASS`."""
+    """The text of `NAME.txt` next to a photo, else the hosted service's caption: `A photo of TOKEN CLASS`.
+
+    Raises Unreadable for a text that is broken: another caption would train another model.
+    """
     texts = [photo.with_suffix(".txt") for photo in photos]
     subject = default_caption(token, class_name)
-    return [text.read_text("utf-8").strip() if text.exists() else subject for text in texts]
+    return [_caption(text, subject) for text in texts]
+
+
+def _caption(file: Path, otherwise: str) -> str:
+    try:
+        return read_text(file).strip()
+    except FileNotFoundError:
+        return otherwise
 
 
 def epoch_order(seed: int, samples: list[Sample], start: int, count: int) -> list[Sample]:

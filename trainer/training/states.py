@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import BaseModel, Field, TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config.train_config import TrainConfig
 from trainer.disk import check_room
-from trainer.files import discard, whole_folder
+from trainer.files import discard, read_for_show, read_json, steps_in, whole_folder
 
 STATES_KEPT = 2
 SCHEMA = 2
@@ -24,6 +25,19 @@ ADDED_LATER = {
     "token_share": 0.0,
 }  # fmt: skip
 Parameters = dict[str, torch.Tensor]
+
+
+class Manifest(BaseModel):
+    """What `manifest.json` says of a state."""
+
+    schema_: int = Field(alias="schema")
+    step: int
+    sha256: str
+    halvings: int = Field(0, ge=0)
+    config: dict[str, object]
+
+
+MANIFEST = TypeAdapter(Manifest)
 
 
 class Diverged(Exception):
@@ -81,8 +95,8 @@ def save(
         facts |= {"torch": torch.__version__, "config": config.model_dump(mode="json")}
         (folder / "manifest.json").write_text(json.dumps(facts))
     # States beyond this step are from before a rollback; if kept, they would displace the valid ones.
-    whole = [folder for folder in sorted(states.glob("step-??????")) if folder.name <= f"step-{step:06d}"]
-    for folder in states.glob("step-??????"):
+    whole = [folder for folder in steps_in(states) if folder.name <= f"step-{step:06d}"]
+    for folder in steps_in(states):
         if folder not in whole[-STATES_KEPT:]:
             discard(folder)
 
@@ -95,11 +109,11 @@ def resume(
     Returns its step and the number of halvings of the learning rate; None where there is no such state.
     """
     wanted = config.model_dump(mode="json")
-    for folder in sorted(states.glob("step-??????"), reverse=True):
+    for folder in reversed(steps_in(states)):
         file, facts = folder / "state.safetensors", manifest(folder)
-        expected = {"schema": SCHEMA, "step": int(folder.name.removeprefix("step-"))}
-        same_run = expected.items() <= facts.items() and ADDED_LATER | facts.get("config", {}) == wanted
-        if not same_run or not file.exists() or facts.get("sha256") != sha256(file):
+        if facts is None or (facts.schema_, f"step-{facts.step:06d}") != (SCHEMA, folder.name):
+            continue
+        if ADDED_LATER | facts.config != wanted or not file.is_file() or facts.sha256 != sha256(file):
             continue
         with safe_open(file, "pt") as tensors, torch.no_grad():
             moments: dict[str, list[str]] = {}
@@ -113,17 +127,13 @@ def resume(
                 optimizer.state[param] = {
                     key: tensors.get_tensor(f"{key}/{name}").to(param.device) for key in moments.get(name, [])
                 }
-        return int(facts["step"]), int(facts["halvings"])
+        return facts.step, facts.halvings
     return None
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a state; empty where it cannot be read."""
-    try:
-        facts = json.loads((folder / "manifest.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+def manifest(folder: Path) -> Manifest | None:
+    """The manifest of a state; None: it cannot be read."""
+    return read_for_show(folder / "manifest.json", partial(read_json, content=MANIFEST))
 
 
 def sha256(file: Path) -> str:

@@ -21,7 +21,7 @@ from trainer.contract.report import Report
 from trainer.contract.rows import TuneRow
 from trainer.device import placed
 from trainer.disk import check_room
-from trainer.files import whole_folder, write_whole
+from trainer.files import reason, whole_folder, write_whole
 from trainer.library.bases import Base
 from trainer.methods.protocol import Group, Method, get_method
 from trainer.settings import Settings
@@ -177,6 +177,8 @@ def save_quarter(run: Run, step: int) -> None:
         write_picture(render(run, PREVIEW_STEPS, "pil")[0], run.folder / "samples" / f"step-{step:06d}.png")
     except torch.OutOfMemoryError:
         run.report.warn(f"the preview at step {step} was left out: the card has no room for it")
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as problem:
+        run.report.warn(f"the preview at step {step} was left out: samples cannot be written ({reason(problem)})")
     if MODELS_KEPT_FROM <= quarters(run.config.steps)[step] < 1 and not run.method.LARGE:
         with whole_folder(run.folder / "checkpoints" / f"step-{step:06d}") as folder:
             save_model(run, folder, step)

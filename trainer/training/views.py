@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.branches.protocol import Branch
 from trainer.config.train_config import TrainConfig
 from trainer.photos.geometry import DIMMED, bucket, crops, cut, load_mask, square, to_pixels
+from trainer.photos.picture_file import open_picture
 from trainer.training.seeds import derive
 
 MASKS = ("face", "subject")
@@ -119,8 +120,7 @@ def show(branch: Branch, opened: Opened, resolution: int, config: TrainConfig, t
 
 def read(picture: Picture, folder: Path) -> Opened:
     """A picture with its masks from `folder/masks`; class pictures have none."""
-    with Image.open(picture.path) as file:
-        image = file.convert("RGB")
+    image = open_picture(picture.path, "RGB")
     if picture.kind == "class":
         return Opened(picture, image, {})
     files = {kind: mask_file(folder, picture, kind) for kind in MASKS}

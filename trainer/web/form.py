@@ -11,9 +11,9 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from trainer.config import branch_file, looks
+from trainer.config import looks
 from trainer.config.kinds import default_caption
-from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
+from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import ASPECT_RATIOS, SCHEDULERS
 from trainer.contract.tunes import CheckRequest
@@ -22,6 +22,7 @@ from trainer.names import BRANCHES, DEFAULT_METHOD, DEMO_BRANCH, METHODS
 from trainer.studio import models, pack_verbs, settle, tunes
 from trainer.studio.rows import Services
 from trainer.web import html, spool
+from trainer.web.choices import look_names, token_of, usual_tokens
 from trainer.web.html import note, thumbnails
 from trainer.web.progress import progress_callback
 
@@ -50,14 +51,14 @@ def picture_fields(services: Services) -> dict[str, Component]:
         write("seed", "Seed", "42")
     with gr.Row():
         choose("aspect_ratio", "Aspect ratio", ASPECT_RATIOS, "base's own")
-        choose("style", "Style", looks.styles(folder))
+        choose("style", "Style", look_names("styles", looks.styles, folder))
     with gr.Row():
         for name, label in (("steps", "Sampling steps"), ("cfg_scale", "cfg_scale"), ("w", "Width"), ("h", "Height")):
             write(name, label)
     write("negative_prompt", "Negative prompt")
     with gr.Row():
         choose("scheduler", "Scheduler", SCHEDULERS, "base's own")
-        choose("color_grading", "Film", looks.film_looks(folder))
+        choose("color_grading", "Film", look_names("film", looks.film_looks, folder))
     for row in (
         (("super_resolution", "Enlarge"), ("hires_fix", "and add detail"), ("film_grain", "Film grain")),
         (("inpaint_faces", "Redraw faces"), ("face_correct", "Restore faces"), ("use_lpw", "Weights (word:1.2)")),
@@ -167,7 +168,11 @@ class Form:
         """Fill the form with the settings of a pack; the user may change them."""
         if not slug:
             return [gr.skip() for _ in PACK_FIELDS]
-        pack = pack_verbs.get_pack(self._services, slug)
+        try:
+            pack = pack_verbs.get_pack(self._services, slug)
+        except (Conflict, NotFound) as problem:  # its file has changed since the list was made
+            gr.Warning(str(problem))
+            return [gr.skip() for _ in PACK_FIELDS]
         return [pack[name] or (0 if name == "base_tune_id" else "") for name in PACK_FIELDS]
 
     @property
@@ -262,7 +267,7 @@ class Form:
         self, paths: list[str] | None, name: str, token: str, branch: str, rows: list[list[str]], automatic: str
     ) -> tuple[list[list[str]], str]:
         """A caption for each photo: the edited one, else that of the uploaded text file, else the automatic one."""
-        token = (token or "").strip() or branch_file.default_token(self._services.settings.presets, branch)
+        token = (token or "").strip() or token_of(self._services.settings.presets, branch) or ""
         now = default_caption(token, name.strip()) if (name or "").strip() else ""
         written = {photo: caption for photo, caption in rows or [] if caption and caption != automatic}
         files = [Path(path) for path in paths or []]
@@ -282,14 +287,6 @@ class Form:
             number += 1
             unique = f"{title} ({number})"
         return unique
-
-
-def usual_tokens(presets: Path) -> str:
-    """The default token, and the branches with another one: `ohwx (sd15: sks)`."""
-    tokens = {branch: branch_file.default_token(presets, branch) for branch in BRANCHES}
-    usual = tokens[DEMO_BRANCH]
-    others = ", ".join(f"{branch}: {token}" for branch, token in tokens.items() if token != usual)
-    return f"{usual} ({others})" if others else usual
 
 
 def with_captions(uploads: list[Upload], rows: list[list[str]], automatic: str, folder: Path) -> list[Upload]:

@@ -21,6 +21,14 @@ log = logging.getLogger("tunebooth")
 IN_USE_EXIT_CODE = 75  # EX_TEMPFAIL: another process uses this outputs folder
 
 
+def check_secrets(settings: Settings) -> None:
+    """End the process with a message where the key or the secret of links cannot be read."""
+    try:
+        settings.check_secrets()
+    except RuntimeError as problem:
+        sys.exit(f"Tunebooth: {problem}.")
+
+
 def open_store(outputs: Path) -> Store:
     """The database of an outputs folder.
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from trainer.files import printable, reason
+
 OF_TRAINING = "try args micro_batch=1 gradient_checkpointing=true, a lower resolution or a lower rank"
 OF_PICTURES = "try a smaller w and h, no super_resolution or hires_fix, or no controlnet"
 
 
 def explain(error: Exception, remedy: str = OF_TRAINING) -> str:
     """An unexpected error as a message. remedy: added if the card's memory is full."""
+    if isinstance(error, OSError) and isinstance(error.filename, str):
+        file = Path(error.filename)
+        return f"{printable(f'{file.parent.name}/{file.name}')} cannot be used: {reason(error)}"
     text = f"{type(error).__name__}: {error}".strip().rstrip(":")
     if type(error).__name__ == "OutOfMemoryError":
         return f"{text} -- the card's memory is full: {remedy}; or close what else uses the card"

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from trainer.clock import now, stamp
 from trainer.contract.rows import ProgressRow
-from trainer.files import read_json_lines, write_whole
+from trainer.contract.run_files import read_log
+from trainer.files import read_for_show, unreadable, warn_once, write_whole
 from trainer.settings import Settings
 from trainer.studio.store import Job, Store
 
@@ -91,8 +92,8 @@ class Reporter:
 
     def resumed(self, step: int) -> None:
         """Log the step that the run resumes from, and delete the lines of later steps, which are repeated."""
-        if self._log.exists():
-            kept = [line for line in read_json_lines(self._log) if line["step"] <= step]
+        kept = [line for line in read_for_show(self._log, read_log) or () if line["step"] <= step]
+        if self._log.is_file():
             write_whole(self._log, "".join(json.dumps(line) + "\n" for line in kept))
         self._write({"step": step, "event": "resumed" if step else "started", "at": now()})
 
@@ -110,8 +111,11 @@ class Reporter:
         return stamp(datetime.now(UTC) + timedelta(seconds=pace * (self.progress["steps"] - self.progress["step"])))
 
     def _write(self, line: Mapping[str, object]) -> None:
-        with self._log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except (IsADirectoryError, PermissionError) as problem:  # the log is only displayed: the run continues
+            warn_once(self._log, str(unreadable(self._log, problem)))
 
 
 def tensorboard(folder: Path) -> SummaryWriter:

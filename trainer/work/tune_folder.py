@@ -24,7 +24,7 @@ from trainer.contract.tunes import TuneRequest
 from trainer.files import read_json_lines
 from trainer.library import bases
 from trainer.library.bases import Bases
-from trainer.library.detect import safetensors_header
+from trainer.library.header import read_header
 from trainer.names import FORMATS, METHODS, MODEL_TYPES
 from trainer.photos import inputs
 from trainer.photos.kept import kept_photos
@@ -117,10 +117,9 @@ def read_model(model: Path) -> tuple[list[str], dict[str, str]]:
     facts: dict[str, str] = {}
     for name in reversed(files):
         try:
-            metadata = safetensors_header(model / name).get("__metadata__")
+            facts |= read_header(model / name).metadata
         except ValueError as problem:
             raise ValueError(f"model/{name}: {problem}") from None
-        facts |= {key: str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
     return files, facts
 
 

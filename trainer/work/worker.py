@@ -74,18 +74,18 @@ class Worker:
         except DiskProblem as problem:
             self._hold.begin(problem, job)
 
-    def _recover(self) -> None:
-        """Once: queue the jobs again that ran when an earlier process ended."""
-        if not self._recovered:
-            self._store.recover()
-            self._recovered = True
-
     def _run(self, runner: JobRunner, job: Job) -> None:
         try:
             runner.run(job)
         except DeviceLost as lost:
             self._loop.stopping.set()  # every other job would fail in this process
             self._on_device_lost(str(lost))
+
+    def _recover(self) -> None:
+        """Once: queue the jobs again that ran when an earlier process ended."""
+        if not self._recovered:
+            self._store.recover()
+            self._recovered = True
 
     def _set_up(self) -> None:
         """Do the slow imports before the first job, and choose the device."""
