@@ -90,6 +90,7 @@ def test_a_prompt_waits_for_room_for_its_pictures(studio: Studio) -> None:
     fill(outputs, RESERVE_BYTES)
     prompt = prompts.create_prompt(studio.services, tune_id, PROMPT)
     until(lambda: "the pictures of this prompt" in studio.store.hold)
+    until(lambda: prompts.get_prompt(studio.services, prompt.id).status == "queued")
     waiting = prompts.get_prompt(studio.services, prompt.id)
     assert (waiting.status, waiting.error, waiting.progress.stage) == ("queued", None, studio.store.hold)
     assert tunes.get_tune(studio.services, tune_id).progress.stage == "trained"  # it has ended
@@ -160,12 +161,12 @@ def test_the_disk_fills_in_mid_training_and_the_app_says_so_until_there_is_room(
 ) -> None:
     with disk(tmp_path / "outputs", 48) as outputs, running(outputs, TMPDIR=str(tmp_path)) as app:
         app.ready()
-        wanted = {"steps": 200, "args": "save_every=10"}
+        wanted = {"steps": 80, "args": "save_every=5"}
         whole = post(app, "whole", dog_photos(3), **wanted).json()["id"]
         assert app.finished(whole)["status"] == "trained"
         waits = post(app, "waits", dog_photos(3), **wanted).json()["id"]
         after = post(app, "after", dog_photos(3), steps=5).json()["id"]
-        wait_for(lambda: app.tune(waits)["progress"]["step"] >= 25)
+        wait_for(lambda: app.tune(waits)["progress"]["step"] >= 12)
         with full(app):
             wait_for(lambda: app.http.get("/health").json()["status"] == "on hold")
             health = app.http.get("/health").json()
@@ -203,7 +204,7 @@ def test_an_app_that_starts_on_a_full_disk_says_so_and_resumes_when_there_is_roo
 ) -> None:
     with small_disk(tmp_path / "outputs", 48) as outputs:
         with running(outputs, TMPDIR=str(tmp_path)) as app:
-            tune_id = post(app.ready(), "Rex", dog_photos(3), steps=150, args="save_every=5").json()["id"]
+            tune_id = post(app.ready(), "Rex", dog_photos(3), steps=80, args="save_every=5").json()["id"]
             wait_for(lambda: app.tune(tune_id)["progress"]["step"] >= 10)
         filler = fill(outputs)
         with running(outputs, TMPDIR=str(tmp_path)) as app:

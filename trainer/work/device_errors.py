@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from trainer.disk import chain
 
 # Errors of the runtime, driver or libraries of an accelerator begin so.
 DEVICE_ERRORS = ("CUDA error", "CUDA driver error", "HIP error", "cuDNN error")
@@ -33,15 +33,3 @@ def is_fatal(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and the errors that led to it."""
-    left: list[BaseException | None] = [error]
-    seen: list[BaseException] = []
-    while left:
-        one = left.pop(0)
-        if one is not None and one not in seen:
-            seen.append(one)
-            yield one
-            left += [one.__cause__, one.__context__]
