@@ -20,7 +20,10 @@ def stamp(time: datetime) -> str:
 
 
 class Loop:
-    """A thread that calls a function at once and then at intervals. An error is logged and does not end the thread."""
+    """A thread that calls a function at once and then at intervals.
+
+    An error is logged and does not end the thread; the same error again is not logged again.
+    """
 
     def __init__(
         self,
@@ -52,13 +55,17 @@ class Loop:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        last = ""
         while True:
             self._wake.clear()  # before the call: an event set during the call ends the wait
             pause = self._wake, self._seconds
             try:
                 self._act()
-            except Exception:  # the edge of a thread: one failure must not end it
-                log.exception("the thread %s failed; it tries again", self._name)
+                last = ""
+            except Exception as error:  # the edge of a thread: one failure must not end it
+                if repr(error) != last:
+                    log.exception("the thread %s failed; it tries again", self._name)
+                last = repr(error)
                 if self._retry_seconds is not None:
                     pause = self.stopping, self._retry_seconds
             if not self.stopping.is_set():

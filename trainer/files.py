@@ -8,7 +8,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ T = TypeVar("T")
 STEP = re.compile("step-[0-9]{6}")
 MOST_MESSAGE = 200  # characters of a parser's message
 PARTIAL = ".partial-"  # in the name of every unfinished file or folder; these are deleted at start
+UNCOMMITTED = f"{PARTIAL}new"  # a file in a folder that is in its place before its row is in the database
+LEFTOVER = re.compile(rf"{re.escape(PARTIAL)}([0-9a-f]{{8}}|new)?$")  # only such names are ours: a user has others
 
 
 def fsync(path: Path) -> None:
@@ -55,12 +57,28 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def discarded_on_error() -> Iterator[list[Path]]:
+    """Yields a list of folders. They are removed if the block raises, for example in a commit on a full disk."""
+    folders: list[Path] = []
+    done = False
+    try:
+        yield folders
+        done = True
+    finally:
+        for folder in folders if not done else []:
+            discard(folder)
+
+
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file so that it is complete or absent, even after a power cut."""
     partial = file.with_name(f"{file.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
-    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-    fsync(partial)
-    partial.rename(file)
+    try:
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        fsync(partial)
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)  # incomplete after an error
     fsync(file.parent)
 
 
@@ -72,13 +90,26 @@ def discard(folder: Path) -> None:
         shutil.rmtree(waste, ignore_errors=True)
 
 
-def sweep(root: Path) -> None:
-    """Delete the unfinished files and folders below `root`, left by a killed process."""
-    for waste in list(root.rglob(f"*{PARTIAL}*")):
-        if waste.is_dir():
-            shutil.rmtree(waste, ignore_errors=True)
-        else:
-            waste.unlink(missing_ok=True)
+def sweep(root: Path, *, below: bool = True) -> None:
+    """Delete the unfinished files and folders in `root`, left by a killed process. No link is followed.
+
+    below: also those in its folders.
+    """
+    for folder, folders, files in os.walk(root):
+        for name in [*folders, *files]:
+            if LEFTOVER.search(name):
+                remove(Path(folder, name))
+        folders[:] = [name for name in folders if below and not LEFTOVER.search(name)]
+
+
+def remove(path: Path) -> bool:
+    """Delete a file, a folder or a link. False: it, or a part of it, is still there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+    return not os.path.lexists(path)
 
 
 class Unreadable(ValueError):

@@ -24,7 +24,10 @@ LEAST_SECRET_BYTES = 24  # Standard Webhooks
 
 
 class Settings(BaseSettings):
-    """Every setting is an option (`--public-url`) and an environment variable (`TUNEBOOTH_PUBLIC_URL`)."""
+    """Every setting is an option (`--public-url`) and an environment variable (`TUNEBOOTH_PUBLIC_URL`).
+
+    `app.py rescue` takes tunes and prompts in again whose files are in `outputs` and which the database does not know.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="TUNEBOOTH_",
@@ -180,6 +183,7 @@ def read_settings(arguments: Sequence[str] | None = None, **overrides: object) -
     return settings
 
 
-def command_line() -> Settings:
-    """The settings of this process."""
-    return read_settings(sys.argv[1:])
+def command_line() -> tuple[bool, Settings]:
+    """Whether the command is `rescue`, and the settings of this process."""
+    rescues = sys.argv[1:2] == ["rescue"]
+    return rescues, read_settings(sys.argv[2:] if rescues else sys.argv[1:])

@@ -55,7 +55,7 @@ def test_options_and_environment_variables_say_the_same(monkeypatch: pytest.Monk
     by_environment = read_settings([])
     assert by_option == by_environment
     assert all(getattr(by_option, name) != getattr(default, name) for name in SAID)
-    assert (by_option.port, by_option.idempotency, by_option.decode_seconds) == (8000, False, 1.5)
+    assert (by_option.port, by_option.idempotency, by_option.decode_seconds) == (8000, "off", 1.5)
 
 
 def test_an_option_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_an_option_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 def test_without_any_word_the_app_is_for_this_machine_alone() -> None:
     settings = read_settings([])
     assert (settings.host, settings.port, settings.on_loopback) == ("127.0.0.1", 7860, True)
-    assert settings.private_urls == "refuse" and settings.idempotency
+    assert settings.private_urls == "refuse" and settings.idempotency == "tunes"
     assert settings.required_key() == (None, None)
     assert Path("outputs").is_dir() and Path("models").is_dir()  # made where they are missing
     assert (settings.presets / "fast.toml").is_file()

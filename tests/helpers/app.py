@@ -23,8 +23,9 @@ PATIENCE = 120.0  # seconds; only a hang is that slow
 class App:
     """An `app.py` in a process of its own."""
 
-    def __init__(self, outputs: Path, *options: str, **environment: str) -> None:
-        command = [sys.executable, "app.py", "--port", "0", "--outputs", str(outputs), *options]
+    def __init__(self, outputs: Path, *options: str, script: str = "app.py", **environment: str) -> None:
+        """script: what is started, from the repository's folder."""
+        command = [sys.executable, script, "--port", "0", "--outputs", str(outputs), *options]
         self.outputs = outputs
         self.errors = outputs / "stderr.txt"  # a file, not a pipe: nobody reads it while the app runs
         with self.errors.open("a") as errors:
@@ -83,8 +84,8 @@ def wait_for(answer: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def running(outputs: Path, *options: str, **environment: str) -> Iterator[App]:
-    app = App(outputs, *options, **environment)
+def running(outputs: Path, *options: str, script: str = "app.py", **environment: str) -> Iterator[App]:
+    app = App(outputs, *options, script=script, **environment)
     try:
         yield app
     finally:

@@ -7,7 +7,8 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -78,6 +79,17 @@ class ReceiverServer(ThreadingHTTPServer):
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}/{path}"
+
+
+@contextmanager
+def receiving(failures: int = 2) -> Iterator[ReceiverServer]:
+    """A receiver that runs. failures: how often each path fails at first, where it says how."""
+    server = ReceiverServer(failures)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
 
 
 def wait_for(condition: Callable[[], Any]) -> None:

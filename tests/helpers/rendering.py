@@ -219,7 +219,8 @@ class Room:
         branch = get_tune(self.services, prompt.tune_id).branch
         (bench or self.bench(branch)).run(job)
         now = prompts.get_prompt(self.services, prompt.id)
-        return Done(now, rows.tune_folder(self.services, now.tune_id) / "prompts" / str(now.id))
+        home = self.settings.outputs / rows.prompt_home(rows.row_of(self.services, "prompts", now.id))
+        return Done(now, home / "prompts" / str(now.id))
 
     def render(self, at: int, text: str = "ohwx dog", bench: JobRunner | None = None, **asked: Any) -> Done:
         done = self.run(at, text, bench, **asked)

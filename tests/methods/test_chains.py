@@ -435,7 +435,8 @@ def rendered(studio: Studio, tune_id: int, text: str) -> Image.Image:
     ) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (now.status, now.error) == ("rendered", None)
-    return Image.open(rows.tune_folder(studio.services, now.tune_id) / "prompts" / str(now.id) / "0.png").convert("RGB")
+    home = studio.settings.outputs / rows.prompt_home(rows.row_of(studio.services, "prompts", now.id))
+    return Image.open(home / "prompts" / str(now.id) / "0.png").convert("RGB")
 
 
 def unlike(one: Image.Image, other: Image.Image) -> bool:
@@ -458,7 +459,7 @@ def test_faces_are_put_into_prompts_by_their_number(studio: Studio, people: dict
     assert not unlike(rendered(studio, tune, f"<lora:{tune}:0> a person <faceid:{ann}:1>"), alone)
     on_base = prompts.create_prompt(studio.services, root, {**PROMPT, "text": f"a person <faceid:{ann}:1>"})
     again = studio.store.get("prompts", prompts.duplicate_prompt(studio.services, on_base.id, {"seed": 4}).id)
-    assert again is not None and (again["base_id"], again["seed"], again["tune_id"]) == (root, 4, ann)
+    assert again is not None and (again["base_id"], again["seed"], again["lora_id"]) == (root, 4, ann)
 
 
 BAD_NAMES = {

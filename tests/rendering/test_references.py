@@ -138,12 +138,14 @@ def test_a_file_that_was_deleted_fails_the_prompt_in_words(room: Room, two: tupl
     assert done.prompt.status == "failed" and "file of the models folder, was deleted" in str(done.prompt.error)
 
 
-def test_a_prompt_on_a_base_needs_a_tune(room: Room, two: tuple[int, int]) -> None:
+def test_a_prompt_on_a_base_belongs_to_the_base(room: Room, two: tuple[int, int]) -> None:
     root = hashed_id("sd15")
-    assert "names a tune" in refusal(room, root, "a dog")
+    bare, own = room.render(root, "a dog"), room.render(two[0], "a dog", lora_scale=0)
+    assert bare.prompt.tune_id == root and not unlike(bare.picture, own.picture)
+    assert bare.facts["model"] == "sd15"
     room.write_lora(room.settings.models / "theirs.safetensors", "sd15", seed=9)
     done = room.render(root, f"a dog <lora:theirs:1> <lora:{two[1]}:1>")
-    assert done.prompt.tune_id == two[1]
+    assert done.prompt.tune_id == root and two[1] in done.prompt.tunes
     (room.settings.models / "theirs.safetensors").unlink()
 
 

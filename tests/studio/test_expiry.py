@@ -91,16 +91,16 @@ def test_a_tune_that_renders_expires_afterwards(client: TestClient, services: Se
     assert services.store.queue_length() == 0 and client.get("/prompts").json()[0]["status"] == "canceled"
 
 
-def test_the_trash_is_emptied_after_a_week(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trash_is_emptied_after_a_week(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expiry.time, "time", lambda: 10_000_000.0)
     day = 86_400
     names = {f"1-{10_000_000 - 8 * day}": False, f"2-{10_000_000 - 6 * day}": True, "notes-of-mine": True}
     for name in names:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").touch()
-    empty_trash(tmp_path)
-    assert {name: (tmp_path / name).exists() for name in names} == names
-    empty_trash(tmp_path / "none")
+        (tmp_path / "trash" / name).mkdir(parents=True)
+        (tmp_path / "trash" / name / "file").touch()
+    empty_trash(services.store, tmp_path / "trash")
+    assert {name: (tmp_path / "trash" / name).exists() for name in names} == names
+    empty_trash(services.store, tmp_path / "none")
 
 
 def test_the_keeper_does_both(client: TestClient, services: Services, monthly: Settings) -> None:

@@ -13,8 +13,9 @@ from tests.helpers.shared import SHARED
 from trainer.contract.prompts import PromptRequest
 from trainer.contract.tunes import Tune, TuneRequest
 from trainer.studio.rows import Services
-from trainer.web.form import PROMPT_FIELDS, START_FIELDS, Form
+from trainer.web.form import PROMPT_FIELDS, Form
 from trainer.web.page import build
+from trainer.web.prompt_form import START_FIELDS
 from trainer.web.rest import create_app
 
 pytest_plugins = ("tests.helpers.web",)

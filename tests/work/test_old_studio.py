@@ -46,6 +46,8 @@ def test_it_answers_as_it_did(studio: Studio, told: dict[str, Any]) -> None:
     assert len(told["answers"]["/tunes"]) == 6
     for path, answer in told["answers"].items():
         now = steady(client.get(path).raise_for_status().json(), {studio.settings.base_url: "US"})
+        if path == "/gallery/tunes":  # its rows have more keys since
+            now = [{name: row[name] for name in old} for row, old in zip(now, answer, strict=True)]
         assert now == where_posted(answer), path
 
 
@@ -56,7 +58,7 @@ def where_posted(answer: Any) -> Any:
     if not isinstance(answer, dict):
         return answer
     told = {name: where_posted(value) for name, value in answer.items()}
-    if "num_images" in told:
+    if {"tune_id", "url"} <= told.keys():
         told["url"] = told["url"].replace("/prompts/", f"/tunes/{told['tune_id']}/prompts/")
     return told
 

@@ -84,7 +84,7 @@ def test_a_canceled_tune_stops_after_the_step_and_resumes_from_there(studio: Stu
         studio.store.at_step[tune_id, 5] = lambda: tunes.cancel_tune(studio.services, tune_id)
     canceled = studio.ended(tune_id)
     assert (canceled.status, canceled.prompts[0].status) == ("canceled", "canceled")
-    assert studio.states(tune_id) == ["step-000005"]
+    assert studio.states(tune_id) == ["step-000000", "step-000005"]
     assert canceled.progress.step == 5
     assert canceled.error is None and canceled.ckpt_url is None
     assert studio.store.queue_length() == 0
@@ -179,7 +179,10 @@ def test_a_stopped_worker_requeues_its_tune_and_the_next_one_finishes_it(
     ending.join()
     tune = tunes.get_tune(before.services, tune_id)
     assert (tune.status, tune.prompts[0].status, tune.ckpt_url) == ("queued", "queued", None)
-    assert before.states(tune_id) == ["step-000007"]  # it heard after step 6 was settled: the next one is its last
+    assert before.states(tune_id) == [
+        "step-000000",
+        "step-000007",
+    ]  # it heard after step 6 was settled: the next one is its last
     before.store.close()
 
     after = Studio(tmp_path, decoder, [])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.branches.protocol import ControlNet, Task
 from trainer.branches.single_file_keys import unet_weights, vae_weights
@@ -53,7 +53,7 @@ def preview_latents(_branch: object, latents: Tensor, _size: tuple[int, int]) ->
     return latents[:1]
 
 
-def original_weights(denoiser: Any, vae: Any) -> dict[str, dict[str, Tensor]]:
+def original_weights(denoiser: nn.Module, vae: nn.Module) -> dict[str, dict[str, Tensor]]:
     """UNet and VAE under the prefixes and keys of the original releases."""
     return {"model.diffusion_model.": unet_weights(denoiser), "first_stage_model.": vae_weights(vae)}
 

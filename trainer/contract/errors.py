@@ -22,6 +22,10 @@ class Conflict(Exception):
     """Not possible in the current state. REST answers it with 409."""
 
 
+class ModelChanged(Conflict):
+    """A file of a model is not the one that was trained: which one, and what to do. REST answers it with 409."""
+
+
 class AnalysisUnavailable(Exception):
     """Face analysis is not available, with the reason. REST answers it with 503; a tune fails."""
 

@@ -140,7 +140,10 @@ class ExportRow(TypedDict):
 
 
 class CallbackRow(TypedDict):
-    """A row of `callbacks`. due_at: the time of the next attempt; None: no more attempts."""
+    """A row of `callbacks`. due_at: the time of the next attempt; None: no more attempts.
+
+    delay: the planned seconds between the last attempt and due_at.
+    """
 
     id: int
     tune_id: int | None
@@ -150,5 +153,6 @@ class CallbackRow(TypedDict):
     created_at: str
     attempts: int
     due_at: str | None
+    delay: float
     arrived_at: str | None
     answer: str | None

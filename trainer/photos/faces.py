@@ -192,9 +192,12 @@ def write(image: Image.Image, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     options = {"quality": 95, "subsampling": 0} if file.suffix == ".jpg" else {"compress_level": 1}
-    image.save(partial, "JPEG" if file.suffix == ".jpg" else "PNG", **options)
-    fsync(partial)
-    partial.rename(file)
+    try:
+        image.save(partial, "JPEG" if file.suffix == ".jpg" else "PNG", **options)
+        fsync(partial)
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)  # incomplete after an error
 
 
 def scaled(box: Box, scale: float) -> Box:

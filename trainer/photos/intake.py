@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
 from trainer.contract.photos import Photo, ProgressCallback, Upload, no_progress
+from trainer.disk import as_problems, check_room
 from trainer.files import PARTIAL
 from trainer.photos.decode import Decoded, alike
 from trainer.photos.subprocess_worker import NotStarted, SubprocessWorker, WorkerCrashed
@@ -77,18 +78,20 @@ def intake(
     """Fetch, check and convert all photos of a request; yields a folder with `images/` in it, and the verdicts.
 
     The caller may move the folder; else it is removed at the end. A `.txt` file is the caption of the photo of the same
-    base name. Duplicates are kept once. Raises InvalidRequest that names every bad file.
+    base name. Duplicates are kept once. Raises InvalidRequest that names every bad file, DiskProblem.
     """
+    check_room(settings.outputs, sum(upload.path.stat().st_size for upload in uploads), "the photos of this request")
     work = settings.outputs / "incoming" / f"{PARTIAL}{uuid.uuid4().hex[:12]}"
     images, fetched = work / "images", work / "fetched"
-    images.mkdir(parents=True)
     try:
-        if image_urls:
-            fetched.mkdir()
-            uploads = [*uploads, *fetch_all(settings, image_urls, fetched, progress)]
-        photos = _convert(settings, decoder, uploads, images, progress)
-        shutil.rmtree(fetched, ignore_errors=True)
-        yield work, photos
+        with as_problems(settings.outputs):
+            images.mkdir(parents=True)
+            if image_urls:
+                fetched.mkdir()
+                uploads = [*uploads, *fetch_all(settings, image_urls, fetched, progress)]
+            photos = _convert(settings, decoder, uploads, images, progress)
+            shutil.rmtree(fetched, ignore_errors=True)
+            yield work, photos
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

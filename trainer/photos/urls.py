@@ -22,6 +22,7 @@ from ssrfguard import httpx as guarded
 
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import ProgressCallback, Upload, no_progress
+from trainer.disk import problem_of
 from trainer.settings import Settings
 
 TOTAL_SECONDS = 20.0  # for all photos of a request together: the caller is waiting
@@ -177,7 +178,9 @@ def _fetch(settings: Settings, url: str, target: Path, deadline: _Deadline) -> U
         deadline.check()  # a closed connection can look like the end of a body
     except _Unfit as unfit:
         return str(unfit)
-    except (SSRFGuardError, httpx.HTTPError, httpx.InvalidURL, ValueError, OverflowError, OSError):
+    except (SSRFGuardError, httpx.HTTPError, httpx.InvalidURL, ValueError, OverflowError, OSError) as error:
+        if problem := problem_of(error, target.parent):
+            raise problem from error
         # One text for refused and for unreachable addresses: else this would be a port scanner.
         return "cannot be fetched" if deadline.left() else None
     name = PurePosixPath(unquote(urlsplit(url).path)).name

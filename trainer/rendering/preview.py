@@ -49,8 +49,11 @@ class Preview:
         picture = self._branch.pipeline.image_processor.postprocess(pixels)[0]
         self._file.parent.mkdir(exist_ok=True)
         partial = self._file.with_suffix(".part")
-        partial.write_bytes(preview_bytes(picture))
-        partial.rename(self._file)
+        try:
+            partial.write_bytes(preview_bytes(picture))
+            partial.rename(self._file)
+        finally:
+            partial.unlink(missing_ok=True)  # incomplete after an error
         self._cost = time.monotonic() - began
         self._spent += self._cost
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from trainer.branches.loading import autocast
 from trainer.branches.protocol import load_branch
 from trainer.contract.report import Report
 from trainer.device import place_for_rendering
+from trainer.disk import check_room
 from trainer.files import whole_folder
 from trainer.library.bases import Base
 from trainer.methods import faceid, lora
@@ -27,6 +29,8 @@ from trainer.rendering.preview import Preview, load_tiny_decoder
 from trainer.rendering.schedulers import make_scheduler, sampler_of
 from trainer.settings import Settings
 
+PNG_BYTES_PER_PIXEL = 3  # without any compression
+SMALL_BYTES = 2**17  # of a thumbnail and a cell of the contact sheet
 TEXTS_KEPT = 16  # prompt embeddings, while the models on the base stay the same
 
 
@@ -57,6 +61,7 @@ class Renderer:
         Returns the names of the files, and warnings. Raises Stopped.
         """
         settings, warnings = self._settings, list(plan.warnings)
+        check_room(folder, room_needed(plan), "the pictures of this prompt")
         report.stage("loading")
         loaded = self._load(models.base, plan.defaults.preview)
         branch = loaded.branch
@@ -82,6 +87,7 @@ class Renderer:
             report.stage("saving")
             sampler = sampler_of(branch.pipeline.scheduler, plan.scheduler)
             facts = [describe(plan, seed, one, sampler, models) for seed, one in zip(plan.seeds, done, strict=True)]
+            check_room(made, sum(picture_bytes(*one.size) for one in done), "the pictures of this prompt")
             files = pictures.write(made, done, facts, settings.picture_format)
         return files, list(dict.fromkeys(warnings))
 
@@ -99,6 +105,17 @@ class Renderer:
         faceid.remove(pipeline)
         pipeline.vae.disable_tiling()
         return self._loaded
+
+
+def room_needed(plan: Plan) -> int:
+    """Bytes of the pictures of a prompt; an estimate, since upscaling may choose its factor later."""
+    factor = plan.flags.upscale_factor or 1.0
+    return len(plan.seeds) * picture_bytes(math.ceil(factor * plan.width), math.ceil(factor * plan.height))
+
+
+def picture_bytes(width: int, height: int) -> int:
+    """Bytes of a picture at most, with its thumbnail and its cell of the contact sheet."""
+    return PNG_BYTES_PER_PIXEL * width * height + SMALL_BYTES
 
 
 def load_loras(loaded: Loaded, loras: Sequence[Lora]) -> list[str]:

@@ -12,7 +12,7 @@ from trainer.contract.photos import Photo
 from trainer.contract.prompts import COLUMNS, PICTURES, Echo, Prompt, PromptRequest
 from trainer.contract.rows import PromptRow, TuneRow
 from trainer.contract.run_files import SEEN, read_log
-from trainer.contract.states import Progress
+from trainer.contract.states import ENDED, Progress
 from trainer.contract.tunes import Tune
 from trainer.files import is_there, read_for_show, read_json, steps_in
 from trainer.names import FORMATS
@@ -77,11 +77,19 @@ def tune_answer(services: Services, row: TuneRow) -> Tune:
         "url": f"{services.settings.base_url}/tunes/{tune_id}.json",
         "orig_images": [photo.url for photo in photos if photo.url],
         "photos": photos,
-        "progress": Progress.model_validate(row["progress"]),
+        "progress": progress_answer(services, row),
         "prompts": prompts,
         "warnings": row["warnings"] + broken_warnings(row),
     }
     return Tune.model_validate({**row, **computed})
+
+
+def progress_answer(services: Services, row: TuneRow | PromptRow) -> Progress:
+    """The progress of a tune or prompt; while the queue is on hold, its stage is the reason."""
+    progress = Progress.model_validate(row["progress"])
+    if services.store.hold and row["status"] not in ENDED:
+        progress.stage = services.store.hold
+    return progress
 
 
 def photo_answers(services: Services, row: TuneRow) -> list[Photo]:
@@ -133,7 +141,7 @@ def _prompt_answer(services: Services, row: PromptRow) -> Prompt:
         "thumbnails": [link(folder / file) for file in (thumbs if small else row["files"])],
         "contact_sheet": link(folder / CONTACT_SHEET) if small and len(thumbs) > 1 else None,
         "preview": preview_link,
-        "progress": Progress.model_validate(row["progress"]),
+        "progress": progress_answer(services, row),
         "user_error": row["error"],
         "warnings": row["warnings"] + broken_warnings(row),
         "tunes": list(dict.fromkeys([*filter(None, [row["tune_id"]]), *(one[1] for one in row["named"] or [])])),

@@ -11,6 +11,8 @@ from pathlib import Path
 from trainer.clock import Loop, now, stamp
 from trainer.contract.rows import TuneRow
 from trainer.settings import Settings
+from trainer.studio.deletions import finish_deletions
+from trainer.studio.folders import has_model
 from trainer.studio.rows import tunes_of
 from trainer.studio.store import Store
 
@@ -29,7 +31,8 @@ def expiry_loop(settings: Settings, store: Store) -> Loop:
 
     def run() -> None:
         expire_tunes(settings, store)
-        empty_trash(trash_of(settings))
+        empty_trash(store, trash_of(settings))
+        finish_deletions(settings.outputs, store)
 
     return Loop("expiry", POLL_SECONDS, run)
 
@@ -40,6 +43,8 @@ def trash_of(settings: Settings) -> Path:
 
 def expire_tunes(settings: Settings, store: Store) -> None:
     """Expire the tunes whose time is over, or renew them (`auto_extend`), if the setting `lifetime_days` is given."""
+    for tune in store.find("tunes", status="expired"):  # the app was killed before it moved the files
+        move_to_trash(settings, tune["id"])
     if not settings.lifetime_days:
         return
     for tune in store.find("tunes", status="trained"):
@@ -63,15 +68,32 @@ def expire(settings: Settings, store: Store, tune: TuneRow) -> None:
         for prompt in store.find("prompts", tune_id=tune["id"]):
             store.update("prompts", prompt["id"], files=[])
         store.update("tunes", tune["id"], status="expired", files=[])
-    folder = settings.outputs / "tunes" / str(tune["id"])
+    move_to_trash(settings, tune["id"])
+
+
+def move_to_trash(settings: Settings, tune_id: int) -> None:
+    """Move the files of a tune that has expired, unless they are moved already."""
+    folder, trash = settings.outputs / "tunes" / str(tune_id), trash_of(settings)
     if folder.exists():
-        folder.rename(trash / f"{tune['id']}-{int(time.time())}")
-    log.info("tune %s has expired; its files are in %s for a week", tune["id"], trash_of(settings))
+        trash.mkdir(exist_ok=True)
+        folder.rename(trash / f"{tune_id}-{int(time.time())}")
+        log.info("tune %s has expired; its files are in %s for a week", tune_id, trash)
 
 
-def empty_trash(trash: Path) -> None:
-    """Delete folders that are a week old. Their names are ID-SECONDS, with the time when they came."""
+def empty_trash(store: Store, trash: Path) -> None:
+    """Delete folders that are a week old. Their names are ID-SECONDS, with the time when they came.
+
+    A folder with a model is kept if the database does not know its tune.
+    """
     for folder in trash.glob("*-*") if trash.exists() else ():
-        since = folder.name.rpartition("-")[2]
-        if since.isdecimal() and int(since) + TRASH_SECONDS < time.time():
-            shutil.rmtree(folder, ignore_errors=True)
+        number, _, since = folder.name.rpartition("-")
+        if not since.isdecimal() or int(since) + TRASH_SECONDS >= time.time():
+            continue
+        if has_model(folder) and not (number.isdecimal() and store.get("tunes", int(number))):
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def in_trash(settings: Settings, tune_id: int) -> list[Path]:
+    """The folders of a tune that has expired."""
+    return list(trash_of(settings).glob(f"{tune_id}-*"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer.files import PARTIAL, fsync
 
-# In triggers, so that whatever ends a tune or a prompt notes the callback in the same transaction.
+# In triggers: any end of a tune or prompt notes its callback in the same transaction.
 TRIGGERS = """
     CREATE TRIGGER tune_ended AFTER UPDATE OF status ON tunes
     WHEN NEW.callback IS NOT NULL AND NEW.status IS NOT OLD.status AND NEW.status IN ('trained', 'failed', 'canceled')
@@ -172,10 +172,15 @@ MIGRATIONS = [
         tune_id INTEGER REFERENCES tunes (id) ON DELETE CASCADE,
         prompt_id INTEGER REFERENCES prompts (id) ON DELETE CASCADE,
         kind TEXT NOT NULL, url TEXT NOT NULL, created_at TEXT NOT NULL,
-        attempts INTEGER NOT NULL DEFAULT 0, due_at TEXT, arrived_at TEXT, answer TEXT
+        attempts INTEGER NOT NULL DEFAULT 0, due_at TEXT, arrived_at TEXT, answer TEXT,
+        delay REAL NOT NULL DEFAULT 0  -- seconds that were planned between the last attempt and due_at
     ) STRICT;
-    INSERT INTO new_callbacks (id, tune_id, prompt_id, kind, url, created_at, attempts, due_at, arrived_at, answer)
-        SELECT id, tune_id, prompt_id, kind, url, created_at, attempts, due_at, arrived_at, answer FROM callbacks;
+    INSERT INTO new_callbacks (
+        id, tune_id, prompt_id, kind, url, created_at, attempts, due_at, arrived_at, answer, delay
+    ) SELECT
+        id, tune_id, prompt_id, kind, url, created_at, attempts, due_at, arrived_at, answer,
+        CASE attempts WHEN 0 THEN 0 ELSE 86400 END  -- the longest there was
+    FROM callbacks;
     -- The numbers of deleted rows are not used again.
     DELETE FROM sqlite_sequence WHERE name IN ('new_prompts', 'new_jobs', 'new_callbacks');
     INSERT INTO sqlite_sequence (name, seq)

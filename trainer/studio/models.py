@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 from trainer.clock import stamp
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound, words
 from trainer.contract.states import Progress
 from trainer.contract.tunes import Tune
+from trainer.files import remove
 from trainer.library import bases
 from trainer.library.bases import Base
 from trainer.names import LORA_REFERENCE, MODEL_TYPES
+from trainer.studio import checksums
 from trainer.studio.answers import here, prompt_answer
-from trainer.studio.links import MODEL_LINK_SECONDS, make_link
-from trainer.studio.rows import EARLIER_LISTED, Services, row_of, tune_row
+from trainer.studio.links import MODEL_LINK_SECONDS, make_link, open_link
+from trainer.studio.rows import EARLIER_LISTED, Services, row_of, tune_folder, tune_row
 
 
 def list_base_tunes(
@@ -79,6 +82,7 @@ def model_link(services: Services, tune_id: int, format_: str | None = None) -> 
         if made is None:
             services.store.add_export(tune_id, format_)
         elif made["status"] == "failed":  # the error is reported once; the next request tries again
+            remove(tune_folder(services, tune_id) / "exports" / format_)  # worth nothing, so it goes before its row
             services.store.delete("exports", made["id"])
     services.store.changed.set()
     if made and made["status"] == "failed":
@@ -88,6 +92,15 @@ def model_link(services: Services, tune_id: int, format_: str | None = None) -> 
 
 def model_file_link(services: Services, tune_id: int, path: str) -> str:
     return make_link(services.settings, f"{tune_id}/{path}", MODEL_LINK_SECONDS)
+
+
+def open_file(services: Services, path: str, expires: int, signature: str) -> Path:
+    """The file that a link names; one of a model is verified first. Raises NotFound, ModelChanged."""
+    file = open_link(services.settings, path, expires, signature)
+    if file is None:
+        raise NotFound("invalid or expired link")
+    checksums.verify(services.store, services.settings.outputs, file)
+    return file
 
 
 def model_formats(services: Services, tune_id: int) -> dict[str, tuple[str | None, str]]:

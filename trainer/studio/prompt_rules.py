@@ -12,7 +12,7 @@ from trainer.contract.errors import InvalidRequest, nearest
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import COLUMNS, CONTROLS, HOSTED_CONTROLS, PICTURES, PromptRequest, attributes_of
 from trainer.contract.rows import PromptRow
-from trainer.files import Unreadable
+from trainer.files import UNCOMMITTED, Unreadable
 from trainer.names import LORA_REFERENCE
 from trainer.photos import inputs
 from trainer.studio.references import Named, as_row
@@ -49,15 +49,17 @@ def check_prompt(services: Services, request: PromptRequest) -> None:
         raise InvalidRequest(problems)
 
 
-def keep_pictures(services: Services, prompt_id: int, folder: Path, target: Path | None = None) -> None:
-    """Move the input pictures of a prompt into its folder, and store their names.
+def keep_pictures(services: Services, prompt_id: int, folder: Path, target: Path | None = None) -> Path:
+    """Move the input pictures of a prompt into its folder, and store their names. Returns that folder.
 
     target: that folder, if the tune is being created; None: in the folder of its tune or base.
     """
     row = row_of(services, "prompts", prompt_id)
-    names = {path.stem: path.name for path in folder.iterdir()}
-    inputs.move_into_place(folder, target or pictures_of(services, row))
+    names = {path.stem: path.name for path in folder.iterdir() if path.name != UNCOMMITTED}
+    target = target or pictures_of(services, row)
+    inputs.move_into_place(folder, target)
     services.store.update("prompts", prompt_id, attributes=row["attributes"] | names)
+    return target
 
 
 def pictures_of(services: Services, row: PromptRow) -> Path:

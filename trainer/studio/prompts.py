@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound
 from trainer.contract.fields import parse_request
 from trainer.contract.photos import ProgressCallback, Upload, no_progress
 from trainer.contract.prompts import PICTURES, Prompt, PromptRequest, prompt_of
 from trainer.contract.rows import PromptRow, TuneRow
-from trainer.files import discard
+from trainer.disk import as_problems
+from trainer.files import UNCOMMITTED, discarded_on_error
 from trainer.library import bases
 from trainer.library.bases import Base, Bases
 from trainer.names import LORA_REFERENCE
 from trainer.photos import inputs
 from trainer.studio import pack_file
 from trainer.studio.answers import prompt_answer
+from trainer.studio.deletions import finish_deletions, note_deletions
 from trainer.studio.idempotency import (
     IdempotencyKey,
     body_digest,
@@ -54,7 +57,9 @@ def create_prompt(
     if known := find_by_idempotency_key(services, "prompts", key) or equal_prompt(services, place_id, digest):
         return prompt_answer(services, known)
     with (
+        as_problems(services.settings.outputs),
         inputs.fetch_inputs(services.settings, services.decoder, [request], None, progress) as pictures,
+        discarded_on_error() as moved,
         services.store.transaction(),
     ):
         if known := find_by_idempotency_key(services, "prompts", key) or equal_prompt(services, place_id, digest):
@@ -68,8 +73,11 @@ def create_prompt(
         values = where | prompt_values(request, named) | {"body_digest": digest}
         prompt_id = services.store.add_prompt(values | idempotency_columns(key))
         if 0 in pictures:
-            keep_pictures(services, prompt_id, pictures[0])
+            (pictures[0] / UNCOMMITTED).touch()
+            moved.append(keep_pictures(services, prompt_id, pictures[0]))
     services.store.changed.set()
+    if pictures:
+        (pictures_of(services, row_of(services, "prompts", prompt_id)) / UNCOMMITTED).unlink(missing_ok=True)
     return get_prompt(services, prompt_id)
 
 
@@ -123,13 +131,20 @@ def delete_prompt(services: Services, prompt_id: int, place_id: int | None = Non
             row = _listed_under(row_of(services, "prompts", prompt_id), place_id)
             if row["status"] != "rendering":
                 services.store.delete("prompts", prompt_id)
+                note_deletions(services.settings.outputs, services.store, *files_of(services, row))
                 break
             services.store.update("prompts", prompt_id, cancel=1)
         if time.monotonic() > deadline:
             raise Conflict(f"prompt {prompt_id} does not stop; try again later")
         time.sleep(0.1)
-    discard(services.settings.outputs / prompt_home(row) / "prompts" / str(prompt_id))
-    discard(pictures_of(services, row))
+    finish_deletions(services.settings.outputs, services.store)
+
+
+def files_of(services: Services, row: PromptRow) -> list[Path]:
+    """All files and folders of a prompt, whether they are there or not."""
+    home, prompt_id = services.settings.outputs / prompt_home(row), row["id"]
+    preview = home / "previews" / f"{prompt_id}.jpg"
+    return [home / "prompts" / str(prompt_id), pictures_of(services, row), preview, preview.with_suffix(".part")]
 
 
 def _listed_under(row: PromptRow, place_id: int | None) -> PromptRow:

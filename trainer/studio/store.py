@@ -10,15 +10,16 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, cast, overload
 
 from trainer.clock import now
 from trainer.contract.rows import CallbackRow, ExportRow, PromptRow, TuneRow
+from trainer.disk import DiskProblem
 from trainer.studio.columns import Row, decode, encode
-from trainer.studio.migrations import damaged, migrate
+from trainer.studio.connection import Connections
 
 Table = Literal["tunes", "prompts", "exports"]
 RUNNING: dict[Table, str] = {"tunes": "training", "prompts": "rendering", "exports": "exporting"}
@@ -83,48 +84,29 @@ class Store:
             self._lock_file.seek(0)
             raise InUse(f"{outputs} is in use by process {self._lock_file.read().strip()}") from None
         self._lock_file.truncate(0)
-        self._lock_file.write(str(os.getpid()))
-        self._lock_file.flush()
-        self._path = outputs / "tunebooth.db"
-        self._local = threading.local()
-        self._writing = threading.Lock()  # one writer at a time; a lock is fair, SQLite's busy wait is not
+        with suppress(OSError):  # on a full disk the lock works too; only the process number is missing
+            os.write(self._lock_file.fileno(), str(os.getpid()).encode())
+        self._connections = Connections(outputs / "tunebooth.db", outputs / ".lock")
         self.changed = threading.Event()  # set when there may be a new job
-        try:
-            migrate(self._db, self._path)
-        except sqlite3.OperationalError:
-            raise  # for example a full disk
-        except sqlite3.DatabaseError as problem:
-            raise damaged(self._path, str(problem)) from problem
+        self.hold = ""  # why the queue waits; in memory, because the disk may be full
+        self.verified: dict[Path, tuple[int, int]] = {}  # model files whose checksum is right: size, mtime
 
     def close(self) -> None:
         self._lock_file.close()
 
     @property
     def _db(self) -> sqlite3.Connection:
-        if not hasattr(self._local, "db"):
-            db = sqlite3.connect(self._path, isolation_level=None, timeout=10)
-            db.row_factory = sqlite3.Row
-            db.text_factory = lambda text: text.decode("utf-8", "replace")  # a damaged database may have other bytes
-            # WAL of SQLite 3.7.0 to 3.51.2 can corrupt the file when two connections race (sqlite.org/wal.html).
-            safe_wal = sqlite3.sqlite_version_info >= (3, 51, 3)
-            db.executescript(
-                f"PRAGMA journal_mode={'WAL' if safe_wal else 'DELETE'};"
-                f"PRAGMA synchronous={'FULL' if safe_wal else 'EXTRA'};"
-                "PRAGMA foreign_keys=ON; PRAGMA trusted_schema=OFF;"
-            )
-            self._local.db = db
-        return cast(sqlite3.Connection, self._local.db)
+        return self._connections.own
+
+    def missing(self) -> DiskProblem | None:
+        """The file of the outputs folder that was removed or replaced while the app runs, if any."""
+        return self._connections.missing()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """A transaction; a nested one joins the outer one."""
-        if self._db.in_transaction:
-            yield self._db
-            return
-        with self._writing:
-            self._db.execute("BEGIN IMMEDIATE")
-            with self._db:  # commits, or rolls back after an error
-                yield self._db
+        """A transaction; a nested one joins the outer one. Raises DiskProblem."""
+        with self._connections.transaction() as db:
+            yield db
 
     def add_tune(self, values: Mapping[str, object]) -> int:
         """Insert a tune and its job, in one transaction; the caller's `transaction()` may add its prompts."""
@@ -235,6 +217,10 @@ class Store:
             self.update(table, row_id, status="queued")
             db.execute("UPDATE jobs SET attempts = 0 WHERE id = ?", (job.id,))
 
+    def is_queued(self, job: Job) -> bool:
+        """Whether a job is in the queue: it has not ended and was not canceled or deleted."""
+        return self._db.execute("SELECT 1 FROM jobs WHERE id = ?", (job.id,)).fetchone() is not None
+
     def cancel_wanted(self, table: Table, row_id: int) -> bool:
         """Whether the row was canceled or deleted. One indexed read, fast enough for every step."""
         row = self._db.execute(f"SELECT cancel FROM {table} WHERE id = ?", (row_id,)).fetchone()
@@ -299,24 +285,10 @@ class Store:
         )
         return [cast(CallbackRow, dict(row)) for row in found]
 
-    def due_callbacks(self, time: str) -> list[CallbackRow]:
-        """The callbacks that are due at this time, oldest first."""
-        found = self._db.execute("SELECT * FROM callbacks WHERE due_at <= ? ORDER BY due_at, id", (time,))
+    def waiting_callbacks(self) -> list[CallbackRow]:
+        """The callbacks that are to be posted, now or later; ordered by due_at."""
+        found = self._db.execute("SELECT * FROM callbacks WHERE due_at IS NOT NULL ORDER BY due_at, id")
         return [cast(CallbackRow, dict(row)) for row in found]
-
-    def note_attempt(self, callback_id: int, answer: str, *, arrived: bool, due_at: str | None) -> None:
-        """Record the result of an attempt. due_at: the time of the next one; None: no more attempts."""
-        with self.transaction() as db:
-            db.execute(
-                "UPDATE callbacks SET attempts = attempts + 1, answer = ?, due_at = ?, arrived_at = ? WHERE id = ?",
-                (answer, due_at, now() if arrived else None, callback_id),
-            )
-
-    def send_callbacks_again(self, tune_id: int) -> int:
-        """Make the callbacks of a tune and its prompts due again; returns their number."""
-        with self.transaction() as db:
-            again = "UPDATE callbacks SET attempts = 0, arrived_at = NULL, due_at = ? WHERE tune_id = ?"
-            return db.execute(again, (now(), tune_id)).rowcount
 
     def prompts_under(self, place_id: int, limit: int = -1, offset: int = 0) -> list[PromptRow]:
         """The prompts of a tune (and those on bases that name it first), or of a base; newest first."""

@@ -17,14 +17,17 @@ from trainer.contract.photos import Check, Photo, ProgressCallback, Upload, no_p
 from trainer.contract.rows import TuneValues
 from trainer.contract.states import ENDED, Callback
 from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
-from trainer.files import discard, fsync
+from trainer.files import UNCOMMITTED, fsync
 from trainer.library import bases
 from trainer.library.bases import Bases
 from trainer.names import FORMATS, MODEL_TYPES
 from trainer.photos import inputs
 from trainer.photos.intake import intake
+from trainer.studio import callbacks, checksums
 from trainer.studio.answers import tune_answer
-from trainer.studio.expiry import expiry
+from trainer.studio.deletions import finish_deletions, note_deletions
+from trainer.studio.expiry import expiry, in_trash
+from trainer.studio.folders import adding_tunes
 from trainer.studio.idempotency import (
     IdempotencyKey,
     body_digest,
@@ -225,21 +228,25 @@ def delete_tune(services: Services, tune_id: int) -> None:
 
     Raises NotFound; Conflict if it is the base of other tunes or does not stop.
     """
-    row_of(services, "tunes", tune_id)
+    outputs = services.settings.outputs
     deadline = time.monotonic() + STOP_SECONDS
     while True:
         with services.store.transaction():
+            row_of(services, "tunes", tune_id)
             if others := services.store.dependents(tune_id):
                 named = ", ".join(f"{other['id']} ({other['title']})" for other in others)
                 raise Conflict(f"tune {tune_id} is the base of tunes {named}; delete those first")
             services.store.take_off_queue(tune_id)
             if not _busy(services, tune_id):
                 services.store.delete("tunes", tune_id)
+                note_deletions(
+                    outputs, services.store, tune_folder(services, tune_id), *in_trash(services.settings, tune_id)
+                )
                 break
         if time.monotonic() > deadline:
             raise Conflict(f"tune {tune_id} does not stop; try again later")
         time.sleep(0.1)
-    discard(tune_folder(services, tune_id))
+    finish_deletions(outputs, services.store)
 
 
 def _busy(services: Services, tune_id: int) -> bool:
@@ -265,9 +272,9 @@ def send_callbacks_again(services: Services, tune_id: int) -> list[Callback]:
     """Send all callbacks of a tune and its prompts again. Raises NotFound, Conflict."""
     with services.store.transaction():
         row_of(services, "tunes", tune_id)
-        if not services.store.send_callbacks_again(tune_id):
+        if not callbacks.send_again(services.store, tune_id):
             raise Conflict(f"tune {tune_id} has no callback to send: none was requested, or nothing has ended yet")
-    return list_callbacks(services, tune_id)
+        return list_callbacks(services, tune_id)
 
 
 def _insert(
@@ -283,7 +290,7 @@ def _insert(
 ) -> tuple[Tune, bool]:
     if request.base_tune_id is not None or any(prompt.parsed.models for prompt in request.prompts_attributes):
         listed()  # scan the models folder before the transaction, in which other writers wait
-    with services.store.transaction():
+    with adding_tunes(services.store, services.settings.outputs) as folders:
         if known := find_by_idempotency_key(services, "tunes", key):  # another request was faster
             return tune_answer(services, known), False
         if existing := equal_tune(services, request.title, digest):
@@ -303,6 +310,7 @@ def _insert(
                 expires_at=expiry(services.settings, ready),
                 progress={"stage": "trained"},
             )
+            checksums.note(services.store, tune_id, checksums.of_folder(work, "model"))
         else:
             tune_id = services.store.add_tune(row)
         if messages := title_warnings(services, request.title, tune_id):
@@ -316,10 +324,12 @@ def _insert(
         (work / "request.json").write_text(request.model_dump_json(exclude={"images"}, indent=1))
         target = tune_folder(services, tune_id)
         target.parent.mkdir(exist_ok=True)
-        discard(target)  # left by a crash between the rename and the commit; its id was then used again
+        (work / UNCOMMITTED).touch()
         for path in work.rglob("*"):
             fsync(path)
         work.rename(target)
+        folders.append(target)
         fsync(target.parent)
+    (target / UNCOMMITTED).unlink(missing_ok=True)
     services.store.changed.set()
     return get_tune(services, tune_id), True

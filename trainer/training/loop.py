@@ -16,7 +16,7 @@ from trainer.methods.protocol import Group
 from trainer.training import optimizers
 from trainer.training.dataset import Dataset
 from trainer.training.optimizers import Adafactor
-from trainer.training.states import Diverged, Parameters, go_back, resume, save
+from trainer.training.states import Diverged, Parameters, begin, go_back, save
 
 READ_LOSS_EVERY = 10  # steps: reading a number waits for the device
 MAX_HALVINGS = 2  # of the learning rate, when the loss is not finite
@@ -33,7 +33,8 @@ def train(
     preview_steps: Collection[int] = (),
     after_step: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Run `config.steps` optimizer steps; resumes from the newest whole state in `states`.
+    """Run `config.steps` optimizer steps; resumes from the newest whole state in `states`. The first state is saved
+    before the first step.
 
     groups: parameter groups of `Method.attach`. preview(n) is called after n steps for each n in `preview_steps`, also
     right after resuming, unless a value is not finite or the report asks to stop. after_step: called after each step.
@@ -43,8 +44,7 @@ def train(
     """
     params: Parameters = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
     optimizer = optimizers.make(groups, config.optimizer, config.weight_decay, config.seed)
-    beginning = {name: param.detach().to("cpu", copy=True) for name, param in params.items()}
-    done, halvings = resume(states, optimizer, params, config) or (0, 0)
+    done, halvings = begin(states, optimizer, params, config)
     report.resumed(done)
     readings: list[Tensor] = []  # loss and gradient norm of each step since the last reading, (2,) each
     if (keep_going := report.step(done, config.steps)) and done in preview_steps:
@@ -73,7 +73,7 @@ def train(
             if halvings > MAX_HALVINGS:
                 raise Diverged(f"{problem}, at falling learning rates; {named}", problem.step) from None
             readings.clear()
-            done = go_back(states, optimizer, params, config, beginning)
+            done = go_back(states, optimizer, params, config)
             lower = config.lr * 0.5**halvings
             report.warn(f"{problem}: it went back to step {done} and on at the learning rate {lower:.3g}; {named}")
             report.resumed(done)

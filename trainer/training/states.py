@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config.train_config import TrainConfig
+from trainer.disk import check_room
 from trainer.files import discard, read_for_show, read_json, steps_in, whole_folder
 
 STATES_KEPT = 2
@@ -47,21 +48,24 @@ class Diverged(Exception):
         self.step = step
 
 
-def go_back(
-    states: Path,
-    optimizer: torch.optim.Optimizer,
-    params: Parameters,
-    config: TrainConfig,
-    beginning: dict[str, Tensor],
-) -> int:
-    """Load the newest state, or the beginning where there is none; returns its step."""
-    optimizer.state.clear()
+def begin(states: Path, optimizer: torch.optim.Optimizer, params: Parameters, config: TrainConfig) -> tuple[int, int]:
+    """Load the newest whole state; without one, save the state before the first step.
+
+    Returns the finished steps, and how often the learning rate was halved.
+    """
     if found := resume(states, optimizer, params, config):
-        return found[0]
-    with torch.no_grad():
-        for name, param in params.items():
-            param.copy_(beginning[name])
-    return 0
+        return found
+    save(states, 0, optimizer, params, config)
+    return 0, 0
+
+
+def go_back(states: Path, optimizer: torch.optim.Optimizer, params: Parameters, config: TrainConfig) -> int:
+    """Load the newest state; returns its step. Raises RuntimeError if no state can be read."""
+    optimizer.state.clear()
+    found = resume(states, optimizer, params, config)
+    if found is None:
+        raise RuntimeError(f"no state in {states} can be read: the run cannot go back. Resume the tune to start again")
+    return found[0]
 
 
 def save(
@@ -72,7 +76,10 @@ def save(
     config: TrainConfig,
     halvings: int = 0,
 ) -> None:
-    """Write `states/step-000123/`: weights and moments, then a manifest with their digest. Keeps the newest two."""
+    """Write `states/step-000123/`: weights and moments, then a manifest with their digest. Keeps the newest two.
+
+    Raises Diverged for a value that is not finite, DiskProblem where there is no room for it.
+    """
     tensors: dict[str, Tensor] = {}
     for name, param in params.items():
         tensors[f"weight/{name}"] = param.detach().cpu().contiguous()
@@ -80,6 +87,7 @@ def save(
             tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise Diverged(f"a weight was not a finite number after step {step}", step - 1)
+    check_room(states, sum(tensor.nbytes for tensor in tensors.values()), f"the state of step {step}")
     with whole_folder(states / f"step-{step:06d}") as folder:
         file = folder / "state.safetensors"
         save_file(tensors, file)

@@ -20,14 +20,16 @@ from trainer.config.train_config import TrainConfig
 from trainer.contract.report import Report
 from trainer.contract.rows import TuneRow
 from trainer.device import placed
-from trainer.files import reason, whole_folder
+from trainer.disk import check_room
+from trainer.files import reason, whole_folder, write_whole
 from trainer.library.bases import Base
 from trainer.methods.protocol import Group, Method, get_method
 from trainer.settings import Settings
-from trainer.training import dataset, loop, seeds
+from trainer.training import dataset, loop, seeds, space
 from trainer.training.check import CHECK_STEPS, check_effect, check_file
 from trainer.training.dataset import Dataset
 from trainer.training.metadata import describe
+from trainer.training.states import STATES_KEPT
 from trainer.training.views import Picture
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 PREVIEW_STEPS = 20  # of the sampler: enough to see what the model has learned
 PREVIEW_SEED = 42
+PNG_BYTES_PER_PIXEL = 2  # of photos
 MODELS_KEPT_FROM = 0.5  # of the run; earlier models are not useful
 
 
@@ -72,7 +75,7 @@ def train_tune(
     from is on disk. Starting and resuming are the same call.
     """
     folder = settings.outputs / "tunes" / str(tune["id"])
-    (folder / "config.json").write_text(json.dumps({"base": base.title, **config.model_dump(mode="json")}, indent=1))
+    write_whole(folder / "config.json", json.dumps({"base": base.title, **config.model_dump(mode="json")}, indent=1))
     pictures = find_pictures(tune, folder, config, report)
     report.stage("loading")
     branch = load_branch(base, device, settings.outputs / "cache")
@@ -89,6 +92,7 @@ def train_tune(
     data = encode(run)
     before: Tensor = render(run, CHECK_STEPS, "latent")
     groups = attach(run)
+    check_room(run.folder, room_needed(run, groups), "the states and models of this tune")
 
     report.stage("training")
     after_step = partial(run.method.after_step, run.branch)
@@ -182,11 +186,24 @@ def save_quarter(run: Run, step: int) -> None:
 
 def save_model(run: Run, folder: Path, step: int) -> list[str]:
     """Write the model of this step into a folder, and check each file. Returns the files' names."""
+    check_room(folder, space.model_bytes(run.branch, run.method, run.config), "the model")
     facts = describe(run.tune, run.base, run.branch, run.config, run.pictures, step)
     files = run.method.save(run.branch, folder, run.config, facts)
     for file in files:
         check_file(folder / file)
     return files
+
+
+def room_needed(run: Run, groups: list[Group]) -> int:
+    """The most bytes that a run adds to its folder at any time."""
+    kept = [step for step, share in quarters(run.config.steps).items() if MODELS_KEPT_FROM <= share < 1]
+    missing = [step for step in kept if not (run.folder / "checkpoints" / f"step-{step:06d}").exists()]
+    state = sum(space.state_bytes(weight, run.config.optimizer) for group in groups for weight in group["params"])
+    model = space.model_bytes(run.branch, run.method, run.config)
+    there = len(list((run.folder / "state").glob("step-??????")))
+    # The newest two states stay; the next one, and then the model, is written beside them.
+    states = max(0, STATES_KEPT - there) * state + max(state, model)
+    return states + (0 if run.method.LARGE else len(missing) * model)
 
 
 def quarters(steps: int) -> dict[int, float]:
@@ -198,8 +215,11 @@ def write_picture(image: Image.Image, file: Path) -> None:
     """Write a picture atomically."""
     file.parent.mkdir(exist_ok=True)
     partial = file.with_suffix(".partial")
-    image.save(partial, "PNG")
-    partial.rename(file)
+    try:
+        image.save(partial, "PNG")
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)  # incomplete after an error
 
 
 def class_pictures(
@@ -221,6 +241,7 @@ def class_pictures(
     missing = [file for file in files if not file.exists()]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
+        check_room(folder, len(missing) * side**2 * PNG_BYTES_PER_PIXEL, "class pictures")
         everything = [branch.denoiser, branch.vae, *branch.text_encoders.values()]
         with torch.no_grad(), placed(branch.device, *everything), autocast(branch.device, branch.dtype):
             inputs = branch.prompt_inputs(*(branch.encode_prompts([text]) for text in (caption, "")))

@@ -20,6 +20,7 @@ from starlette.types import Message
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import PICTURES
+from trainer.disk import as_problems, check_room
 from trainer.files import PARTIAL
 from trainer.studio.idempotency import IdempotencyKey
 from trainer.studio.rows import Services
@@ -36,10 +37,18 @@ class Malformed(Exception):
 
 @asynccontextmanager
 async def sent(request: Request, services: Services, root: str, max_files: int) -> AsyncIterator[dict[str, object]]:
-    """The object under `root` of a request; its files are Uploads in it, and are deleted at the end."""
-    work = services.settings.outputs / "incoming" / f"{PARTIAL}upload-{uuid.uuid4().hex[:12]}"
+    """The object under `root` of a request; its files are Uploads in it, and are deleted at the end.
+
+    Raises DiskProblem where there is no room for them.
+    """
+    outputs, length = services.settings.outputs, request.headers.get("content-length", "0")
+    if length.isdigit():  # the uploaded file, and the decoded photo
+        check_room(outputs, 2 * int(length), "the files of this request")
+    work = outputs / "incoming" / f"{PARTIAL}upload-{uuid.uuid4().hex[:12]}"
     try:
-        yield await read_body(request, root, max_files, work)
+        with as_problems(outputs):
+            data = await read_body(request, root, max_files, work)
+        yield data
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -16,11 +16,13 @@ from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidReques
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import PICTURES, PromptRequest
 from trainer.contract.tunes import CheckRequest, Tune, TuneRequest
+from trainer.disk import DiskProblem
 from trainer.studio import models, settle
 from trainer.studio import prompts as prompt_verbs
 from trainer.studio import tunes as tune_verbs
 from trainer.studio.rows import Services
 from trainer.studio.store import Query
+from trainer.web import spool
 from trainer.web.progress import WATCH_SECONDS, busy, progress_callback
 
 Answer = dict[str, Any]  # Gradio shows this type to clients
@@ -69,6 +71,7 @@ def submit_endpoint(services: Services) -> Endpoint:
         tune, _ = await run_in_threadpool(
             tune_verbs.create_tune, services, values, uploads, progress_callback(gr.Progress())
         )
+        spool.forget(upload.path for upload in uploads)
         return tune.model_dump()
 
     return submit_tune
@@ -224,7 +227,9 @@ def create_prompt_endpoint(services: Services) -> Endpoint:
         values = {key: given[key] for key in PromptRequest.parameters() if given[key] is not None}
         values |= {name: _upload(values[name], name) for name in PICTURES if name in values}
         progress = progress_callback(gr.Progress())
-        return (await run_in_threadpool(prompt_verbs.create_prompt, services, tune_id, values, progress)).model_dump()
+        prompt = await run_in_threadpool(prompt_verbs.create_prompt, services, tune_id, values, progress)
+        spool.forget(values[name].path for name in PICTURES if name in values)
+        return prompt.model_dump()
 
     return create_prompt
 
@@ -252,6 +257,8 @@ def as_gradio_errors(endpoint: Endpoint) -> Endpoint:
             return await endpoint(*positional, **named)
         except (InvalidRequest, NotFound, Conflict, AnalysisUnavailable) as problem:
             raise gr.Error(str(problem), print_exception=False) from None
+        except DiskProblem as problem:
+            raise gr.Error(problem.as_refusal(), print_exception=False) from None
 
     return wrapped
 

@@ -1,4 +1,4 @@
-"""The forms of the page: create a tune, and render more pictures."""
+"""The form of the page that creates a tune."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from trainer.config import looks
 from trainer.config.kinds import default_caption
 from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
 from trainer.contract.photos import Upload
-from trainer.contract.prompts import ASPECT_RATIOS, CONTROLS, PICTURES, SCHEDULERS
+from trainer.contract.prompts import ASPECT_RATIOS, SCHEDULERS
 from trainer.contract.tunes import CheckRequest
+from trainer.disk import DiskProblem
 from trainer.names import BRANCHES, DEFAULT_METHOD, DEMO_BRANCH, METHODS
-from trainer.studio import models, pack_verbs, prompts, settle, tunes
+from trainer.studio import models, pack_verbs, settle, tunes
 from trainer.studio.rows import Services
-from trainer.web import html
+from trainer.web import html, spool
 from trainer.web.choices import look_names, token_of, usual_tokens
 from trainer.web.html import note, thumbnails
 from trainer.web.progress import progress_callback
@@ -32,10 +33,6 @@ PROMPT_FIELDS = (  # parameters of a prompt without its text, in the order of th
     "color_grading", "super_resolution", "hires_fix", "film_grain", "inpaint_faces", "face_correct", "use_lpw",
 )  # fmt: skip
 PACK_FIELDS = ("branch", "model_type", "preset", "base_tune_id")  # parameters that a pack sets in the form
-START_FIELDS = (  # parameters of a prompt that starts from a picture
-    "input_image", "mask_image", "denoising_strength", "controlnet", "controlnet_conditioning_scale",
-    "controlnet_txt2img",
-)  # fmt: skip
 
 
 def picture_fields(services: Services) -> dict[str, Component]:
@@ -73,58 +70,6 @@ def picture_fields(services: Services) -> dict[str, Component]:
     return fields
 
 
-class PromptForm:
-    """The form that renders a prompt with an existing tune."""
-
-    def __init__(self, services: Services) -> None:
-        self._services = services
-        self.tune = gr.Dropdown(choices=[], label="Tune", elem_id="prompt-tune")
-        text = gr.Textbox(label="Prompt", lines=3, placeholder="ohwx dog in the snow", elem_id="prompt-text")
-        self.button = gr.Button("Render", variant="primary", size="lg", elem_id="render")
-        self.note = gr.HTML(elem_id="prompt-note")
-        shared = picture_fields(services)
-        with gr.Accordion("Start from a picture", open=False):
-            with gr.Row():
-                pictures = [
-                    gr.File(label=label, file_types=["image"], height=110, elem_id=f"prompt-{name}")
-                    for name, label in (("input_image", "Picture"), ("mask_image", "Mask: white is redrawn"))
-                ]
-            strength = gr.Textbox(label="Denoising strength: 0 keeps the picture, 1 redraws it", placeholder="0.8")
-            with gr.Row():
-                kind = gr.Dropdown(choices=[("none", ""), *CONTROLS], value="", label="ControlNet")
-                scale = gr.Textbox(label="Its strength", placeholder="1")
-            control_only = gr.Checkbox(label="Take only its outline (controlnet_txt2img)")
-        start = dict(zip(START_FIELDS, (*pictures, strength, kind, scale, control_only), strict=True))
-        self._fields = {"text": text, **shared, **start}
-
-    @property
-    def inputs(self) -> list[Component]:
-        return [self.tune, *self._fields.values()]
-
-    def choices(self) -> object:
-        """The tunes that have a model now."""
-        return gr.update(choices=models.rendering_tunes(self._services))
-
-    def submit(self, tune_id: int | None, *values: Any) -> str:
-        """Queue the prompt; returns the errors as HTML."""
-        data = {name: value for name, value in zip(self._fields, values, strict=True) if value not in (None, False)}
-        for name in PICTURES:
-            if name in data:
-                data[name] = Upload(Path(data[name]).name, Path(data[name]))
-        try:
-            if not tune_id:
-                raise InvalidRequest({"tune": ["choose the tune that is to be drawn"]})
-            prompt = prompts.create_prompt(
-                self._services, int(tune_id), data, progress_callback(gr.Progress()), always_new=True
-            )
-            gr.Info(f"prompt {prompt.id} is queued", duration=4)
-        except NotFound as error:
-            return note([str(error)])
-        except InvalidRequest as invalid:
-            return note([f"{field}: {'; '.join(messages)}" for field, messages in invalid.problems.items()])
-        return ""
-
-
 class Form:
     """The form that creates a tune. Each field has the name of its parameter, and a place for its errors."""
 
@@ -144,6 +89,7 @@ class Form:
             show_progress="hidden",
             api_visibility="private",
         )
+        spool.forget_removed(self.fields["images"])
         with gr.Row():
             add("name", gr.Textbox, label="Class name", placeholder="man, woman, dog, toy, style")
             add("title", gr.Textbox, label="Title", placeholder="made up when left empty")
@@ -252,13 +198,14 @@ class Form:
         data, uploads = self._read(values)
         asked = {name: data[name] for name in CheckRequest.parameters() if name in data}
         try:
+            spool.check_uploads("images", uploads)
             verdicts = html.verdicts(
                 tunes.check_photos(self._services, asked, uploads, progress_callback(gr.Progress()))
             )
             return [verdicts, *self._show_errors({})]
         except InvalidRequest as invalid:
             return [gr.skip(), *self._show_errors(invalid.problems)]
-        except AnalysisUnavailable as problem:
+        except (AnalysisUnavailable, DiskProblem) as problem:
             return [gr.skip(), *self._show_errors({"images": [str(problem)]})]
 
     def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], list[Upload]]:
@@ -270,8 +217,10 @@ class Form:
         return data, uploads
 
     def submit(self, *values: Any) -> list[object]:
-        """Create the tune; returns the updates of `_show_errors`."""
+        """Create the tune; returns the updates of `_show_errors`, and of the photos: they leave the form when they
+        were taken in."""
         data, uploads = self._read(values)
+        sent = [upload.path for upload in uploads]
         *_, rows, automatic, pack = values
         shared = dict(zip(PROMPT_FIELDS, values[len(self.fields) : -3], strict=True))
         name = str(data["name"] or "").strip()
@@ -282,7 +231,10 @@ class Form:
         data["characteristics"] = {str(key or "").strip(): str(value or "").strip() for key, value in written}
         problems: dict[str, list[str]] = {}
         try:
-            with tempfile.TemporaryDirectory() as folder:
+            spool.check_uploads("images", uploads)
+            incoming = self._services.settings.outputs / "incoming"
+            incoming.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=incoming) as folder:
                 uploads = with_captions(uploads, rows, automatic, Path(folder))
                 if pack:
                     usual = {"num_images": PAGE_NUM_IMAGES}
@@ -295,10 +247,13 @@ class Form:
                     )
                 else:
                     tune, _ = tunes.create_tune(self._services, data, uploads, progress_callback(gr.Progress()))
+            spool.forget(sent)
             gr.Info(f"{tune.title} is queued", duration=4)
         except InvalidRequest as invalid:
             problems = invalid.problems
-        return self._show_errors(problems)
+        except DiskProblem as problem:
+            problems = {"images": [problem.as_refusal()]}
+        return [*self._show_errors(problems), gr.skip() if problems else None]
 
     def _show_errors(self, problems: dict[str, list[str]]) -> list[object]:
         """Updates of the page: the errors below each field, other errors, and the accordions to open."""
@@ -316,7 +271,8 @@ class Form:
         now = default_caption(token, name.strip()) if (name or "").strip() else ""
         written = {photo: caption for photo, caption in rows or [] if caption and caption != automatic}
         files = [Path(path) for path in paths or []]
-        texts = {file.stem: file for file in files if file.suffix.lower() == ".txt"}
+        spool.note_use(files)
+        texts = {file.stem: file for file in files if file.suffix.lower() == ".txt" and file.exists()}
         table = []
         for photo in (file for file in files if file.suffix.lower() != ".txt"):
             text = texts.get(photo.stem)

@@ -19,6 +19,8 @@ from trainer.web.templating import render
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from trainer.disk import DiskProblem
+
 Scope = MutableMapping[str, Any]
 Message = Scope
 Receive = Callable[[], Awaitable[Message]]
@@ -86,10 +88,21 @@ class Guard:
     """Answers `/health` and a waiting page at once; passes other requests on when the app is loaded."""
 
     def __init__(
-        self, settings: Settings, load: Callable[[], FastAPI], begin: Callable[[], None], unload: Callable[[], None]
+        self,
+        settings: Settings,
+        load: Callable[[], FastAPI],
+        begin: Callable[[], None],
+        unload: Callable[[], None],
+        missing: Callable[[], DiskProblem | None] = lambda: None,
+        hold: Callable[[], str] = str,
     ) -> None:
-        """load: builds the inner FastAPI app; begin: called when that answers; unload: called at the end."""
+        """load: builds the inner FastAPI app; begin: called when that answers; unload: called at the end.
+
+        missing: the problem if a file of the outputs folder is missing; then all requests are refused. hold: why the
+        queue waits, or "".
+        """
         self._settings = settings
+        self._missing, self._hold = missing, hold
         self._load = load
         self._begin = begin
         self._unload = unload
@@ -148,8 +161,7 @@ class Guard:
         elif len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MOST_URL_BYTES:
             await _json(send, 414, {"error": f"the address is longer than {MOST_URL_BYTES} bytes"})
         elif path == "/health":
-            health = {"status": "failed" if self.failed else "ok", "ready": self._inner is not None}
-            await _json(send, 200, health)
+            await _json(send, 200, self._health(self._key is None or self._has_key(address, headers)))
         elif refusal := self._origin_refusal(headers):
             await _json(send, 403, {"error": refusal})
         elif path == "/login" and method == "POST":
@@ -161,10 +173,24 @@ class Guard:
                 await _html(send, 401, render("login.html", problem=None))
             else:
                 await _json(send, 401, {"error": "a key is needed: send Authorization: Bearer KEY"})
+        elif problem := self._missing():
+            await _missing(send, problem, headers)
         elif self._inner is None and path == "/" and not self.failed:
             await _html(send, 200, render("waiting.html"))
         else:
             await self._pass_on(scope, headers, receive, send)
+
+    def _health(self, trusted: bool) -> dict[str, object]:
+        """The answer of `/health`. trusted: whether the caller has the key; the answer for others has no reason."""
+        problem, hold = self._missing(), self._hold()
+        failed = self.failed or problem
+        health: dict[str, object] = {
+            "status": "failed" if failed else "on hold" if hold else "ok",
+            "ready": self._inner is not None,
+        }
+        if trusted and (problem or hold):
+            health["reason"] = problem.as_refusal() if problem else hold
+        return health
 
     async def _pass_on(self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send) -> None:
         """Pass a request on to the app when that is loaded, with a limit on the body."""
@@ -260,6 +286,14 @@ async def _json(send: Send, status: int, content: Mapping[str, object], *headers
 async def _too_many(send: Send, seconds: int) -> None:
     content = {"error": f"{WRONG_KEYS} wrong keys within a minute; wait {seconds} s"}
     await _json(send, 429, content, (b"retry-after", str(seconds).encode()))
+
+
+async def _missing(send: Send, problem: DiskProblem, headers: Mapping[str, str]) -> None:
+    """Answer 503, as HTML for the page."""
+    if "text/html" in headers.get("accept", ""):
+        await _html(send, 503, render("problem.html", problem=problem.as_refusal()))
+    else:
+        await _json(send, 503, {"error": problem.as_refusal()})
 
 
 async def _html(send: Send, status: int, content: str) -> None:

@@ -61,11 +61,12 @@ def cards(packs: Sequence[Mapping[str, object]]) -> str:
     return render("packs.html", packs=packs)
 
 
-def current(tune: Tune | None, readings: Lines, snapshots: Lines, waiting: int, waits: str = "") -> str:
-    """The running tune, or the last one, with the readings and the previews of its run."""
+def current(tune: Tune | None, readings: Lines, snapshots: Lines, waiting: int, waits: str = "", hold: str = "") -> str:
+    """The running tune, or the last one, with the readings and the previews of its run. hold: why the queue waits."""
     bar = tune and progress_bar(tune, readings)
     curve = tune and loss_curve(readings, tune.progress.steps)
-    return render("current.html", tune=tune, snapshots=snapshots, waiting=waiting, waits=waits, bar=bar, curve=curve)
+    values = {"snapshots": snapshots, "waiting": waiting, "waits": waits, "hold": hold, "bar": bar, "curve": curve}
+    return render("current.html", tune=tune, **values)
 
 
 def trained_pictures(seen: Lines) -> str:

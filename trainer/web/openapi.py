@@ -14,9 +14,12 @@ from starlette.exceptions import HTTPException
 from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
 from trainer.contract.prompts import PromptRequest
 from trainer.contract.tunes import CheckRequest, TuneChange, TuneRequest
+from trainer.disk import DiskProblem
 from trainer.names import DEMO_BRANCH
 from trainer.studio.packs import PackRequest
 from trainer.web.bodies import Malformed
+
+RETRY_AFTER = "10"  # seconds, where the database is in use by another program
 
 
 class Error(BaseModel):
@@ -59,6 +62,7 @@ REFUSED = {
     429: "Too many wrong keys",
     431: "The headers are too large",
     503: "Not possible now",
+    507: "Not enough room on the disk",
 }
 REFUSALS: dict[int | str, dict[str, object]] = {
     status: {"model": Problems if status == 422 else Error, "description": why} for status, why in REFUSED.items()
@@ -86,6 +90,13 @@ def add_error_answers(app: FastAPI) -> None:
     app.add_exception_handler(InvalidRequest, invalid)
     app.add_exception_handler(NotFound, error(404))
     app.add_exception_handler(Conflict, error(409))
+
+    def disk(_request: Request, problem: Exception) -> JSONResponse:
+        assert isinstance(problem, DiskProblem)
+        content = {"error": problem.as_refusal()}
+        return JSONResponse(content, 507) if problem.full else JSONResponse(content, 503, {"Retry-After": RETRY_AFTER})
+
+    app.add_exception_handler(DiskProblem, disk)
     app.add_exception_handler(AnalysisUnavailable, error(503))
     app.add_exception_handler(Malformed, error(400))
     app.add_exception_handler(HTTPException, http)

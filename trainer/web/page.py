@@ -10,13 +10,15 @@ from fastapi import FastAPI
 
 from trainer.contract.errors import NotFound
 from trainer.studio import answers, models, pack_verbs
+from trainer.studio.folders import find_orphans, orphans_note
 from trainer.studio.rows import Services
 from trainer.studio.tunes import list_callbacks, list_tunes
-from trainer.web import html, mcp
+from trainer.web import html, mcp, spool
 from trainer.web.endpoints import endpoints
-from trainer.web.form import PACK_FIELDS, Form, PromptForm
+from trainer.web.form import PACK_FIELDS, Form
 from trainer.web.html import TuneDetails
 from trainer.web.progress import WATCH_SECONDS, busy
+from trainer.web.prompt_form import PromptForm
 from trainer.web.templating import render
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere; read at import
@@ -26,6 +28,8 @@ TUNES_ON_PAGE = 50
 
 def mount(app: FastAPI, services: Services) -> FastAPI:
     """Mount the page and the Gradio API on the REST app."""
+    spool.take_over(services.settings.outputs)
+    spool.add_route(app, services.settings.max_image_mb * 2**20)
     mcp.mount(app, [endpoint for endpoint in endpoints(services) if endpoint.__name__ != "create_tune"], gr.Error)
     mounted: FastAPI = gr.mount_gradio_app(
         app,
@@ -45,8 +49,9 @@ def mount(app: FastAPI, services: Services) -> FastAPI:
 
 def build(services: Services) -> gr.Blocks:
     """The page: forms on the left, tunes on the right."""
-    with gr.Blocks(title="Tunebooth", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
-        gr.HTML(render("head.html"))
+    with gr.Blocks(title="Tunebooth", analytics_enabled=False) as blocks:
+        orphans = find_orphans(services.store, services.settings.outputs)
+        gr.HTML(render("head.html", note=orphans_note(orphans, services.settings.outputs)))
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=380), gr.Tabs():
                 with gr.Tab("New tune"):
@@ -77,8 +82,9 @@ def build(services: Services) -> gr.Blocks:
             concurrency_limit=None,
             show_progress_on=form.thumbnails,
         )
-        form.button.click(form.submit, form.inputs, form.outputs, **pressed).then(watch, shown, live, **quiet)
-        more.button.click(more.submit, more.inputs, more.note, **pressed).then(watch, shown, live, **quiet)
+        created = [*form.outputs, form.fields["images"]]
+        form.button.click(form.submit, form.inputs, created, **pressed).then(watch, shown, live, **quiet)
+        more.button.click(more.submit, more.inputs, more.outputs, **pressed).then(watch, shown, live, **quiet)
         more.tune.focus(more.choices, None, more.tune, **quiet)
         blocks.load(more.choices, None, more.tune, **quiet)
         stock = functools.partial(pack_shelf, services)
@@ -106,7 +112,7 @@ def live_parts(services: Services, shown: tuple[str, str, str]) -> tuple[object,
     training = next((one.title for one in tunes if one.status == "training"), None)
     waits = f"waits until {training} is trained" if training else ""
     parts = (
-        html.current(tune, readings, snapshots, len(running) - 1 if running else 0, waits),
+        html.current(tune, readings, snapshots, len(running) - 1 if running else 0, waits, services.store.hold),
         html.trained_pictures(seen),
         html.earlier(tunes, {tune.id: details(services, tune.id) for tune in tunes}, waits),
     )

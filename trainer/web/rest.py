@@ -11,13 +11,11 @@ from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Resp
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trainer import __version__
-from trainer.contract.errors import NotFound
 from trainer.contract.photos import Check, no_progress
 from trainer.contract.prompts import PICTURES, Prompt, PromptRequest
 from trainer.contract.states import Callback
 from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
 from trainer.studio import models, pack_verbs, prompts, settle, tunes
-from trainer.studio.links import open_link
 from trainer.studio.pack_file import SLUG
 from trainer.studio.packs import PackRequest
 from trainer.studio.rows import Services
@@ -136,9 +134,7 @@ def file_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/files/{path:path}", include_in_schema=False)
     def get_file(path: str, signature: str = "", expires: int = 0) -> FileResponse:
-        file = open_link(services.settings, path, expires, signature)
-        if file is None:
-            raise NotFound("invalid or expired link")
+        file = models.open_file(services, path, expires, signature)
         model = file.suffix in (".safetensors", ".zip")
         name = f"tune-{path.partition('/')[0]}-{file.name}" if model else file.name
         picture = file.suffix in (".png", ".jpg")

@@ -12,6 +12,7 @@ from torch import nn
 from trainer.branches.protocol import Branch, load_branch
 from trainer.config import train_config
 from trainer.contract.rows import TuneRow
+from trainer.disk import check_room
 from trainer.files import whole_folder
 from trainer.library.bases import Base
 from trainer.methods import checkpoint, lora, new_tokens
@@ -33,6 +34,10 @@ def export_tune(tune: TuneRow, base: Base, format_: str, settings: Settings) -> 
         lora.apply(branch, base.model, 1.0)
         new_tokens.remove(branch.pipeline)  # a checkpoint cannot hold them; they stay in their own file
         lora.merge(branch.pipeline)
+    parts = [part for part in branch.pipeline.components.values() if isinstance(part, nn.Module)]
+    size = dtype.itemsize * sum(weight.numel() for part in parts for weight in part.parameters())
+    copies = 1 if format_ == CHECKPOINT_FORMAT else 2  # the folder, and the file that it is packed into
+    check_room(folder, copies * size, f"the model as {format_}")
     with whole_folder(folder / "exports" / format_) as partial:
         if format_ == CHECKPOINT_FORMAT:
             file = CHECKPOINT_FILE

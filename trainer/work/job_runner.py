@@ -14,12 +14,12 @@ import torch
 from trainer.clock import now, stamp
 from trainer.config import branch_file, kinds, resolve, train_config
 from trainer.config.train_config import TrainConfig
-from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
+from trainer.contract.errors import AnalysisUnavailable, InvalidRequest, ModelChanged
 from trainer.contract.photos import Photo
 from trainer.contract.rows import ExportRow, PromptRow, TuneRow
-from trainer.contract.run_files import ASKED, VERDICTS
 from trainer.device import forget_peak, free_gib
-from trainer.files import Unreadable, discard, read_json, unreadable, write_whole
+from trainer.disk import problem_of
+from trainer.files import Unreadable, discard, write_whole
 from trainer.library import bases, weights
 from trainer.library.bases import Base, Bases
 from trainer.library.weights import Unavailable
@@ -32,19 +32,23 @@ from trainer.rendering.job import FaceID, Lora, Models, Stopped
 from trainer.rendering.plan import make_plan, plain
 from trainer.rendering.renderer import Renderer
 from trainer.settings import Settings
-from trainer.studio import references
+from trainer.studio import checksums, references
+from trainer.studio.crashes import attempts_here
 from trainer.studio.expiry import expiry
 from trainer.studio.references import Named
 from trainer.studio.rows import prompt_home
 from trainer.studio.store import Job, Store
 from trainer.training.train import train_tune
+from trainer.work.device_errors import DeviceLost, device_error
 from trainer.work.errors import OF_PICTURES, OF_TRAINING, explain
 from trainer.work.export import export_tune
 from trainer.work.reporter import Reporter
+from trainer.work.run_files import asked_args, prepared
 
 log = logging.getLogger("tunebooth.worker")
 R = TypeVar("R", TuneRow, PromptRow, ExportRow)
 MAX_ATTEMPTS = 3  # a job that crashes the process so often without progress is not tried again
+MAX_DEVICE_ERRORS = 2  # the same for fatal errors of the device
 
 
 class JobInterrupted(Exception):
@@ -65,9 +69,12 @@ class JobRunner:
         self._renderer = Renderer(settings, device, analyzer)
 
     def run(self, job: Job) -> None:
-        """Run a job, and record its result."""
-        reporter = Reporter(self._settings, self._store, job, self._stopping, self._device)
+        """Run a job, and record its result.
+
+        Raises DiskProblem, then the job must wait; DeviceLost after a fatal error of the device.
+        """
         try:
+            reporter = Reporter(self._settings, self._store, job, self._stopping, self._device)
             if job.attempts >= MAX_ATTEMPTS:
                 raise RuntimeError(f"the app ended {job.attempts} times at this point; it is not tried again")
             if job.export_id is not None:
@@ -76,13 +83,35 @@ class JobRunner:
                 self._train(job, reporter)
             else:
                 self._render(job, job.prompt_id, reporter)
-        except (InvalidRequest, AnalysisUnavailable, Unavailable, Unreadable) as problem:
-            self._store.finish(job, "failed", error=str(problem))
         except (JobInterrupted, Closed):
             self._requeue(job, reporter)
         except Exception as error:  # the edge of a job: it must end, also after an error of a library
-            log.exception("job %s failed", job)
-            self._store.finish(job, "failed", error=explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING))
+            if problem := problem_of(error, self._settings.outputs):
+                raise problem from error
+            if fatal := device_error(error):
+                log.exception("job %s: fatal error of the device; the app restarts", job)
+                self._record_device_error(job, reporter, fatal)
+                raise DeviceLost(str(self._device)) from error
+            message = str(error)
+            if not isinstance(error, InvalidRequest | AnalysisUnavailable | Unavailable | ModelChanged | Unreadable):
+                log.exception("job %s failed", job)
+                message = explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING)
+            self._store.finish(job, "failed", error=message)
+
+    def _record_device_error(self, job: Job, reporter: Reporter, fatal: str) -> None:
+        """Warn, or let the job fail after its second crash without progress. fatal: the error, as a message.
+
+        `claim` counts each attempt before it begins, so a job cannot restart the app for ever.
+        """
+        attempts = attempts_here(self._store, job)
+        if attempts >= MAX_DEVICE_ERRORS:
+            message = (
+                f"{fatal} -- the app ended {attempts} times at this point, so the job is not tried again. If other"
+                " jobs fail like this too, check the graphics card and its driver, or restart the computer"
+            )
+            self._store.finish(job, "failed", error=message)
+        elif job.export_id is None:
+            reporter.warn(f"{fatal} -- the app restarted and resumed the job")
 
     def _train(self, job: Job, reporter: Reporter) -> None:
         forget_peak(self._device)
@@ -90,12 +119,17 @@ class JobRunner:
         self._renderer.release()
         config = self._fitted(tune)
         tune = self._prepared(tune, config, reporter)
-        files = train_tune(tune, self._base(tune), config, self._settings, self._device, reporter, self._preview(tune))
+        base = self._base(tune)
+        self._verify(*files_of(base))
+        files = train_tune(tune, base, config, self._settings, self._device, reporter, self._preview(tune))
         if files is not None:
             reporter.stage("trained")
             end = datetime.now(UTC)
             ends = {"trained_at": stamp(end), "eta": stamp(end), "expires_at": expiry(self._settings, end)}
-            self._store.finish(job, "trained", files=files, progress=reporter.progress, **ends)
+            made = checksums.of_folder(self._settings.outputs / "tunes" / str(tune["id"]), "model")
+            with self._store.transaction():
+                self._store.finish(job, "trained", files=files, progress=reporter.progress, **ends)
+                checksums.note(self._store, tune["id"], made)
             if get_method(tune["method"]).LARGE:  # its states are several times the model, and no longer needed
                 discard(self._settings.outputs / "tunes" / str(tune["id"]) / "state")
         else:
@@ -171,6 +205,8 @@ class JobRunner:
         tune = self._tune_row(tune_id) if tune_id else None  # None: a prompt on a base that names no tune
         try:
             models = self._to_render(prompt, tune, reporter)
+            faces = [models.face.folder] if models.face else []
+            self._verify(*files_of(models.base), *(one.model for one in models.loras), *faces)
             folder = self._settings.outputs / prompt_home(prompt)
             folder.mkdir(parents=True, exist_ok=True)
             characteristics = tune["characteristics"] if tune else {}
@@ -260,8 +296,17 @@ class JobRunner:
         tune = self._must(self._tune_row(job.tune_id))
         base = bases.of_tune(self._settings, tune, self._tune_row)
         self._renderer.release()
+        folder = self._settings.outputs / "tunes" / str(tune["id"])
+        self._verify(*files_of(base), folder / "model")
         file = export_tune(tune, base, export["format"], self._settings)
-        self._store.finish(job, "exported", files=[file])
+        made = checksums.of_folder(folder, f"exports/{export['format']}")
+        with self._store.transaction():
+            self._store.finish(job, "exported", files=[file])
+            checksums.note(self._store, tune["id"], made)
+
+    def _verify(self, *used: Path | None) -> None:
+        """Check the files of tunes that are about to be read. Raises ModelChanged."""
+        checksums.verify(self._store, self._settings.outputs, *used)
 
     def _tune_row(self, tune_id: int) -> TuneRow | None:
         return self._store.get("tunes", tune_id)
@@ -278,27 +323,9 @@ class JobRunner:
         return row
 
 
-def prepared(file: Path, tune: TuneRow) -> list[Photo]:
-    """The verdicts on a tune's photos, from `dataset/prepared.json`. Raises Unreadable."""
-    try:
-        photos = read_json(file, VERDICTS)
-    except FileNotFoundError as problem:
-        raise unreadable(file, problem) from None
-    except Unreadable as problem:
-        raise Unreadable(f"{problem}. Delete it, and resume: the photos are analyzed again") from None
-    if [photo.file for photo in photos] != [photo["file"] for photo in tune["photos"]]:
-        message = "prepared.json is not about the photos of this tune. Delete it, and resume: they are analyzed again"
-        raise Unreadable(message)
-    return photos
-
-
-def asked_args(file: Path) -> str | None:
-    """The parameter args of the request, from `request.json`. Raises Unreadable."""
-    try:
-        return read_json(file, ASKED).args
-    except (FileNotFoundError, Unreadable) as problem:
-        why = f"{problem}" if isinstance(problem, Unreadable) else "request.json is missing"
-        raise Unreadable(f"{why}. It holds what was asked for in args: put it back, or create the tune again") from None
+def files_of(base: Base) -> list[Path | None]:
+    """What is read of a base: its weights, the LoRA on it, and what has the parts that its file lacks."""
+    return [base.path, base.model, *(files_of(base.rest) if base.rest else [])]
 
 
 def verdicts(photos: list[Photo]) -> list[dict[str, object]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from trainer.clock import now, stamp
 from trainer.contract.rows import ProgressRow
 from trainer.contract.run_files import read_log
-from trainer.files import read_for_show, unreadable, warn_once
+from trainer.files import read_for_show, unreadable, warn_once, write_whole
 from trainer.settings import Settings
 from trainer.studio.store import Job, Store
 
@@ -94,7 +94,7 @@ class Reporter:
         """Log the step that the run resumes from, and delete the lines of later steps, which are repeated."""
         kept = [line for line in read_for_show(self._log, read_log) or () if line["step"] <= step]
         if self._log.is_file():
-            self._log.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(self._log, "".join(json.dumps(line) + "\n" for line in kept))
         self._write({"step": step, "event": "resumed" if step else "started", "at": now()})
 
     def _store_progress(self) -> None:
