@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 
 from tests.helpers.api import create
 from tests.helpers.web import photo, upload
+from trainer.disk import DiskProblem
 from trainer.files import sweep
 from trainer.settings import Settings
 from trainer.studio import expiry, folders, tunes
@@ -81,7 +82,7 @@ def test_a_request_that_cannot_be_committed_removes_its_own_folder_and_no_other(
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(tunes, "fsync", full)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(DiskProblem, match="Input/output"):
         create_raising(client, services)
     monkeypatch.undo()
     assert [path.name for path in (services.settings.outputs / "tunes").iterdir()] == ["4"]

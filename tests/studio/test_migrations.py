@@ -106,7 +106,7 @@ def test_a_migration_that_fails_changes_nothing(settings: Settings, monkeypatch:
         before = list(db.iterdump())
     broken = [*MIGRATIONS[:-1], MIGRATIONS[-1] + "INSERT INTO nothing VALUES (1);"]
     monkeypatch.setattr("trainer.studio.migrations.MIGRATIONS", broken)
-    with pytest.raises(sqlite3.OperationalError):
+    with pytest.raises(RuntimeError, match="nothing"):
         Store(settings.outputs)
     with closing(sqlite3.connect(file)) as db:
         assert list(db.iterdump()) == before

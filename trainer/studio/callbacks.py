@@ -57,7 +57,7 @@ def end_lost_attempts(store: Store) -> None:
 def send_again(store: Store, tune_id: int) -> int:
     """Start again with the callbacks of a tune and its prompts; returns how many there are.
 
-    One that is under way is being sent, so it goes on as it is.
+    One that is under way is being sent, so it does not change.
     """
     with store.transaction() as db:
         db.execute(

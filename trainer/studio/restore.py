@@ -14,8 +14,7 @@ def restore(store: Store, table: Literal["tunes", "prompts"], row_id: int | None
 
     row_id: None takes a new number.
     """
-    row = encode(values)
-    columns = {"id": row_id} | row
+    columns = {"id": row_id} | encode(values)
     with store.transaction() as db:
         cursor = db.execute(
             f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",

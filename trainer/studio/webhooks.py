@@ -74,7 +74,7 @@ def key_of(row: CallbackRow) -> tuple[int, int, str | None]:
 
 
 def seconds_left(row: CallbackRow) -> float:
-    """How long a callback still waits, by the stored time: 0 to the planned delay, whatever the system clock says."""
+    """How long a callback still waits, by the stored time: 0 to the planned delay, for any system clock."""
     try:
         left = (datetime.fromisoformat(row["due_at"] or "") - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError):  # no time, or one without a zone

@@ -33,7 +33,7 @@ GONE = "is not here any more: an upload is kept for an hour after its last use; 
 
 
 def take_over(outputs: Path) -> None:
-    """Make the private folder, and tell Gradio to use it; before any part of the page is built."""
+    """Make the private folder and set it as the folder of Gradio, before any part of the page is built."""
     folder = outputs.resolve() / "incoming" / "gradio"
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -41,7 +41,7 @@ def take_over(outputs: Path) -> None:
 
 
 def add_route(app: FastAPI, max_bytes: int) -> None:
-    """Take uploads in place of Gradio's own route: each into a folder of its own, which nobody can guess.
+    """Take uploads in place of Gradio's own route: each into a folder of its own, whose name cannot be guessed.
 
     max_bytes: of one file.
     """
@@ -80,7 +80,7 @@ def note_use(paths: Iterable[Path | str]) -> None:
 
 
 def check_uploads(field: str, uploads: Iterable[Upload]) -> None:
-    """Note that uploads are used. field: that they are in. Raises InvalidRequest for those that are gone."""
+    """Note that uploads are used. field: that they are in. Raises InvalidRequest for missing ones."""
     sent = list(uploads)
     note_use(upload.path for upload in sent)
     if gone := [f"{upload.name} {GONE}" for upload in sent if not upload.path.is_file()]:
@@ -102,7 +102,7 @@ def forget_removed(field: gr.File) -> None:
 
 
 def forgetting_loop() -> Loop:
-    """A thread that removes the uploads that nobody has used for an hour."""
+    """A thread that removes uploads that were not used for an hour."""
     folder = Path(get_upload_folder())
     return Loop("uploads", LOOK_SECONDS, lambda: forget_unused(folder))
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from trainer.clock import now, stamp
-from trainer.config import branch_file, kinds, resolve, train_config
+from trainer.config import branch_file, resolve, train_config
 from trainer.config.train_config import TrainConfig
 from trainer.contract.errors import AnalysisUnavailable, InvalidRequest, ModelChanged
 from trainer.contract.photos import Photo
@@ -20,28 +20,27 @@ from trainer.contract.rows import ExportRow, PromptRow, TuneRow
 from trainer.device import forget_peak, free_gib
 from trainer.disk import problem_of
 from trainer.files import Unreadable, discard, write_whole
-from trainer.library import bases, weights
-from trainer.library.bases import Base, Bases
+from trainer.library import bases
+from trainer.library.bases import Base
 from trainer.library.weights import Unavailable
 from trainer.methods.protocol import get_method
-from trainer.names import FACE_REFERENCE, IDENTITY_FILE, LORA_REFERENCE, MODEL_TYPES
 from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.subprocess_worker import Closed
 from trainer.photos.unfinished import remove_unfinished
-from trainer.rendering.job import FaceID, Lora, Models, Stopped
+from trainer.rendering.job import Stopped
 from trainer.rendering.plan import make_plan, plain
 from trainer.rendering.renderer import Renderer
 from trainer.settings import Settings
-from trainer.studio import checksums, references
+from trainer.studio import checksums
 from trainer.studio.crashes import attempts_here
 from trainer.studio.expiry import expiry
-from trainer.studio.references import Named
 from trainer.studio.rows import prompt_home
 from trainer.studio.store import Job, Store
 from trainer.training.train import train_tune
 from trainer.work.device_errors import DeviceLost, device_error
 from trainer.work.errors import OF_PICTURES, OF_TRAINING, explain
 from trainer.work.export import export_tune
+from trainer.work.prompt_models import find_models
 from trainer.work.reporter import Reporter
 from trainer.work.run_files import asked_args, prepared
 
@@ -86,12 +85,12 @@ class JobRunner:
         except (JobInterrupted, Closed):
             self._requeue(job, reporter)
         except Exception as error:  # the edge of a job: it must end, also after an error of a library
-            if problem := problem_of(error, self._settings.outputs):
-                raise problem from error
             if fatal := device_error(error):
                 log.exception("job %s: fatal error of the device; the app restarts", job)
                 self._record_device_error(job, reporter, fatal)
                 raise DeviceLost(str(self._device)) from error
+            if problem := problem_of(error, self._settings.outputs):
+                raise problem from error
             message = str(error)
             if not isinstance(error, InvalidRequest | AnalysisUnavailable | Unavailable | ModelChanged | Unreadable):
                 log.exception("job %s failed", job)
@@ -204,7 +203,7 @@ class JobRunner:
         tune_id = prompt["tune_id"] or prompt["lora_id"]
         tune = self._tune_row(tune_id) if tune_id else None  # None: a prompt on a base that names no tune
         try:
-            models = self._to_render(prompt, tune, reporter)
+            models = find_models(self._settings, self._store, prompt, tune, reporter)
             faces = [models.face.folder] if models.face else []
             self._verify(*files_of(models.base), *(one.model for one in models.loras), *faces)
             folder = self._settings.outputs / prompt_home(prompt)
@@ -224,71 +223,6 @@ class JobRunner:
         reporter.progress["stage"] = "rendered"
         ended = {"progress": reporter.progress, "trained_at": now()}
         self._store.finish(job, "rendered", files=files, warnings=warnings, **ended)
-
-    def _to_render(self, prompt: PromptRow, tune: TuneRow | None, reporter: Reporter) -> Models:
-        """The models of a prompt. tune: its own, or on a base the first that it names; None: neither."""
-        listed = bases.listed_once(self._settings)
-        base = self._base_of_prompt(prompt, tune, listed)
-        named = references.of_row(self._store, listed, prompt, tune, base.branch)
-        own = None if tune is None else self._settings.outputs / "tunes" / str(tune["id"]) / "model"
-        loras = [Lora(base.model, 1.0, base.title)] if base.model and base.model != own else []
-        face = next((one for one in named if one.kind == FACE_REFERENCE), None)
-        if tune is not None:
-            model_type = MODEL_TYPES[tune["method"]]
-            asked = prompt["attributes"].get("lora_scale")
-            scale = asked if isinstance(asked, int | float) else 1.0
-            scale = next((one.weight for one in named if (one.kind, one.id) == (LORA_REFERENCE, tune["id"])), scale)
-            if model_type.adapter:
-                model, title = self._lora(tune["id"], listed)
-                loras.append(Lora(model, scale, title))
-            elif model_type.whole_model and scale != 1.0:
-                reporter.warn(f"{tune['title']} is a whole model, which has one strength: {scale:g} is not used")
-            if face is None and model_type.reference == FACE_REFERENCE:
-                face = Named(FACE_REFERENCE, tune["id"], 1.0)
-        for one in named:
-            if one.kind == LORA_REFERENCE and (tune is None or one.id != tune["id"]):
-                model, title = self._lora(one.id, listed)
-                loras.append(Lora(model, one.weight, title))
-        rows = [tune, *(self._tune_row(one.id) for one in named)]
-        is_person = any(kinds.kind_of(row["name"]) == "person" for row in rows if row)
-        title = tune["title"] if tune else base.title
-        return Models(title, base, loras, self._face(face, base, reporter) if face else None, is_person)
-
-    def _base_of_prompt(self, prompt: PromptRow, tune: TuneRow | None, listed: Bases) -> Base:
-        """The base of a prompt: its tune's base, or the base that it was posted to.
-
-        If its lineage begins with that base, the tune's own base is used, such as a checkpoint derived from it.
-        """
-        if tune is not None and MODEL_TYPES[tune["method"]].trains and prompt["base_id"] in (None, self._root(tune)):
-            return bases.of_tune(self._settings, tune, self._tune_row, listed)
-        base_id, branch = prompt["base_id"] or (tune and tune["base_id"]), tune and tune["branch"]
-        return bases.resolve(self._settings, base_id, branch, self._tune_row, listed)
-
-    def _root(self, tune: TuneRow) -> int:
-        """The id of the base that the first tune of a lineage was trained on."""
-        while earlier := self._tune_row(tune["base_id"]):
-            tune = earlier
-        return tune["base_id"]
-
-    def _lora(self, lora_id: int, listed: Bases) -> tuple[Path, str]:
-        """The LoRA with this id (a tune's, or a file in the models folder), and its title."""
-        if tune := self._tune_row(lora_id):
-            if tune["status"] != "trained":
-                raise RuntimeError(f"<lora:{lora_id}>: tune {lora_id} is {tune['status']}; it has no model")
-            return self._settings.outputs / "tunes" / str(lora_id) / "model", tune["title"]
-        file = next((base for base in listed() if base.id == lora_id and base.model), None)
-        if file is None or file.model is None:
-            raise RuntimeError(f"<lora:{lora_id}>: that tune, or file of the models folder, was deleted")
-        return file.model, file.title
-
-    def _face(self, named: Named, base: Base, reporter: Reporter) -> FaceID:
-        """The face with this id, and the adapter that puts it into pictures of this base."""
-        folder = self._settings.outputs / "tunes" / str(named.id) / "model"
-        if not (folder / IDENTITY_FILE).exists():
-            raise RuntimeError(f"<faceid:{named.id}>: that tune was deleted, and its face with it")
-        wanted = weights.face_adapter(self._settings, base.branch)
-        adapter = weights.obtain(self._settings, wanted, progress=lambda what, *_: reporter.stage(what))
-        return FaceID(folder, adapter, named.weight)
 
     def _export(self, job: Job, export_id: int) -> None:
         export = self._must(self._store.get("exports", export_id))
