@@ -177,11 +177,10 @@ def emptied(folder: Path) -> None:
         (lambda folder: (folder / "model" / "lora.safetensors").write_text("no"), "not a safetensors file"),
         (no_request, "it has no request.json"),
         (unknown_files, "none of the files"),
-        (lambda folder: (folder / "dataset" / "prepared.json").write_text("[1, 2]"), "valid dictionary"),
+        (lambda folder: (folder / "dataset" / "prepared.json").write_text("[1, 2]"), "prepared.json cannot be read"),
         (emptied, "neither a model nor photos"),
         (lambda folder: (folder / "config.json").write_text('{"steps": [[]]}'), "steps"),
-        (lambda folder: (folder / "config.json").write_text("["), "Expecting value"),
-        (lambda folder: (folder / "log.jsonl").write_bytes(b"\xff\xfe"), "decode"),
+        (lambda folder: (folder / "config.json").write_text("["), "config.json cannot be read"),
     ],
 )
 def test_what_cannot_be_read_is_named_and_left_alone(
@@ -199,6 +198,15 @@ def test_what_cannot_be_read_is_named_and_left_alone(
     assert lines[1] == "tune 2 (a face): trained; 2 files in images/"  # the others are taken in
     assert content(outputs / "tunes" / str(TRAINED)) == before
     assert client_of(open_studio().services).get("/tunes/1").status_code == 404
+
+
+def test_a_tune_whose_log_is_broken_is_restored_without_its_readings(
+    outputs: Path, open_studio: Callable[[], Studio], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (outputs / "tunes" / str(TRAINED) / "log.jsonl").write_bytes(b"\xff\xfe")
+    assert rescued(open_studio(), capsys)[0] == 0
+    tune = client_of(open_studio().services).get("/tunes/1").json()
+    assert (tune["status"], tune["progress"]["loss"]) == ("trained", None)
 
 
 def test_a_picture_that_says_nothing_is_named_and_left_alone(

@@ -18,7 +18,7 @@ from trainer.photos.intake import Decoder
 from trainer.photos.unfinished import remove_unfinished
 from trainer.studio import prompts, tunes
 from trainer.studio.rows import tune_folder
-from trainer.work.job_runner import asked_args, prepared
+from trainer.work.run_files import asked_args, prepared
 
 pytest_plugins = ("tests.helpers.web",)
 

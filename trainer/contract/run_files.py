@@ -52,6 +52,7 @@ SEEN = TypeAdapter(list[SeenPicture])
 ASKED = TypeAdapter(Asked)
 VERDICTS = TypeAdapter(list[Photo])
 NAMES = TypeAdapter(list[str])
+OBJECT = TypeAdapter(dict[str, object])
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:

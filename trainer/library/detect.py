@@ -9,14 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from trainer.config.detection import Detection, Keys
+from trainer.contract.run_files import OBJECT
 from trainer.files import Unreadable, read_json
 
 EDITING_MODEL = "it is a model for inpainting or editing, which has a picture as input; such models cannot be trained"
 LORA_KEY = re.compile(r"\.(lora_down|lora_A|lora\.down)\.weight$")
-OBJECT = TypeAdapter(dict[str, object])
 Shapes = Mapping[str, list[int]]  # of the tensors of a file, by their names
 Families = Mapping[str, Detection]  # by their names, in the order in which they are tried
 

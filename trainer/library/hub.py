@@ -35,6 +35,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 from pydantic import BaseModel, TypeAdapter
 
+from trainer.contract.run_files import OBJECT
 from trainer.files import Unreadable, read_json
 
 ASK_SECONDS = 10.0  # time limit of each request about a repository; downloads have the library's own limits
@@ -58,7 +59,6 @@ class _Shards(BaseModel):
 
 
 SHARDS = TypeAdapter(_Shards)
-OBJECT = TypeAdapter(dict[str, object])
 
 
 class NotEnoughRoom(OSError):

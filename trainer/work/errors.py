@@ -13,7 +13,7 @@ OF_PICTURES = "try a smaller w and h, no super_resolution or hires_fix, or no co
 def explain(error: Exception, remedy: str = OF_TRAINING) -> str:
     """An unexpected error as a message. remedy: added if the card's memory is full."""
     if isinstance(error, OSError) and isinstance(error.filename, str):
-        file = Path(error.filename)
+        file = Path(error.filename2 if isinstance(error.filename2, str) else error.filename)  # the second: of a rename
         return f"{printable(f'{file.parent.name}/{file.name}')} cannot be used: {reason(error)}"
     text = f"{type(error).__name__}: {error}".strip().rstrip(":")
     if type(error).__name__ == "OutOfMemoryError":

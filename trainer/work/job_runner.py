@@ -17,10 +17,9 @@ from trainer.config.train_config import TrainConfig
 from trainer.contract.errors import AnalysisUnavailable, InvalidRequest, ModelChanged
 from trainer.contract.photos import Photo
 from trainer.contract.rows import ExportRow, PromptRow, TuneRow
-from trainer.contract.run_files import ASKED, VERDICTS
 from trainer.device import forget_peak, free_gib
 from trainer.disk import problem_of
-from trainer.files import Unreadable, discard, read_json, unreadable, write_whole
+from trainer.files import Unreadable, discard, write_whole
 from trainer.library import bases
 from trainer.library.bases import Base
 from trainer.library.weights import Unavailable
@@ -43,6 +42,7 @@ from trainer.work.errors import OF_PICTURES, OF_TRAINING, explain
 from trainer.work.export import export_tune
 from trainer.work.prompt_models import find_models
 from trainer.work.reporter import Reporter
+from trainer.work.run_files import asked_args, prepared
 
 log = logging.getLogger("tunebooth.worker")
 R = TypeVar("R", TuneRow, PromptRow, ExportRow)
@@ -260,29 +260,6 @@ class JobRunner:
 def files_of(base: Base) -> list[Path | None]:
     """What is read of a base: its weights, the LoRA on it, and what has the parts that its file lacks."""
     return [base.path, base.model, *(files_of(base.rest) if base.rest else [])]
-
-
-def prepared(file: Path, tune: TuneRow) -> list[Photo]:
-    """The verdicts on a tune's photos, from `dataset/prepared.json`. Raises Unreadable."""
-    try:
-        photos = read_json(file, VERDICTS)
-    except FileNotFoundError as problem:
-        raise unreadable(file, problem) from None
-    except Unreadable as problem:
-        raise Unreadable(f"{problem}. Delete it, and resume: the photos are analyzed again") from None
-    if [photo.file for photo in photos] != [photo["file"] for photo in tune["photos"]]:
-        message = "prepared.json is not about the photos of this tune. Delete it, and resume: they are analyzed again"
-        raise Unreadable(message)
-    return photos
-
-
-def asked_args(file: Path) -> str | None:
-    """The parameter args of the request, from `request.json`. Raises Unreadable."""
-    try:
-        return read_json(file, ASKED).args
-    except (FileNotFoundError, Unreadable) as problem:
-        why = f"{problem}" if isinstance(problem, Unreadable) else "request.json is missing"
-        raise Unreadable(f"{why}. It holds what was asked for in args: put it back, or create the tune again") from None
 
 
 def verdicts(photos: list[Photo]) -> list[dict[str, object]]:

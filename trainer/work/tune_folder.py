@@ -5,7 +5,6 @@ Their content may come from another program. What cannot be read raises one of U
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from trainer.contract.fields import parse_request
 from trainer.contract.photos import Photo
 from trainer.contract.prompts import COLUMNS, PICTURES, PromptRequest, attributes_of
 from trainer.contract.rows import TuneValues
+from trainer.contract.run_files import OBJECT, VERDICTS, read_log
 from trainer.contract.tunes import TuneRequest
-from trainer.files import read_json_lines
+from trainer.files import read_for_show, read_json
 from trainer.library import bases
 from trainer.library.bases import Bases
 from trainer.library.header import read_header
@@ -127,7 +127,7 @@ def read_photos(folder: Path) -> list[Photo]:
     """The verdicts of the tune's preparation; before it, the photos as they are."""
     prepared = folder / "dataset" / "prepared.json"
     if prepared.exists():
-        return [Photo.model_validate(one) for one in json.loads(prepared.read_text("utf-8"))]
+        return read_json(prepared, VERDICTS)
     return kept_photos(folder / "images")
 
 
@@ -278,14 +278,11 @@ def request_of(facts: Mapping[str, object], number: int) -> PromptRequest:
 
 def read_object(file: Path) -> dict[str, object]:
     """A JSON object. Raises OSError, ValueError."""
-    content = json.loads(file.read_text("utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{file.name} is not a JSON object")
-    return content
+    return read_json(file, OBJECT)
 
 
 def read_lines(file: Path) -> list[dict[str, object]]:
-    return [line for line in read_json_lines(file) if isinstance(line, dict)] if file.exists() else []
+    return list(read_for_show(file, read_log) or ())
 
 
 def written(file: Path) -> str:
