@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from tests.helpers.api import create
 from tests.helpers.web import photo, upload
-from trainer.disk import DiskProblem
+from trainer.contract.disk import DiskProblem
 from trainer.files import sweep
 from trainer.settings import Settings
 from trainer.studio import expiry, folders, tunes

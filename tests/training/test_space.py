@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.helpers.app import ROOT
 from tests.helpers.small_disk import fill, small_disk
 from tests.helpers.training import RecordedReport, TrainingSetup, config_of, same
-from trainer.disk import RESERVE_BYTES, DiskProblem
+from trainer.contract.disk import RESERVE_BYTES, DiskProblem
 from trainer.training import space
 
 
@@ -72,7 +72,7 @@ def test_a_write_that_fails_is_told_as_a_problem_of_the_disk(tmp_path: Path) -> 
     script = f"""
 import resource, pathlib, torch
 from safetensors.torch import save_file
-from trainer.disk import problem_of
+from trainer.contract.disk import problem_of
 from tests.helpers.training import config_of
 from trainer.training.states import save
 folder = pathlib.Path({str(tmp_path)!r})

@@ -23,7 +23,7 @@ from PIL import Image
 from tests.helpers.api import GOOD, create, post
 from tests.helpers.small_disk import fill, small_disk
 from tests.helpers.web import address, client_of, left_behind, multipart, upload
-from trainer.disk import RESERVE_BYTES, check_room
+from trainer.contract.disk import RESERVE_BYTES, check_room
 from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.intake import Decoder
 from trainer.settings import read_settings

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from trainer.contract.disk import as_problems, check_room
 from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
 from trainer.contract.photos import Photo, ProgressCallback, Upload, no_progress
-from trainer.disk import as_problems, check_room
 from trainer.files import PARTIAL
 from trainer.photos.decode import Decoded, alike
 from trainer.photos.subprocess_worker import NotStarted, SubprocessWorker, WorkerCrashed

@@ -20,9 +20,9 @@ import httpx
 from ssrfguard import DEFAULT_DENIED, AddressTable, Block, Policy, Reach, SSRFGuardError
 from ssrfguard import httpx as guarded
 
+from trainer.contract.disk import problem_of
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import ProgressCallback, Upload, no_progress
-from trainer.disk import problem_of
 from trainer.settings import Settings
 
 TOTAL_SECONDS = 20.0  # for all photos of a request together: the caller is waiting

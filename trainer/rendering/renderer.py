@@ -12,9 +12,9 @@ from torch import Tensor
 from trainer import device as device_memory
 from trainer.branches.loading import autocast
 from trainer.branches.protocol import load_branch
+from trainer.contract.disk import check_room
 from trainer.contract.report import Report
 from trainer.device import place_for_rendering
-from trainer.disk import check_room
 from trainer.files import whole_folder
 from trainer.library.bases import Base
 from trainer.methods import faceid, lora

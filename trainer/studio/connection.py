@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self, cast
 
-from trainer.disk import DiskProblem, problem_of
+from trainer.contract.disk import DiskProblem, problem_of
 from trainer.studio.migrations import damaged, migrate
 
 BUSY_SECONDS = 10.0  # longest wait for a lock of another program or thread

@@ -6,12 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from trainer.contract.disk import as_problems
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound
 from trainer.contract.fields import parse_request
 from trainer.contract.photos import ProgressCallback, Upload, no_progress
 from trainer.contract.prompts import PICTURES, Prompt, PromptRequest, prompt_of
 from trainer.contract.rows import PromptRow, TuneRow
-from trainer.disk import as_problems
 from trainer.files import UNCOMMITTED, discarded_on_error
 from trainer.library import bases
 from trainer.library.bases import Base, Bases

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal, TypedDict, Unpack, cast, overload
 
 from trainer.clock import now
+from trainer.contract.disk import DiskProblem
 from trainer.contract.rows import CallbackRow, ExportRow, PromptRow, TuneRow
-from trainer.disk import DiskProblem
 from trainer.studio.columns import Row, decode, encode
 from trainer.studio.connection import Connections
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config.train_config import TrainConfig
-from trainer.disk import check_room
+from trainer.contract.disk import check_room
 from trainer.files import discard, read_for_show, read_json, steps_in, whole_folder
 
 STATES_KEPT = 2

@@ -17,10 +17,10 @@ from trainer.branches.protocol import Branch, load_branch
 from trainer.config import branch_file
 from trainer.config.branch_file import RenderConfig
 from trainer.config.train_config import TrainConfig
+from trainer.contract.disk import check_room
 from trainer.contract.report import Report
 from trainer.contract.rows import TuneRow
 from trainer.device import placed
-from trainer.disk import check_room
 from trainer.files import reason, whole_folder, write_whole
 from trainer.library.bases import Base
 from trainer.methods.protocol import Group, Method, get_method

@@ -17,10 +17,10 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Message
 
+from trainer.contract.disk import as_problems, check_room
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import PICTURES
-from trainer.disk import as_problems, check_room
 from trainer.files import PARTIAL
 from trainer.studio.idempotency import IdempotencyKey
 from trainer.studio.rows import Services

@@ -12,11 +12,11 @@ import gradio as gr
 from fastapi.concurrency import run_in_threadpool
 from gradio.utils import get_upload_folder
 
+from trainer.contract.disk import DiskProblem
 from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import PICTURES, PromptRequest
 from trainer.contract.tunes import CheckRequest, Tune, TuneRequest
-from trainer.disk import DiskProblem
 from trainer.studio import models, settle
 from trainer.studio import prompts as prompt_verbs
 from trainer.studio import tunes as tune_verbs

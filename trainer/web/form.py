@@ -13,11 +13,11 @@ from gradio.components import Component
 
 from trainer.config import looks
 from trainer.config.kinds import default_caption
+from trainer.contract.disk import DiskProblem
 from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import ASPECT_RATIOS, SCHEDULERS
 from trainer.contract.tunes import CheckRequest
-from trainer.disk import DiskProblem
 from trainer.names import BRANCHES, DEFAULT_METHOD, DEMO_BRANCH, METHODS
 from trainer.studio import models, pack_verbs, settle, tunes
 from trainer.studio.rows import Services

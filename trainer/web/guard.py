@@ -19,7 +19,7 @@ from trainer.web.templating import render
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from trainer.disk import DiskProblem
+    from trainer.contract.disk import DiskProblem
 
 Scope = MutableMapping[str, Any]
 Message = Scope

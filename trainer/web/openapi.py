@@ -11,10 +11,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, RootModel
 from starlette.exceptions import HTTPException
 
+from trainer.contract.disk import DiskProblem
 from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
 from trainer.contract.prompts import PromptRequest
 from trainer.contract.tunes import CheckRequest, TuneChange, TuneRequest
-from trainer.disk import DiskProblem
 from trainer.names import DEMO_BRANCH
 from trainer.studio.packs import PackRequest
 from trainer.web.bodies import Malformed

@@ -7,10 +7,10 @@ from pathlib import Path
 import gradio as gr
 from gradio.components import Component
 
+from trainer.contract.disk import DiskProblem
 from trainer.contract.errors import InvalidRequest, NotFound
 from trainer.contract.photos import Upload
 from trainer.contract.prompts import CONTROLS, PICTURES
-from trainer.disk import DiskProblem
 from trainer.studio import models, prompts
 from trainer.studio.rows import Services
 from trainer.web import spool

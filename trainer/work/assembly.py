@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.disk import DiskProblem
+from trainer.contract.disk import DiskProblem
 from trainer.files import remove, sweep
 from trainer.settings import Settings
 from trainer.studio.store import InUse, Store

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.disk import chain
+from trainer.contract.disk import chain
 
 # Errors of the runtime, driver or libraries of an accelerator begin so.
 DEVICE_ERRORS = ("CUDA error", "CUDA driver error", "HIP error", "cuDNN error")

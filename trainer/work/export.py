@@ -11,8 +11,8 @@ from torch import nn
 
 from trainer.branches.protocol import Branch, load_branch
 from trainer.config import train_config
+from trainer.contract.disk import check_room
 from trainer.contract.rows import TuneRow
-from trainer.disk import check_room
 from trainer.files import whole_folder
 from trainer.library.bases import Base
 from trainer.methods import checkpoint, lora, new_tokens

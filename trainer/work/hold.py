@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from trainer.disk import DiskProblem, check_room
+from trainer.contract.disk import DiskProblem, check_room
 from trainer.studio.store import Job, Store
 
 log = logging.getLogger("tunebooth.worker")

@@ -14,11 +14,11 @@ import torch
 from trainer.clock import now, stamp
 from trainer.config import branch_file, resolve, train_config
 from trainer.config.train_config import TrainConfig
+from trainer.contract.disk import problem_of
 from trainer.contract.errors import AnalysisUnavailable, InvalidRequest, ModelChanged
 from trainer.contract.photos import Photo
 from trainer.contract.rows import ExportRow, PromptRow, TuneRow
 from trainer.device import forget_peak, free_gib
-from trainer.disk import problem_of
 from trainer.files import Unreadable, discard, write_whole
 from trainer.library import bases
 from trainer.library.bases import Base

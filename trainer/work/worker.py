@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trainer.clock import Loop
-from trainer.disk import DiskProblem
+from trainer.contract.disk import DiskProblem
 from trainer.photos.analysis import PhotoAnalyzer
 from trainer.settings import Settings
 from trainer.studio.store import Job, Store

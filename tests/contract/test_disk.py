@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.small_disk import fill, small_disk
-from trainer.disk import RESERVE_BYTES, DiskProblem, as_problems, as_text, check_room, free_bytes, problem_of
+from trainer.contract.disk import RESERVE_BYTES, DiskProblem, as_problems, as_text, check_room, free_bytes, problem_of
 
 
 def sqlite_error(name: str) -> sqlite3.OperationalError:
