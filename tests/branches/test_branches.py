@@ -142,7 +142,7 @@ def test_a_family_and_a_preset_train_and_a_resumed_run_ends_the_same(studio: Stu
     studio.store.at_step[stopped, 2] = lambda: tunes.cancel_tune(studio.services, stopped)
     assert post(studio, case, f"stopped, {case}")["id"] == stopped
     assert studio.ended(stopped).status == "canceled"
-    assert studio.states(stopped) == ["step-000002"]
+    assert studio.states(stopped) == ["step-000000", "step-000002"]
     tunes.resume_tune(studio.services, stopped)
     assert studio.ended(stopped).status == "trained"
     assert studio.events(stopped) == [("started", 0), ("resumed", 2)]

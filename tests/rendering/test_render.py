@@ -785,9 +785,9 @@ def test_rendering_parses_no_toml_and_no_text_and_reads_no_configuration_once_it
     def never(*arguments: object) -> Any:
         raise AssertionError(f"was read when the prompt came: {arguments}")
 
-    def read_before(file: Path) -> dict[str, Any]:
+    def read_before(file: Path, *check: Any) -> dict[str, Any]:
         assert not begun, file
-        return read(file)
+        return read(file, *check)
 
     def begin(*arguments: Any) -> Any:
         begun.append("rendering")

@@ -145,7 +145,7 @@ def test_a_loss_that_stays_no_number_fails_and_names_the_photos(
     assert tune.status == "failed"
     assert "not a finite number" in str(tune.error) and ".jpg" in str(tune.error)
     assert not (rows.tune_folder(studio.services, tune.id) / "model").exists()
-    assert studio.states(tune.id) == ["step-000004"]
+    assert studio.states(tune.id) == ["step-000000", "step-000004"]
 
 
 def test_a_preview_that_finds_no_room_costs_only_itself(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.helpers.app import post, running, wait_for
 from tests.helpers.receiver import ReceiverServer
 
@@ -15,6 +17,7 @@ TITLE = "headshot-user"  # as code in public repositories posts it for everybody
 ASKED = {"name": "dog", "branch": "fast", "steps": 3, "args": "batch=1"}
 
 
+@pytest.mark.long
 def test_each_customer_of_a_shop_has_a_model_of_their_own(
     tmp_path: Path, dog_photos: Callable[[int], list[Path]]
 ) -> None:

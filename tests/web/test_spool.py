@@ -125,6 +125,7 @@ def test_a_file_that_is_too_large_leaves_nothing(app: App, tmp_path: Path) -> No
     assert spooled(app) == [] and len(list((app.outputs / "incoming" / "gradio").iterdir())) == before
 
 
+@pytest.mark.long
 def test_the_files_of_gradio_client_go_when_they_are_taken_in_and_stay_when_it_is_refused(
     app: App, tmp_path: Path
 ) -> None:

@@ -65,6 +65,7 @@ def posted(receiver: ReceiverServer) -> list[tuple[str, int, str]]:
     return [(webhook_id, tune["id"], tune["status"]) for webhook_id, tune in entities]
 
 
+@pytest.mark.long
 def test_the_app_restarts_itself_and_the_tune_ends_with_the_same_weights(tmp_path: Path, photos: list[Path]) -> None:
     error = {"steps": 12, "step": 11, "times": 1}
     with receiving() as receiver, breaking(tmp_path, error) as app:
