@@ -122,7 +122,7 @@ def test_a_lora_that_went_on_is_rendered_on_the_root_alone(studio: Studio) -> No
     base = bases.of_tune(studio.settings, row, lambda tune_id: studio.store.get("tunes", tune_id))
     assert (base.path, base.model) == (studio.settings.models / "flux1", model(studio, second))
     prompt = prompts.create_prompt(studio.services, root, {**PROMPT, "text": f"ohwx dog <lora:{second}:1>"})
-    assert prompt.tune_id == second
+    assert (prompt.tune_id, prompt.tunes) == (root, [second])
 
 
 @pytest.mark.long
