@@ -90,7 +90,7 @@ def _identify_file(name: str, path: Path, families: Families) -> FoundModel:
     """A LoRA or a base in one file; if it cannot be used, `error` says why. Raises OSError."""
     try:
         header = read_header(path)
-        branch = branch_of_lora(header.shapes, families)
+        branch = branch_of_lora(header.shapes, families, header.metadata)
         if branch is None:
             return FoundModel(name, path, branch_of_file(header.shapes, families))
     except ValueError as problem:

@@ -1,0 +1,247 @@
+"""Loads the adapters of a LoRA file into a pipeline, for all formats and names of the field.
+
+Each layer of the file is looked up in the pipeline (layer_names.py). A LoRA goes into diffusers' own loader under
+diffusers' names; a LoHa or LoKr too, if it is a LoRA of a useful rank; every other change is computed at each use
+(lycoris.py). No tensor is left out without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from trainer.library.lora_keys import format_of, parsed, why_not_read
+from trainer.methods import lycoris
+from trainer.methods.layer_names import FLUX_LEFT_OUT, Target, names_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32)  # other types (float8, float64) are converted when read
+NO_CHANGE = {"alpha", "rescale"}  # parts that change nothing on their own
+WHY_OTHER = "it was made for another family or size of model"
+
+
+@dataclass
+class Adapter:
+    """The adapter of one layer of the pipeline. down: (r, in, ...), up: (out, r, ...), times `scale`.
+
+    change: it is used in place of `down` and `up`, which are zeros then.
+    """
+
+    part: str
+    module: str
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+    change: lycoris.Change | None = None
+
+
+@dataclass
+class Found:
+    """What is in a file. left_out: layers that cannot be applied, although they have an effect."""
+
+    adapters: list[Adapter] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def load_adapters(
+    pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], facts: Mapping[str, str], name: str, folder: Path
+) -> list[str]:
+    """Load a file's adapters into the pipeline, under this name. Returns warnings.
+
+    facts: the file's metadata. folder: where peft's adapter_config.json may be. Raises ValueError for a file that is of
+    another model, or of a format that is not read.
+    """
+    found = read(pipeline, tensors, configs(facts, folder))
+    if not found.adapters:
+        raise ValueError("none of its layers changes anything")
+    weights: dict[str, Tensor] = {}
+    for one in found.adapters:
+        key = f"{one.part}.{one.module}"
+        if f"{key}.lora_A.weight" in weights:
+            raise ValueError(f"it has the layer {one.module} twice, under two names")
+        weights[f"{key}.lora_A.weight"], weights[f"{key}.lora_B.weight"] = one.down, one.up
+    pipeline.load_lora_weights(weights, adapter_name=name)
+    for one in found.adapters:
+        attach(getattr(pipeline, one.part).get_submodule(one.module), one, name)
+    if not found.left_out:
+        return []
+    count, first = len(found.left_out), found.left_out[0]
+    return [
+        f"{count} of its layers are left out, {first} among them: the pipeline cannot use them; the rest is applied"
+    ]
+
+
+def attach(layer: nn.Module, adapter: Adapter, name: str) -> None:
+    """Set the scale of a loaded adapter, and its change. Raises ValueError if the loader did not take it."""
+    if not isinstance(layer, LoraLayer) or name not in layer.lora_A:
+        raise ValueError(f"its layer {adapter.module} was not loaded")
+    layer.lora_alpha[name] = adapter.scale * layer.r[name]
+    layer.set_scale(name, 1.0)
+    if adapter.change is not None:
+        if not hasattr(layer, "lora_change"):
+            layer.lora_change = nn.ModuleDict()  # moves to the device with the layer, and is deleted with the adapter
+            layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_change")
+        layer.lora_change[name] = adapter.change.to(layer.get_base_layer().weight.device)
+        layer.lora_variant[name] = adapter.change  # type: ignore[assignment]
+
+
+def changes_in(module: nn.Module) -> int:
+    """How many layers have an adapter that is no LoRA."""
+    return sum(bool(getattr(layer, "lora_change", None)) for layer in module.modules() if isinstance(layer, LoraLayer))
+
+
+def read(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], alphas: Mapping[str, Any]) -> Found:
+    """The adapters of a file's tensors. Raises ValueError as `load_adapters`."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        if (place := parsed(key)) is None:
+            strange.append(key)
+        else:
+            layers.setdefault(place[0], {})[place[1]] = tensor if tensor.dtype in NUMBERS else tensor.float()
+    if problem := why_not_read({layer: dict.fromkeys(parts, []) for layer, parts in layers.items()}):
+        raise ValueError(problem)
+    names, found = names_of(pipeline), Found()
+    flux = type(getattr(pipeline, "transformer", None)).__name__ == "FluxTransformer2DModel"
+    for layer, parts in layers.items():
+        if flux and "diff_b" in parts and bool(parts.pop("diff_b").any()):
+            found.left_out.append(f"{layer}.diff_b")
+        if layer in names and parts.keys() - NO_CHANGE:
+            found.adapters += adapters_of(pipeline, layer, parts, names[layer], alphas)
+        elif has_effect(parts):
+            (found.left_out if flux and (FLUX_LEFT_OUT.match(layer) or "diff" in parts) else strange).append(layer)
+    if strange:
+        what = "layers and tensors" if found.adapters else "layers and tensors, which are all,"
+        raise ValueError(f"{len(strange)} of its {what} are not in this model, {strange[0]} among them: {WHY_OTHER}")
+    return found
+
+
+def has_effect(parts: Mapping[str, Tensor]) -> bool:
+    """Whether an adapter changes anything. Trainers write layers of zeros for what they do not train."""
+    products = (("down", "up"), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("lokr_w2_a", "lokr_w2_b"))
+    none = {part for part, tensor in parts.items() if not bool(tensor.any())} | NO_CHANGE
+    if parts.keys() & {"magnitude", "magnitude_out"}:
+        return True
+    without = {part for product in products if none & set(product) for part in product}
+    return bool(parts.keys() - none - without)
+
+
+def adapters_of(
+    pipeline: DiffusionPipeline, name: str, parts: dict[str, Tensor], target: Target, alphas: Mapping[str, Any]
+) -> list[Adapter]:
+    """The adapters of the pipeline's layers for a layer of a file. Raises ValueError where it does not fit."""
+    module = getattr(pipeline, target.part)
+    weights = [base_weight(module.get_submodule(one)) for one in target.modules]
+    shape = (sum(len(weight) for weight in weights), *weights[0].shape[1:])
+    for part, what in (("bias", "biases"), ("diff_b", "biases (diff_b)")):
+        if part in parts and bool(parts[part].any()):
+            raise ValueError(f"it changes {what} ({name}), which is not read: merge it into its base with ComfyUI")
+        parts.pop(part, None)
+    if "magnitude_out" in parts:
+        parts["magnitude"] = parts.pop("magnitude_out").flatten()
+    if "alpha" not in parts and "down" in parts:
+        parts |= told_alpha(alphas, target, parts["down"])
+    try:
+        if parts.keys() <= {"down", "up", "alpha"}:
+            return plain(parts, target, weights, shape)
+        lora = lycoris.as_lora(parts, shape)
+        if lora is not None:
+            down, up = (half.to(weights[0].dtype) for half in lora)
+            return plain({"down": down, "up": up}, target, weights, shape)
+        return changes(parts, target, weights, shape)
+    except KeyError as problem:
+        raise ValueError(f"its layer {name} lacks the tensor {problem} ({format_of(parts)})") from None
+    except (ValueError, RuntimeError) as problem:
+        raise ValueError(f"its layer {name} ({format_of(parts)}) does not fit: {problem}; {WHY_OTHER}") from None
+
+
+def base_weight(layer: nn.Module) -> Tensor:
+    """The weight of a layer, without the adapters around it."""
+    weight: Tensor = (layer.get_base_layer() if isinstance(layer, LoraLayer) else layer).weight  # type: ignore[assignment, union-attr]
+    return weight
+
+
+def plain(parts: Mapping[str, Tensor], target: Target, weights: list[Tensor], shape: tuple[int, ...]) -> list[Adapter]:
+    """The adapters of a LoRA. Of stacked layers each gets its rows, and the part of the rank that reaches them."""
+    down, up = parts["down"], parts["up"]
+    rank, into = len(down), math.prod(shape[1:])
+    if up.numel() != shape[0] * rank or down.numel() != rank * into:
+        size = (len(up), down.numel() // max(rank, 1))
+        raise ValueError(f"its size (output, input) is {size}, the base's is {(shape[0], into)}")
+    # A convolution of 1x1 in one program is a linear layer in another.
+    down, up = down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *[1] * (len(shape) - 2))
+    if target.swapped:
+        up = torch.cat(up.chunk(2)[::-1])
+    scale = lycoris.scale_of(parts)
+    if len(weights) == 1:
+        return [Adapter(target.part, target.modules[0], down, up, scale)]
+    found = []
+    for module, rows in zip(target.modules, up.split([len(weight) for weight in weights]), strict=True):
+        used = rows.flatten(1).any(dim=0)
+        if not bool(up.any()):
+            used[0] = True  # a LoRA of zeros is one
+        if bool(used.any()):
+            found.append(Adapter(target.part, module, down[used].clone(), rows[:, used].clone(), scale))
+    return found
+
+
+def changes(
+    parts: Mapping[str, Tensor], target: Target, weights: list[Tensor], shape: tuple[int, ...]
+) -> list[Adapter]:
+    """The adapters of changes that are no LoRA of a useful rank."""
+    lycoris.change_of(parts, shape)  # raises where it does not fit
+    whole = torch.cat([weight.cpu() for weight in weights]) if len(weights) > 1 else weights[0].cpu()
+    if target.swapped:
+        whole = torch.cat(whole.chunk(2)[::-1])
+    factor = lycoris.factor_of(parts, whole)
+    if target.swapped and factor is not None and len(factor) > 1:
+        factor = torch.cat(factor.chunk(2)[::-1])
+    kept = {part: tensor for part, tensor in parts.items() if part != "magnitude"}
+    found, start = [], 0
+    for module, weight in zip(target.modules, weights, strict=True):
+        rows = slice(start, start + len(weight))
+        start += len(weight)
+        change = lycoris.Change(kept, shape, rows, target.swapped, factor)
+        down, up = weight.new_zeros(1, *weight.shape[1:]), weight.new_zeros(len(weight), 1, *[1] * (weight.ndim - 2))
+        found.append(Adapter(target.part, module, down, up, 1.0, change))
+    return found
+
+
+def configs(facts: Mapping[str, str], folder: Path) -> dict[str, dict[str, Any]]:
+    """Part of the pipeline -> peft's configuration of its adapters, which has the alphas that the tensors do not have.
+
+    diffusers writes it into the file's metadata, with the part before each name; peft writes adapter_config.json, which
+    is for the denoiser ("").
+    """
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        for key, value in json.loads(facts.get("lora_adapter_metadata", "{}")).items():
+            part, _, name = key.partition(".")
+            found.setdefault(part, {})[name] = value
+        if not found and (folder / "adapter_config.json").is_file():
+            found[""] = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    except (OSError, ValueError, AttributeError) as problem:
+        raise ValueError(f"the configuration of its adapters cannot be read: {problem}") from None
+    return found
+
+
+def told_alpha(configs: Mapping[str, Any], target: Target, down: Tensor) -> dict[str, Tensor]:
+    """The alpha of a layer from peft's configuration, as a part; empty: there is none."""
+    config = configs.get(target.part) or configs.get("") or {}
+    alpha = config.get("lora_alpha")
+    for end, value in (config.get("alpha_pattern") or {}).items():
+        if target.modules[0] == end or target.modules[0].endswith(f".{end}"):
+            alpha = value
+    if alpha is None:
+        return {}
+    return {"alpha": torch.tensor(alpha * (math.sqrt(len(down)) if config.get("use_rslora") else 1.0))}
