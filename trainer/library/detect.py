@@ -82,19 +82,19 @@ def branch_of_lora(header: Shapes, families: Families, metadata: Mapping[str, st
     sizes = {layer: widths(parts) for layer, parts in layers.items()}
     said = "\n".join(f"{name}={value}" for name, value in (metadata or {}).items() if name in SAYS_FAMILY).lower()
     known = {family.pipeline for family in families.values()}
-    candidates = [(name, family.loras) for name, family in reversed(families.items())]
+    candidates = [(name, families[name].loras) for name in reversed(list(families))]
     candidates += [(one.title, one.loras) for one in other_families() if one.pipeline not in known]
     found = [(evidence(rules, sizes), name, rules) for name, rules in candidates]
     best = [(name, rules) for level, name, rules in found if level and level == max(level for level, *_ in found)]
     told = [name for name, rules in best if any(pattern.search(said) for pattern in rules.metadata)]
-    name = next(iter([*told, *(name for name, _ in best)]), None)
-    if name is None:
+    names = [*told, *(name for name, _ in best)]
+    if not names:
         raise ValueError("it is a LoRA of no family that is known here")
-    if name not in families:
-        raise ValueError(f"it is a LoRA for {name}, which is not supported")
+    if names[0] not in families:
+        raise ValueError(f"it is a LoRA for {names[0]}, which is not supported")
     if problem := why_not_read(layers):
         raise ValueError(problem)
-    return name
+    return str(names[0])
 
 
 def evidence(rules: LoraRules, layers: Mapping[str, tuple[int | None, int | None]]) -> int:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-Layers = Mapping[str, Mapping[str, list[int]]]  # layer -> part -> shape
-
 # Part -> the end of its keys. A group in the pattern: the part has the name that it matches.
 ENDINGS = {
     "down": r"\.lora_down\.weight|\.lora_A(?:\.\w+)?\.weight|\.down\.weight",
@@ -104,12 +102,13 @@ def format_of(parts: Iterable[str]) -> str:
     return ", ".join(names) or "unknown"
 
 
-def why_not_read(layers: Layers) -> str | None:
-    """Why a file with these adapters cannot be read; None: it can."""
+def why_not_read(layers: Mapping[str, Mapping[str, object]]) -> str | None:
+    """Why a file with these adapters cannot be read; None: it can. layers: layer -> its parts."""
     for name, some in NOT_READ.items():
         found = [layer for layer, parts in layers.items() if parts.keys() & set(some)]
         if found:
-            return f"{len(found)} of its {len(layers)} layers are of the format {name}, which is not read ({found[0]}): {TO_DO}"
+            count = f"{len(found)} of its {len(layers)} layers"
+            return f"{count} are of the format {name}, which is not read ({found[0]}): {TO_DO}"
     return None
 
 

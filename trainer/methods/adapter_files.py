@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from trainer.library.lora_keys import format_of, parsed, why_not_read
 from trainer.methods import lycoris
-from trainer.methods.layer_names import FLUX_LEFT_OUT, Target, names_of
+from trainer.methods.layer_names import ENCODERS, FLUX_LEFT_OUT, Target, names_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -37,8 +38,6 @@ class Adapter:
     change: it is used in place of `down` and `up`, which are zeros then.
     """
 
-    part: str
-    module: str
     down: Tensor
     up: Tensor
     scale: float = 1.0
@@ -47,10 +46,15 @@ class Adapter:
 
 @dataclass
 class Found:
-    """What is in a file. left_out: layers that cannot be applied, although they have an effect."""
+    """What is in a file.
 
-    adapters: list[Adapter] = field(default_factory=list)
+    adapters: by the part of the pipeline and the name of its layer. left_out: layers that cannot be applied, although
+    they have an effect. twice: layers that are there under diffusers' names, too, with other values.
+    """
+
+    adapters: dict[tuple[str, str], Adapter] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)
 
 
 def load_adapters(
@@ -63,28 +67,44 @@ def load_adapters(
     """
     found = read(pipeline, tensors, configs(facts, folder))
     if not found.adapters:
-        raise ValueError("none of its layers changes anything")
-    weights: dict[str, Tensor] = {}
-    for one in found.adapters:
-        key = f"{one.part}.{one.module}"
-        if f"{key}.lora_A.weight" in weights:
-            raise ValueError(f"it has the layer {one.module} twice, under two names")
-        weights[f"{key}.lora_A.weight"], weights[f"{key}.lora_B.weight"] = one.down, one.up
-    pipeline.load_lora_weights(weights, adapter_name=name)
-    for one in found.adapters:
-        attach(getattr(pipeline, one.part).get_submodule(one.module), one, name)
-    if not found.left_out:
-        return []
-    count, first = len(found.left_out), found.left_out[0]
+        raise ValueError("none of its layers is applied")
+    parts: dict[str, dict[str, Adapter]] = {}
+    for (part, module), one in found.adapters.items():
+        parts.setdefault(part, {})[module] = one
+    for part, adapters in parts.items():
+        weights = {
+            f"{module}.lora_{half}.weight": tensor
+            for module, one in adapters.items()
+            for half, tensor in (("A", one.down), ("B", one.up))
+        }
+        if part in ENCODERS:
+            inject(getattr(pipeline, part), weights, {module: len(one.down) for module, one in adapters.items()}, name)
+        else:
+            pipeline.load_lora_weights({f"{part}.{key}": value for key, value in weights.items()}, adapter_name=name)
+        for module, one in adapters.items():
+            attach(getattr(pipeline, part).get_submodule(module), one, name)
+    why = {
+        "the pipeline cannot use them": found.left_out,
+        "they are there again under diffusers' names, which are applied": found.twice,
+    }
     return [
-        f"{count} of its layers are left out, {first} among them: the pipeline cannot use them; the rest is applied"
+        f"{len(layers)} of its layers are left out, {layers[0]} among them: {reason}; the rest is applied"
+        for reason, layers in why.items()
+        if layers
     ]
+
+
+def inject(encoder: Any, weights: dict[str, Tensor], ranks: Mapping[str, int], name: str) -> None:
+    """Load adapters into a text encoder. diffusers' own loader takes none without a layer of attention among them."""
+    config = LoraConfig(r=next(iter(ranks.values())), rank_pattern=dict(ranks), target_modules=list(ranks))
+    encoder.load_adapter(adapter_name=name, adapter_state_dict=weights, peft_config=config, low_cpu_mem_usage=True)
+    encoder.to(device=encoder.device, dtype=encoder.dtype)
 
 
 def attach(layer: nn.Module, adapter: Adapter, name: str) -> None:
     """Set the scale of a loaded adapter, and its change. Raises ValueError if the loader did not take it."""
     if not isinstance(layer, LoraLayer) or name not in layer.lora_A:
-        raise ValueError(f"its layer {adapter.module} was not loaded")
+        raise ValueError("the loader of diffusers left out some of its layers")
     layer.lora_alpha[name] = adapter.scale * layer.r[name]
     layer.set_scale(name, 1.0)
     if adapter.change is not None:
@@ -109,21 +129,34 @@ def read(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], alphas: Map
             strange.append(key)
         else:
             layers.setdefault(place[0], {})[place[1]] = tensor if tensor.dtype in NUMBERS else tensor.float()
-    if problem := why_not_read({layer: dict.fromkeys(parts, []) for layer, parts in layers.items()}):
+    if problem := why_not_read(layers):
         raise ValueError(problem)
     names, found = names_of(pipeline), Found()
     flux = type(getattr(pipeline, "transformer", None)).__name__ == "FluxTransformer2DModel"
-    for layer, parts in layers.items():
+    for layer, parts in sorted(layers.items(), key=lambda one: not names_diffusers(one[0], names)):
         if flux and "diff_b" in parts and bool(parts.pop("diff_b").any()):
             found.left_out.append(f"{layer}.diff_b")
         if layer in names and parts.keys() - NO_CHANGE:
-            found.adapters += adapters_of(pipeline, layer, parts, names[layer], alphas)
+            add(found, layer, names[layer], adapters_of(pipeline, layer, parts, names[layer], alphas))
         elif has_effect(parts):
             (found.left_out if flux and (FLUX_LEFT_OUT.match(layer) or "diff" in parts) else strange).append(layer)
     if strange:
         what = "layers and tensors" if found.adapters else "layers and tensors, which are all,"
         raise ValueError(f"{len(strange)} of its {what} are not in this model, {strange[0]} among them: {WHY_OTHER}")
     return found
+
+
+def names_diffusers(layer: str, names: Mapping[str, Target]) -> bool:
+    """Whether a file's layer has a name that is made from diffusers'. Only such a name ends like the module's."""
+    return layer in names and layer.replace(".", "_").endswith(names[layer].modules[0].replace(".", "_"))
+
+
+def add(found: Found, layer: str, target: Target, adapters: Mapping[str, Adapter]) -> None:
+    """Add the adapters of a layer, except where they are there already: some files have layers under two names."""
+    for module, one in adapters.items():
+        known = found.adapters.setdefault((target.part, module), one)
+        if known is not one and not (torch.equal(known.down, one.down) and torch.equal(known.up, one.up)):
+            found.twice.append(layer)
 
 
 def has_effect(parts: Mapping[str, Tensor]) -> bool:
@@ -138,8 +171,8 @@ def has_effect(parts: Mapping[str, Tensor]) -> bool:
 
 def adapters_of(
     pipeline: DiffusionPipeline, name: str, parts: dict[str, Tensor], target: Target, alphas: Mapping[str, Any]
-) -> list[Adapter]:
-    """The adapters of the pipeline's layers for a layer of a file. Raises ValueError where it does not fit."""
+) -> dict[str, Adapter]:
+    """The adapters of a file's layer, by the names of the pipeline's. Raises ValueError where it does not fit."""
     module = getattr(pipeline, target.part)
     weights = [base_weight(module.get_submodule(one)) for one in target.modules]
     shape = (sum(len(weight) for weight in weights), *weights[0].shape[1:])
@@ -171,7 +204,9 @@ def base_weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-def plain(parts: Mapping[str, Tensor], target: Target, weights: list[Tensor], shape: tuple[int, ...]) -> list[Adapter]:
+def plain(
+    parts: Mapping[str, Tensor], target: Target, weights: list[Tensor], shape: tuple[int, ...]
+) -> dict[str, Adapter]:
     """The adapters of a LoRA. Of stacked layers each gets its rows, and the part of the rank that reaches them."""
     down, up = parts["down"], parts["up"]
     rank, into = len(down), math.prod(shape[1:])
@@ -184,36 +219,39 @@ def plain(parts: Mapping[str, Tensor], target: Target, weights: list[Tensor], sh
         up = torch.cat(up.chunk(2)[::-1])
     scale = lycoris.scale_of(parts)
     if len(weights) == 1:
-        return [Adapter(target.part, target.modules[0], down, up, scale)]
-    found = []
-    for module, rows in zip(target.modules, up.split([len(weight) for weight in weights]), strict=True):
+        return {target.modules[0]: Adapter(down, up, scale)}
+    found = {}
+    parts_of_up = torch.split(up, [len(weight) for weight in weights])
+    for module, rows in zip(target.modules, parts_of_up, strict=True):
         used = rows.flatten(1).any(dim=0)
         if not bool(up.any()):
             used[0] = True  # a LoRA of zeros is one
         if bool(used.any()):
-            found.append(Adapter(target.part, module, down[used].clone(), rows[:, used].clone(), scale))
+            found[module] = Adapter(down[used].clone(), rows[:, used].clone(), scale)
     return found
 
 
 def changes(
     parts: Mapping[str, Tensor], target: Target, weights: list[Tensor], shape: tuple[int, ...]
-) -> list[Adapter]:
+) -> dict[str, Adapter]:
     """The adapters of changes that are no LoRA of a useful rank."""
-    lycoris.change_of(parts, shape)  # raises where it does not fit
-    whole = torch.cat([weight.cpu() for weight in weights]) if len(weights) > 1 else weights[0].cpu()
+    # Raises where it does not fit; without computing anything.
+    lycoris.change_of({part: tensor.to("meta") for part, tensor in parts.items() if part != "alpha"}, shape)
+    parts = {part: tensor.to(weights[0].device) for part, tensor in parts.items()}
+    whole = torch.cat(weights) if len(weights) > 1 else weights[0]
     if target.swapped:
         whole = torch.cat(whole.chunk(2)[::-1])
     factor = lycoris.factor_of(parts, whole)
     if target.swapped and factor is not None and len(factor) > 1:
         factor = torch.cat(factor.chunk(2)[::-1])
     kept = {part: tensor for part, tensor in parts.items() if part != "magnitude"}
-    found, start = [], 0
+    found, start = {}, 0
     for module, weight in zip(target.modules, weights, strict=True):
         rows = slice(start, start + len(weight))
         start += len(weight)
         change = lycoris.Change(kept, shape, rows, target.swapped, factor)
         down, up = weight.new_zeros(1, *weight.shape[1:]), weight.new_zeros(len(weight), 1, *[1] * (weight.ndim - 2))
-        found.append(Adapter(target.part, module, down, up, 1.0, change))
+        found[module] = Adapter(down, up, 1.0, change)
     return found
 
 

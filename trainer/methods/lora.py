@@ -41,8 +41,8 @@ def prepare(branch: Branch, config: TrainConfig, token: str, name: str, earlier:
     parts = (branch.denoiser, *branch.text_encoders.values())
     if count := sum(adapter_files.changes_in(part) for part in parts if part is not None):
         raise ValueError(
-            f"{file.name}: {count} of its layers are a DoRA, LoHa or LoKr that is no LoRA, and a LoRA cannot continue them:"
-            " train model_type=checkpoint on it, or merge it into its base with ComfyUI or kohya's tools"
+            f"{file.name}: {count} of its layers are a DoRA, LoHa or LoKr that is no LoRA, and a LoRA cannot continue"
+            " them: train model_type=checkpoint on it, or merge it into its base with ComfyUI or kohya's tools"
         )
     if not config.text_encoder_lr and any(hasattr(one, "peft_config") for one in branch.text_encoders.values()):
         warnings.append(f"{file.name} has adapters in the text encoder: they stay as they are (text_encoder_lr=0)")

@@ -46,7 +46,8 @@ def change_of(parts: Parts, shape: Sequence[int]) -> Tensor:
         change = parts["up"].flatten(1) @ parts["down"].flatten(1)
     if change.numel() != math.prod(shape) or len(change) != shape[0]:
         raise ValueError(f"it changes a layer of {tuple(change.shape)} numbers, and the base's has {tuple(shape)}")
-    return change.reshape(*shape) * scale_of(parts)
+    scaled: Tensor = change.reshape(*shape) * scale_of(parts)
+    return scaled
 
 
 def as_lora(parts: Parts, shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
@@ -151,8 +152,9 @@ class Change(nn.Module):
         change = change_of(parts, self.shape)[self.rows]
         if self.swapped:
             change = torch.cat(change.chunk(2)[::-1])
-        change = change.reshape(weight.shape)
-        return change if self.factor is None else (weight.float() + change) * self.factor - weight.float()
+        if self.factor is not None:
+            change = (weight.float() + change) * self.factor - weight.float()
+        return change
 
     def forward(self, layer: Any, active_adapter: str, x: Tensor, result: Tensor, **_: object) -> Tensor:
         """The result of the base's layer, plus the change's."""
