@@ -364,7 +364,9 @@ SGM = {
     "lora_unet_input_blocks_4_0_skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
     "lora_unet_input_blocks_4_1_proj_in": "down_blocks.1.attentions.0.proj_in",
     "lora_unet_input_blocks_8_1_proj_out": "down_blocks.2.attentions.1.proj_out",
-    "lora_unet_output_blocks_0_1_transformer_blocks_1_ff_net_2": "up_blocks.0.attentions.0.transformer_blocks.1.ff.net.2",
+    "lora_unet_output_blocks_1_1_transformer_blocks_1_attn1_to_q": (
+        "up_blocks.0.attentions.1.transformer_blocks.1.attn1.to_q"
+    ),
     "lora_unet_middle_block_2_in_layers_2": "mid_block.resnets.1.conv1",
     "lora_unet_output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
     "lora_unet_output_blocks_5_0_emb_layers_1": "up_blocks.1.resnets.2.time_emb_proj",

@@ -127,7 +127,7 @@ def other_families() -> tuple[OtherFamily, ...]:
 
 
 def _lora_rules(table: Table) -> LoraRules:
-    facts = table.get("lora", {})
+    facts = table.get("lora_file", {})
     rules = tuple(
         LoraRule(
             has=_patterns(row.get("has", [])),

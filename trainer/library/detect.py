@@ -80,14 +80,14 @@ def branch_of_lora(header: Shapes, families: Families, metadata: Mapping[str, st
     if not layers:
         return None
     sizes = {layer: widths(parts) for layer, parts in layers.items()}
-    said = "\n".join(f"{name}={value}" for name, value in (metadata or {}).items() if name in SAYS_FAMILY).lower()
+    facts = "\n".join(f"{name}={value}" for name, value in (metadata or {}).items() if name in SAYS_FAMILY).lower()
     known = {family.pipeline for family in families.values()}
     candidates = [(name, families[name].loras) for name in reversed(list(families))]
     candidates += [(one.title, one.loras) for one in other_families() if one.pipeline not in known]
     found = [(evidence(rules, sizes), name, rules) for name, rules in candidates]
     best = [(name, rules) for level, name, rules in found if level and level == max(level for level, *_ in found)]
-    told = [name for name, rules in best if any(pattern.search(said) for pattern in rules.metadata)]
-    names = [*told, *(name for name, _ in best)]
+    named = [name for name, rules in best if any(pattern.search(facts) for pattern in rules.metadata)]
+    names = [*named, *(name for name, _ in best)]
     if not names:
         raise ValueError("it is a LoRA of no family that is known here")
     if names[0] not in families:

@@ -25,7 +25,9 @@ from trainer.methods.layer_names import ENCODERS, FLUX_LEFT_OUT, Target, names_o
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from transformers import PreTrainedModel
 
+Configs = dict[str, dict[str, Any]]  # part of the pipeline -> the fields of peft's LoraConfig
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32)  # other types (float8, float64) are converted when read
 NO_CHANGE = {"alpha", "rescale"}  # parts that change nothing on their own
 WHY_OTHER = "it was made for another family or size of model"
@@ -94,7 +96,7 @@ def load_adapters(
     ]
 
 
-def inject(encoder: Any, weights: dict[str, Tensor], ranks: Mapping[str, int], name: str) -> None:
+def inject(encoder: PreTrainedModel, weights: dict[str, Tensor], ranks: Mapping[str, int], name: str) -> None:
     """Load adapters into a text encoder. diffusers' own loader takes none without a layer of attention among them."""
     config = LoraConfig(r=next(iter(ranks.values())), rank_pattern=dict(ranks), target_modules=list(ranks))
     encoder.load_adapter(adapter_name=name, adapter_state_dict=weights, peft_config=config, low_cpu_mem_usage=True)
@@ -120,7 +122,7 @@ def changes_in(module: nn.Module) -> int:
     return sum(bool(getattr(layer, "lora_change", None)) for layer in module.modules() if isinstance(layer, LoraLayer))
 
 
-def read(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], alphas: Mapping[str, Any]) -> Found:
+def read(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], alphas: Configs) -> Found:
     """The adapters of a file's tensors. Raises ValueError as `load_adapters`."""
     layers: dict[str, dict[str, Tensor]] = {}
     strange = []
@@ -170,7 +172,7 @@ def has_effect(parts: Mapping[str, Tensor]) -> bool:
 
 
 def adapters_of(
-    pipeline: DiffusionPipeline, name: str, parts: dict[str, Tensor], target: Target, alphas: Mapping[str, Any]
+    pipeline: DiffusionPipeline, name: str, parts: dict[str, Tensor], target: Target, alphas: Configs
 ) -> dict[str, Adapter]:
     """The adapters of a file's layer, by the names of the pipeline's. Raises ValueError where it does not fit."""
     module = getattr(pipeline, target.part)
@@ -255,13 +257,13 @@ def changes(
     return found
 
 
-def configs(facts: Mapping[str, str], folder: Path) -> dict[str, dict[str, Any]]:
+def configs(facts: Mapping[str, str], folder: Path) -> Configs:
     """Part of the pipeline -> peft's configuration of its adapters, which has the alphas that the tensors do not have.
 
     diffusers writes it into the file's metadata, with the part before each name; peft writes adapter_config.json, which
     is for the denoiser ("").
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: Configs = {}
     try:
         for key, value in json.loads(facts.get("lora_adapter_metadata", "{}")).items():
             part, _, name = key.partition(".")
@@ -273,7 +275,7 @@ def configs(facts: Mapping[str, str], folder: Path) -> dict[str, dict[str, Any]]
     return found
 
 
-def told_alpha(configs: Mapping[str, Any], target: Target, down: Tensor) -> dict[str, Tensor]:
+def told_alpha(configs: Configs, target: Target, down: Tensor) -> dict[str, Tensor]:
     """The alpha of a layer from peft's configuration, as a part; empty: there is none."""
     config = configs.get(target.part) or configs.get("") or {}
     alpha = config.get("lora_alpha")

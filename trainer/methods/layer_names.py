@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from trainer.branches.flux1_keys import DOUBLE_BLOCK, SHIFT_AND_SCALE, original_
 from trainer.branches.single_file_keys import renamed, unet_names
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
 DENOISERS = ("unet", "transformer")
 # Text encoder -> beginnings of the names of its layers: kohya's with underscores, then those with dots.
@@ -84,7 +84,7 @@ def add_denoiser(names: dict[str, Target], layer: str, target: Target, part: str
         names.setdefault(prefix + layer.replace(".", "_"), target)
 
 
-def original_names(part: str, denoiser: Any) -> Iterator[tuple[str, Target]]:
+def original_names(part: str, denoiser: ModelMixin) -> Iterator[tuple[str, Target]]:
     """The names of the original release, and XLabs' for FLUX.1; none for a denoiser that has no other names here."""
     if type(denoiser).__name__ == "UNet2DConditionModel":
         layers = {layer: layer for layer in layers_of(denoiser)}

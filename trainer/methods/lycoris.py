@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 Parts = Mapping[str, Tensor]
@@ -149,14 +149,14 @@ class Change(nn.Module):
     def of(self, weight: Tensor) -> Tensor:
         """The change of the base's weight, float32."""
         parts = {name: self.get_buffer(name) for name in self.names}
-        change = change_of(parts, self.shape)[self.rows]
+        change: Tensor = change_of(parts, self.shape)[self.rows]
         if self.swapped:
             change = torch.cat(change.chunk(2)[::-1])
         if self.factor is not None:
             change = (weight.float() + change) * self.factor - weight.float()
         return change
 
-    def forward(self, layer: Any, active_adapter: str, x: Tensor, result: Tensor, **_: object) -> Tensor:
+    def forward(self, layer: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: object) -> Tensor:
         """The result of the base's layer, plus the change's."""
         base = layer.get_base_layer()
         change = (self.of(base.weight) * layer.scaling[active_adapter]).to(result.dtype)
@@ -166,14 +166,14 @@ class Change(nn.Module):
             x.to(result.dtype), change, None, base.stride, base.padding, base.dilation, base.groups
         )
 
-    def merge_safe(self, layer: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(self, layer: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return (orig_weight.float() + self.of(orig_weight) * layer.scaling[active_adapter]).to(orig_weight.dtype)
 
-    def merge_unsafe(self, layer: Any, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(self, layer: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = self.merge_safe(layer, active_adapter, orig_weight.data)
 
-    def unmerge(self, _layer: Any, _active_adapter: str, _orig_weight: Tensor) -> Tensor:
-        raise ValueError("a merged change cannot be taken out again: load the base anew")
+    def unmerge(self, _layer: LoraLayer, _active_adapter: str, _orig_weight: Tensor) -> Tensor:
+        raise ValueError("a merged change cannot be removed: load the base from its file")
 
     def supports_lora_conversion(self) -> bool:
         return False
