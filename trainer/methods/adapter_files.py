@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trainer.library.lora_keys import format_of, parsed, why_not_read
 from trainer.methods import lycoris
-from trainer.methods.layer_names import ENCODERS, FLUX_LEFT_OUT, Target, names_of
+from trainer.methods.layer_names import ENCODERS, FLUX_LEFT_OUT, Target, has_release_names, names_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -142,10 +142,21 @@ def read(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], alphas: Con
             add(found, layer, names[layer], adapters_of(pipeline, layer, parts, names[layer], alphas))
         elif has_effect(parts):
             (found.left_out if flux and (FLUX_LEFT_OUT.match(layer) or "diff" in parts) else strange).append(layer)
+    if strange and not has_release_names(pipeline):
+        return read(pipeline, converted(pipeline, tensors), alphas)
     if strange:
         what = "layers and tensors" if found.adapters else "layers and tensors, which are all,"
         raise ValueError(f"{len(strange)} of its {what} are not in this model, {strange[0]} among them: {WHY_OTHER}")
     return found
+
+
+def converted(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors under diffusers' names, by diffusers' own converter. Raises ValueError where it does nothing."""
+    found = pipeline.lora_state_dict(dict(tensors))
+    state, alphas = found[:2] if isinstance(found, tuple) else (found, {})
+    if state.keys() == tensors.keys():
+        raise ValueError(f"{len(tensors)} tensors are of layers with unknown names, {min(tensors)} among them")
+    return state | {key: torch.as_tensor(value) for key, value in (alphas or {}).items()}
 
 
 def names_diffusers(layer: str, names: Mapping[str, Target]) -> bool:

@@ -70,6 +70,12 @@ def names_of(pipeline: DiffusionPipeline) -> dict[str, Target]:
     return names
 
 
+def has_release_names(pipeline: DiffusionPipeline) -> bool:
+    """Whether `names_of` has the names of the original release; of other families diffusers has a converter."""
+    kinds = {type(getattr(pipeline, part, None)).__name__ for part in DENOISERS}
+    return bool(kinds & {"UNet2DConditionModel", "FluxTransformer2DModel"})
+
+
 def layers_of(module: nn.Module) -> list[str]:
     """The linear layers and convolutions of a module, without those of adapters."""
     names = [name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]

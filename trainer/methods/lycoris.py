@@ -167,7 +167,8 @@ class Change(nn.Module):
         )
 
     def merge_safe(self, layer: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return (orig_weight.float() + self.of(orig_weight) * layer.scaling[active_adapter]).to(orig_weight.dtype)
+        merged: Tensor = orig_weight.float() + self.of(orig_weight) * layer.scaling[active_adapter]
+        return merged.to(orig_weight.dtype)
 
     def merge_unsafe(self, layer: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = self.merge_safe(layer, active_adapter, orig_weight.data)
