@@ -138,7 +138,7 @@ def original_layers(family: str, denoiser: nn.Module) -> Iterator[tuple[str, lis
             yield f"{theirs}{original}", [f"{ours}{part}" for part in parts.split()]
 
 
-@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("rank", [2, pytest.param(1, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("family", "targets"), TARGETS)
 def test_kohya_and_comfyui_find_a_layer_of_the_right_size_for_every_key(
     written: Any, family: str, targets: str, rank: int
