@@ -23,17 +23,18 @@ from tests.helpers.soak import Size, Soak, plan
 from tests.helpers.studio import same
 from trainer.files import PARTIAL
 
+SHORT = Size(tune=2, prompt=3, kill=1, cancel=1, resume=1, delete=1, delete_prompt=1)
 THIRD = Size(tune=20, prompt=34, kill=3, cancel=8, resume=4, delete=6, delete_prompt=4)
 FULL = Size(tune=60, prompt=100, kill=6, cancel=24, resume=10, delete=18, delete_prompt=12)
-SIZE = FULL if os.environ.get("TUNEBOOTH_SOAK") == "full" else THIRD  # the full one takes six minutes
+LONG = FULL if os.environ.get("TUNEBOOTH_SOAK") == "full" else THIRD  # the full one takes six minutes
 AT_HOME = {"tunebooth.db", ".lock", ".link-secret", "tunes", "incoming", "cache", "stderr.txt"}  # in outputs
 
 
-@pytest.mark.long
-def test_every_tune_is_accounted_for(tmp_path: Path, photos: list[Path]) -> None:
+@pytest.mark.parametrize("size", [SHORT, pytest.param(LONG, marks=pytest.mark.long)], ids=["short", "long"])
+def test_every_tune_is_accounted_for(size: Size, tmp_path: Path, photos: list[Path]) -> None:
     seed = int(os.environ.get("TUNEBOOTH_SOAK_SEED") or random.randrange(1_000_000))  # no secret
     print(f"TUNEBOOTH_SOAK_SEED={seed}")
-    planned = plan(seed, SIZE)
+    planned = plan(seed, size)
     (outputs := tmp_path / "outputs").mkdir()
     with receiving() as receiver:
         folders = ["--models", str(tmp_path / "models"), "--presets", str(cheap_previews(tmp_path))]
@@ -47,7 +48,7 @@ def test_every_tune_is_accounted_for(tmp_path: Path, photos: list[Path]) -> None
         finally:
             soak.app.kill()
     print(dict(soak.statuses), f"{soak.kills} kills")
-    assert soak.kills == SIZE.kill
+    assert soak.kills == size.kill
     assert sorted(row["id"] for row in tunes) == sorted(soak.ids["tune"][number] for number in planned.tunes)
     kept = {soak.ids["prompt"][number] for number in planned.prompts} - {0}
     assert {row["id"] for row in prompts} == kept
