@@ -107,7 +107,11 @@ def studio(tmp_path_factory: pytest.TempPathFactory, decoder: Decoder, photos: l
     opened.close()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+IN_DEFAULT = ("sd15", "fast")
+LONG_TOO = [name if name in IN_DEFAULT else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=LONG_TOO)
 def trained(request: pytest.FixtureRequest, studio: Studio) -> Trained:
     """A tune of each family, through the doors and the worker as in the app."""
     return Trained(request.param, studio, studio.ended(queue(studio, request.param)))
