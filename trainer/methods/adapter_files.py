@@ -156,7 +156,7 @@ def converted(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> dic
     state, alphas = found[:2] if isinstance(found, tuple) else (found, {})
     if state.keys() == tensors.keys():
         raise ValueError(f"{len(tensors)} tensors are of layers with unknown names, {min(tensors)} among them")
-    return state | {key: torch.as_tensor(value) for key, value in (alphas or {}).items()}
+    return {**state, **{key: torch.as_tensor(value) for key, value in (alphas or {}).items()}}
 
 
 def names_diffusers(layer: str, names: Mapping[str, Target]) -> bool:
