@@ -534,7 +534,7 @@ def refusals(sd15: Any) -> dict[str, tuple[Tensors, str]]:
     foreign = pair("lora_unet_down_blocks_7_attentions_0_proj_in", 4, 4, DOWN_UP)
     return {
         "layers of another model": (good | foreign, "1 of its layers and tensors are not in this model, lora_u"),
-        "only such": (foreign, "which are all, are not in this model"),
+        "only such": (foreign, "none of its 1 layers is in this model, lora_unet_down_blocks_7"),
         "an unknown tensor": (good | {"lora_unet_x.strange": random(2)}, "lora_unet_x.strange among them"),
         "another width": (pair(name, out, into + 1, DOWN_UP), rf"does not fit: its size .* is \({out}, {into + 1}\)"),
         "another width, LoHa": ({f"{name}.{part}": one for part, one in loha(torch.zeros(out, into + 2))[0].items()},

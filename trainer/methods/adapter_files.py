@@ -145,8 +145,10 @@ def read(pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor], alphas: Con
     if strange and not has_release_names(pipeline):
         return read(pipeline, converted(pipeline, tensors), alphas)
     if strange:
-        what = "layers and tensors" if found.adapters else "layers and tensors, which are all,"
-        raise ValueError(f"{len(strange)} of its {what} are not in this model, {strange[0]} among them: {WHY_OTHER}")
+        count = f"{len(strange)} of its layers and tensors are not"
+        if not found.adapters:
+            count = f"none of its {len(layers)} layers is"
+        raise ValueError(f"{count} in this model, {strange[0]} among them: {WHY_OTHER}")
     return found
 
 
