@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, DDPMScheduler
 from torch import Tensor, nn
 
+from trainer.branches import loading
 from trainer.branches.protocol import ControlNet, Task
 from trainer.branches.single_file_keys import unet_weights, vae_weights
+from trainer.library.header import read_header
+from trainer.library.prediction import Prediction, check_scheduler, prediction_of
+
+Config = Mapping[str, Mapping[str, object]]  # JSON file of a diffusers folder -> its content
+SCHEDULER = "scheduler/scheduler_config.json"
+ZERO_SNR_SCHEDULER = "EulerDiscreteScheduler"  # PNDM knows no schedule that ends in pure noise
 
 # Linear layers that every family with such a UNet trains.
 UNET_TARGETS = {
@@ -58,8 +66,28 @@ def original_weights(denoiser: nn.Module, vae: nn.Module) -> dict[str, dict[str,
     return {"model.diffusion_model.": unet_weights(denoiser), "first_stage_model.": vae_weights(vae)}
 
 
+def single_file_config(file: Path, cache: Path, family: Config) -> Path:
+    """`loading.single_file_config`, with the scheduler that fits what the file's UNet predicts."""
+    return loading.single_file_config(file, cache, with_prediction(family, prediction_of(read_header(file))))
+
+
+def with_prediction(family: Config, prediction: Prediction) -> Config:
+    """A family's configuration for a UNet that predicts something else than the original one."""
+    if not prediction.velocity:
+        return family
+    index, scheduler = dict(family["model_index.json"]), dict(family[SCHEDULER])
+    scheduler["prediction_type"] = "v_prediction"
+    if prediction.zero_snr:
+        # The last step must be among those that are drawn: arXiv 2305.08891, §3.3.
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        kind = ZERO_SNR_SCHEDULER if scheduler["_class_name"] == "PNDMScheduler" else scheduler["_class_name"]
+        scheduler["_class_name"], index["scheduler"] = kind, ["diffusers", kind]
+    return {**family, "model_index.json": index, SCHEDULER: scheduler}
+
+
 def noise_scheduler(pipeline: Any, device: torch.device) -> DDPMScheduler:
-    """The noise schedule of the base's training, on the device."""
+    """The noise schedule of the base's training, on the device. Raises ValueError for one that is not supported."""
+    check_scheduler(pipeline.scheduler.config)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     return scheduler

@@ -1,0 +1,63 @@
+"""Whether a base was changed: by the times and sizes of its files, or by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from trainer.library.models_folder import sidecar
+
+READ = {".safetensors", ".json", ".txt", ".model", ".bin"}  # of weights, configurations and vocabularies
+Version = tuple[tuple[str, int, int], ...]  # of each file: its name, its time of change (ns), its bytes
+_digests: dict[Version, str] = {}  # each content is read once
+
+
+def version_of(base: Path) -> Version:
+    """The version of a file with its sidecar, or of a folder. Empty: it is gone."""
+    return tuple((str(file), facts.st_mtime_ns, facts.st_size) for file, facts in _with_facts(files_of(base)))
+
+
+def files_of(base: Path) -> list[Path]:
+    """The files that are read of a base: a single file and its sidecar, or a diffusers folder."""
+    folder = sidecar(base) if base.is_file() else base
+    inside = [file for file in sorted(folder.rglob("*")) if file.suffix in READ] if folder.is_dir() else []
+    return [base, *inside] if base.is_file() else inside
+
+
+def changed_at(bases: Iterable[Path]) -> float:
+    """The latest time (s) at which a file of these bases was written, moved or linked; 0 without files."""
+    times = [max(facts.st_mtime, facts.st_ctime) for base in bases for _, facts in _with_facts(files_of(base))]
+    return max(times, default=0.0)
+
+
+def content_digest(bases: Iterable[Path]) -> str:
+    """SHA-256, in hex, of the names and the whole content of the files of these bases. Raises OSError.
+
+    It reads all weights: seconds for a model of a few GB, whose file is in the page cache after loading.
+    """
+    total = hashlib.sha256()
+    for base in bases:
+        version = version_of(base)
+        if version not in _digests:
+            one = hashlib.sha256()
+            for file in files_of(base):
+                with file.open("rb") as stream:
+                    content = hashlib.file_digest(stream, "sha256").hexdigest()
+                name = "" if file == base else file.relative_to(sidecar(base) if base.is_file() else base).as_posix()
+                one.update(f"{name} {content}\n".encode())
+            _digests[version] = one.hexdigest()
+        total.update(_digests[version].encode())
+    return total.hexdigest()
+
+
+def _with_facts(files: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
+    """Each file that is still there, with its facts."""
+    found = []
+    for file in files:
+        try:
+            found.append((file, file.stat()))
+        except OSError:  # deleted meanwhile, or a link to nothing
+            continue
+    return found
