@@ -29,7 +29,7 @@ from trainer.branches.single_file_keys import stacked_adapters, vae_weights
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
 from trainer.library.header import read_header
-from trainer.library.leftovers import refuse_unknown
+from trainer.library.leftovers import refuse_unknown, unneeded
 from trainer.library.models_folder import sidecar
 
 # black-forest-labs/flux, util.py, with its autoencoder, CLIP ViT-L/14's text tower and the encoder of T5 v1.1 XXL.
@@ -142,7 +142,7 @@ def vae_from_file(file: Path, config: Path) -> nn.Module:
 def encoder_from_file(file: Path, kind: Any, config: Path, prefix: str, dtype: torch.dtype) -> Any:
     """A text encoder from the weights with this prefix in a file. Raises ValueError for missing or unknown weights."""
     with single_file.opened(file, dtype) as (keys, read):
-        weights = {key.removeprefix(prefix): read(key) for key in keys if key.startswith(prefix)}
+        weights = {key.removeprefix(prefix): read(key) for key in keys - unneeded(keys) if key.startswith(prefix)}
     encoder, facts = kind.from_pretrained(
         None,
         config=kind.config_class.from_pretrained(config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from trainer.branches import loading
 from trainer.branches.protocol import ControlNet, Task
 from trainer.branches.single_file_keys import unet_weights, vae_weights
-from trainer.library.header import read_header
-from trainer.library.prediction import Prediction, check_scheduler, prediction_of
+from trainer.library.models_folder import sidecar
+from trainer.library.prediction import check_scheduler, read_prediction
 
 Config = Mapping[str, Mapping[str, object]]  # JSON file of a diffusers folder -> its content
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -67,22 +68,23 @@ def original_weights(denoiser: nn.Module, vae: nn.Module) -> dict[str, dict[str,
 
 
 def single_file_config(file: Path, cache: Path, family: Config) -> Path:
-    """`loading.single_file_config`, with the scheduler that fits what the file's UNet predicts."""
-    return loading.single_file_config(file, cache, with_prediction(family, prediction_of(read_header(file))))
+    """`loading.single_file_config`, with the scheduler that fits what the file's UNet predicts.
 
-
-def with_prediction(family: Config, prediction: Prediction) -> Config:
-    """A family's configuration for a UNet that predicts something else than the original one."""
-    if not prediction.velocity:
-        return family
-    index, scheduler = dict(family["model_index.json"]), dict(family[SCHEDULER])
-    scheduler["prediction_type"] = "v_prediction"
+    A scheduler in the sidecar comes first.
+    """
+    prediction = read_prediction(file)
+    scheduler = dict(family[SCHEDULER])
+    if prediction.velocity:
+        scheduler["prediction_type"] = "v_prediction"
     if prediction.zero_snr:
-        # The last step must be among those that are drawn: arXiv 2305.08891, §3.3.
+        # The last step must be among those that are drawn: arXiv 2305.08891, section 3.3.
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        kind = ZERO_SNR_SCHEDULER if scheduler["_class_name"] == "PNDMScheduler" else scheduler["_class_name"]
-        scheduler["_class_name"], index["scheduler"] = kind, ["diffusers", kind]
-    return {**family, "model_index.json": index, SCHEDULER: scheduler}
+        scheduler["_class_name"] = ZERO_SNR_SCHEDULER
+    folder = loading.single_file_config(file, cache, {**family, SCHEDULER: scheduler})
+    if prediction.zero_snr and not (sidecar(file) / SCHEDULER).exists():
+        index = folder / "model_index.json"  # the sidecar's, if it has one
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", ZERO_SNR_SCHEDULER]}))
+    return folder
 
 
 def noise_scheduler(pipeline: Any, device: torch.device) -> DDPMScheduler:

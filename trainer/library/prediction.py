@@ -2,15 +2,18 @@
 
 Rules of other programs: ComfyUI (`SDXL.model_type` in supported_models.py; its CheckpointSave writes the markers as
 empty tensors, and `modelspec.predict_key`), kohya's sd-scripts (`modelspec.prediction_type`, `ss_v_parameterization`,
-`ss_zero_terminal_snr`). A marker comes before metadata, which mergers copy from one file to another.
+`ss_zero_terminal_snr`), A1111 (`parameterization` in NAME.yaml beside the file, which SD 1.5 models have in place of
+markers). A marker comes before metadata, which mergers copy from one file to another.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from trainer.library.header import Header
+from trainer.library.header import Header, read_header
 
 V_MARKER = "v_pred"
 ZERO_SNR_MARKER = "ztsnr"
@@ -18,6 +21,8 @@ PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 VELOCITY = {"v", "v_prediction", "v-prediction", "v_pred", "v-pred", "vpred", "velocity"}
 # Words for what neither the training nor the samplers here can do.
 UNSUPPORTED = {"sample", "x0", "x_start", "edm", "flow", "flow_prediction", "rectified_flow", "flow_matching"}
+YAML_VELOCITY = re.compile(rb"""^\s*parameterization:\s*["']?v["']?\s*(#.*)?$""", re.MULTILINE)
+MOST_YAML_BYTES = 2**20
 # Markers of a noise schedule by continuous noise levels (Karras et al. 2022, arXiv 2206.00364) -> a model with it.
 EDM_MARKERS = {"edm_mean": "Playground v2.5", "edm_std": "Playground v2.5", "edm_vpred.sigma_max": "CosXL"}
 
@@ -29,6 +34,20 @@ class Prediction:
 
     velocity: bool = False
     zero_snr: bool = False
+
+
+def read_prediction(file: Path) -> Prediction:
+    """The prediction of a single file, also by the YAML beside it. Raises OSError, and ValueError as `prediction_of`."""
+    found = prediction_of(read_header(file))
+    if not found.velocity and (beside := yaml_of(file)).is_file():
+        with beside.open("rb") as stream:
+            return Prediction(YAML_VELOCITY.search(stream.read(MOST_YAML_BYTES)) is not None)
+    return found
+
+
+def yaml_of(file: Path) -> Path:
+    """The file beside a single file, with the same name, that has A1111's configuration."""
+    return file.with_suffix(".yaml")
 
 
 def prediction_of(header: Header) -> Prediction:

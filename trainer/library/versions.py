@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.library.models_folder import sidecar
+from trainer.library.prediction import yaml_of
 
 READ = {".safetensors", ".json", ".txt", ".model", ".bin"}  # of weights, configurations and vocabularies
 Version = tuple[tuple[str, int, int], ...]  # of each file: its name, its time of change (ns), its bytes
@@ -20,10 +21,13 @@ def version_of(base: Path) -> Version:
 
 
 def files_of(base: Path) -> list[Path]:
-    """The files that are read of a base: a single file and its sidecar, or a diffusers folder."""
+    """The files that are read of a base: a single file, its sidecar and its YAML, or a diffusers folder."""
     folder = sidecar(base) if base.is_file() else base
     inside = [file for file in sorted(folder.rglob("*")) if file.suffix in READ] if folder.is_dir() else []
-    return [base, *inside] if base.is_file() else inside
+    if not base.is_file():
+        return inside
+    beside = yaml_of(base)
+    return [base, *([beside] if beside.is_file() else []), *inside]
 
 
 def changed_at(bases: Iterable[Path]) -> float:
@@ -45,11 +49,17 @@ def content_digest(bases: Iterable[Path]) -> str:
             for file in files_of(base):
                 with file.open("rb") as stream:
                     content = hashlib.file_digest(stream, "sha256").hexdigest()
-                name = "" if file == base else file.relative_to(sidecar(base) if base.is_file() else base).as_posix()
+                name = "" if file == base else _name_in(file, base)
                 one.update(f"{name} {content}\n".encode())
             _digests[version] = one.hexdigest()
         total.update(_digests[version].encode())
     return total.hexdigest()
+
+
+def _name_in(file: Path, base: Path) -> str:
+    """The name of a file of a base, which does not change when the base is moved or renamed."""
+    folder = sidecar(base) if base.is_file() else base
+    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.suffix
 
 
 def _with_facts(files: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:

@@ -15,7 +15,7 @@ from trainer.contract.report import Report
 from trainer.device import placed
 from trainer.library.bases import Base
 from trainer.library.header import read_header
-from trainer.library.prediction import Prediction, prediction_of
+from trainer.library.prediction import Prediction, read_prediction
 from trainer.library.versions import changed_at, content_digest
 from trainer.library.weight_format import scales_of
 from trainer.training.views import Picture, write_picture
@@ -81,5 +81,4 @@ def read_otherwise_before(path: Path) -> bool:
     """Whether earlier versions read a single file wrong: they saw neither markers of the prediction nor scales."""
     if not path.is_file():
         return False
-    header = read_header(path)
-    return bool(scales_of(header)) or prediction_of(header) != Prediction()
+    return bool(scales_of(read_header(path))) or read_prediction(path) != Prediction()
