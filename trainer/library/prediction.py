@@ -37,7 +37,7 @@ class Prediction:
 
 
 def read_prediction(file: Path) -> Prediction:
-    """The prediction of a single file, also by the YAML beside it. Raises OSError, and ValueError as `prediction_of`."""
+    """The prediction of a single file, also by the YAML beside it. Raises OSError, ValueError."""
     found = prediction_of(read_header(file))
     if not found.velocity and (beside := yaml_of(file)).is_file():
         with beside.open("rb") as stream:
