@@ -132,7 +132,7 @@ def vae_from_file(file: Path, config: Path) -> nn.Module:
     """The VAE in a file with other parts. Raises ValueError for weights that have no place in it."""
     with single_file.opened(file) as (keys, read):
         weights = {key: read(key) for key in keys if key.startswith("vae.")}
-    vae = AutoencoderKL.from_single_file(
+    vae: nn.Module = AutoencoderKL.from_single_file(
         weights, config=str(config), subfolder="vae", local_files_only=True, dtype=torch.float32
     )
     single_file.refuse_left_over(weights.keys(), {"vae.": vae_weights(vae)})

@@ -14,11 +14,12 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from trainer.branches import loading
-from trainer.branches.single_file import opened
+from trainer.branches.single_file import log_unused, opened
 from trainer.branches.single_file_keys import module_weights, stacked
 from trainer.library.leftovers import refuse_unknown
 
 SHIFT_AND_SCALE = "final_layer.adaLN_modulation.1"  # shift and scale there, scale and shift in diffusers
+OTHER_PARTS = ("vae.", "text_encoders.")
 ORIGINAL_PREFIX = "model.diffusion_model."  # of the transformer in a file with other parts
 # Linear layers of the original release (black-forest-labs/flux, model.py) -> the layers of diffusers that are stacked
 # in each, in this order.
@@ -71,7 +72,8 @@ def transformer_from_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
             transformer = FluxTransformer2DModel.from_config(settings)
         shapes = {name: weight.shape for name, weight in transformer.state_dict().items()}
         prefix = ORIGINAL_PREFIX if any(key.startswith(ORIGINAL_PREFIX) for key in keys) else ""
-        left = {key for key in keys if key.startswith(prefix) and not key.startswith(("vae.", "text_encoders."))}
+        left = {key for key in keys if key.startswith(prefix) and not key.startswith(OTHER_PARTS)}
+        log_unused(keys, (prefix, *OTHER_PARTS))
         for original, layers in original_layers(transformer):
             for kind in ("weight", "bias"):
                 if (key := f"{prefix}{original}.{kind}") not in left:
@@ -85,7 +87,7 @@ def transformer_from_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
                 if sum(rows) != len(tensor):
                     raise ValueError(f"{key} has {len(tensor)} rows, not {sum(rows)}")
                 # Cloned: views of one tensor share autograd's version counter.
-                weights |= zip(names, (part.clone() for part in tensor.split(rows)), strict=True)
+                weights |= zip(names, (part.clone() for part in torch.split(tensor, rows)), strict=True)
         for original, name in original_scales(transformer):
             for key in (
                 f"{prefix}{original}",

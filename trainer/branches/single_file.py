@@ -42,8 +42,9 @@ def opened(file: Path, scaled: torch.dtype = torch.float32) -> Iterator[tuple[se
             tensor: Tensor = tensors.get_tensor(key)
             if key not in scales:
                 return tensor
-            scale = tensors.get_tensor(scales[key]).float()  # one number, or one for each row
-            return (tensor.float() * scale.view(-1, *[1] * (tensor.dim() - 1))).to(scaled)
+            scale: Tensor = tensors.get_tensor(scales[key]).float()  # one number, or one for each row
+            product: Tensor = tensor.float() * scale.view(-1, *[1] * (tensor.dim() - 1))
+            return product.to(scaled)
 
         yield {key for key in header.shapes if not COMPANION.match(key)}, read
 
@@ -53,9 +54,14 @@ def refuse_left_over(keys: Collection[str], parts: Mapping[str, Collection[str]]
 
     Raises ValueError for tensors of a part that the loader has no place for. Others are named in the log.
     """
-    left = {key for key in keys if not any(key.startswith(prefix) for prefix in parts)}
     for prefix, names in parts.items():
         refuse_unknown({key for key in keys if key.startswith(prefix)} - {prefix + name for name in names})
+    log_unused(keys, tuple(parts))
+
+
+def log_unused(keys: Collection[str], prefixes: tuple[str, ...]) -> None:
+    """Name in the log the tensors of a file that are of none of its parts, and not known to be needless."""
+    left = {key for key in keys if not key.startswith(prefixes)}
     if others := left - unneeded(left):
         log.warning("%d tensors of a single file are not used, %s among them", len(others), min(others))
 

@@ -11,13 +11,16 @@ from trainer.library.models_folder import sidecar
 from trainer.library.prediction import yaml_of
 
 READ = {".safetensors", ".json", ".txt", ".model", ".bin"}  # of weights, configurations and vocabularies
-Version = tuple[tuple[str, int, int], ...]  # of each file: its name, its time of change (ns), its bytes
-_digests: dict[Version, str] = {}  # each content is read once
+Version = tuple[
+    tuple[str, int, int, int], ...
+]  # of each file: its path, its number, its time of change (ns), its bytes
 
 
 def version_of(base: Path) -> Version:
     """The version of a file with its sidecar, or of a folder. Empty: it is gone."""
-    return tuple((str(file), facts.st_mtime_ns, facts.st_size) for file, facts in _with_facts(files_of(base)))
+    return tuple(
+        (str(file), facts.st_ino, facts.st_mtime_ns, facts.st_size) for file, facts in _with_facts(files_of(base))
+    )
 
 
 def files_of(base: Path) -> list[Path]:
@@ -43,16 +46,11 @@ def content_digest(bases: Iterable[Path]) -> str:
     """
     total = hashlib.sha256()
     for base in bases:
-        version = version_of(base)
-        if version not in _digests:
-            one = hashlib.sha256()
-            for file in files_of(base):
-                with file.open("rb") as stream:
-                    content = hashlib.file_digest(stream, "sha256").hexdigest()
-                name = "" if file == base else _name_in(file, base)
-                one.update(f"{name} {content}\n".encode())
-            _digests[version] = one.hexdigest()
-        total.update(_digests[version].encode())
+        for file in files_of(base):
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            total.update(f"{'' if file == base else _name_in(file, base)} {content}\n".encode())
+        total.update(b"\n")
     return total.hexdigest()
 
 
