@@ -84,7 +84,7 @@ def unet_parts(file: Path, config: Path, dtype: torch.dtype, encoders: Mapping[s
                 parts[name] = create_diffusers_clip_model_from_ldm(
                     kind, checkpoint=weights, subfolder=name, torch_dtype=dtype, **source
                 )
-            except ValueError as problem:  # it tells the encoders by the width of the positions
+            except ValueError as problem:  # it distinguishes the encoders by the width of their positions
                 raise ValueError(f"weights of its {name} are missing, or of another size ({problem})") from problem
     known = {prefix: names(parts[name]) for name, (_, prefix, names) in encoders.items()}
     known |= {"model.diffusion_model.": unet_weights(parts["unet"]), "first_stage_model.": vae_weights(parts["vae"])}

@@ -26,7 +26,7 @@ class Refusal:
     """A model of the family's architecture that cannot be used.
 
     config: settings of the denoiser in a diffusers folder. keys: of a single file; None: the refusal is for folders.
-    unless_configured: it is for single files without a configuration of the denoiser beside them. because: the message.
+    unless_configured: it is for single files whose sidecar does not configure the denoiser. because: the message.
     """
 
     because: str

@@ -46,7 +46,7 @@ class Base:
     def weights(self) -> tuple[object, ...]:
         """A key that is equal for bases with the same weights; their LoRAs may differ.
 
-        It changes when a file of the base is replaced: whoever keeps a loaded base keeps the key of that time, too.
+        It changes when a file of the base is replaced: a cache keeps the key from the time of loading.
         """
         version = self.path and version_of(self.path)
         rest = self.rest and self.rest.weights

@@ -74,7 +74,7 @@ def _json_object(file: Path) -> dict[str, object]:
 def branch_of_file(header: Header, families: Families, sidecar: Path | None = None) -> str:
     """The family of a single file in the layout of the original release. Raises ValueError as `branch_of_folder`.
 
-    sidecar: the folder beside it, which may configure a denoiser with other blocks than the original's.
+    sidecar: the folder of the same name, which may configure a denoiser with other blocks than the original's.
     """
     shapes = header.shapes
     if what := foreign(LOOKALIKES, shapes):

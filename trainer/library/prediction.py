@@ -2,7 +2,7 @@
 
 Rules of other programs: ComfyUI (`SDXL.model_type` in supported_models.py; its CheckpointSave writes the markers as
 empty tensors, and `modelspec.predict_key`), kohya's sd-scripts (`modelspec.prediction_type`, `ss_v_parameterization`,
-`ss_zero_terminal_snr`), A1111 (`parameterization` in NAME.yaml beside the file, which SD 1.5 models have in place of
+`ss_zero_terminal_snr`), A1111 (`parameterization` in NAME.yaml next to the file, which SD 1.5 models have in place of
 markers). A marker comes before metadata, which mergers copy from one file to another.
 """
 
@@ -37,7 +37,7 @@ class Prediction:
 
 
 def read_prediction(file: Path) -> Prediction:
-    """The prediction of a single file, also by the YAML beside it. Raises OSError, ValueError."""
+    """The prediction of a single file, also by the YAML next to it. Raises OSError, ValueError."""
     found = prediction_of(read_header(file))
     if not found.velocity and (beside := yaml_of(file)).is_file():
         with beside.open("rb") as stream:
@@ -46,7 +46,7 @@ def read_prediction(file: Path) -> Prediction:
 
 
 def yaml_of(file: Path) -> Path:
-    """The file beside a single file, with the same name, that has A1111's configuration."""
+    """The file next to a single file, with the same name, that has A1111's configuration."""
     return file.with_suffix(".yaml")
 
 

@@ -17,7 +17,7 @@ Version = tuple[
 
 
 def version_of(base: Path) -> Version:
-    """The version of a file with its sidecar, or of a folder. Empty: it is gone."""
+    """The version of a file with its sidecar, or of a folder. Empty: it is deleted."""
     return tuple(
         (str(file), facts.st_ino, facts.st_mtime_ns, facts.st_size) for file, facts in _with_facts(files_of(base))
     )

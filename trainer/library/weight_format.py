@@ -1,6 +1,6 @@
 """How the numbers of a single file are stored: plain, as fp8 with scales, or quantized in a format that is not read.
 
-Scaled fp8 is ComfyUI's: `LAYER.scale_weight` (older) or `LAYER.weight_scale` beside `LAYER.weight`, which is to be
+Scaled fp8 is ComfyUI's: `LAYER.scale_weight` (older) or `LAYER.weight_scale` next to `LAYER.weight`, which is to be
 multiplied by it; `scale_input` is for products in fp8 only. `LAYER.comfy_quant` names the format as JSON, as do the
 metadata `_quantization_metadata`.
 """
