@@ -8,7 +8,7 @@ except where several are stacked into one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -178,6 +178,13 @@ def open_clip_weights(encoder: Any) -> dict[str, Tensor]:
             for kind in ("weight", "bias"):
                 weights[f"{there}.{theirs}{kind}"] = stacked([ours[f"{here}.{layer}{kind}"] for layer in layers])
     return weights
+
+
+def open_clip_names(encoder: Any) -> Collection[str]:
+    """The names of `open_clip_weights`, without the work of stacking them."""
+    with torch.device("meta"):
+        bare = type(encoder)(encoder.config)
+    return open_clip_weights(bare).keys()
 
 
 def encoder_weights(encoder: Any) -> dict[str, Tensor]:
