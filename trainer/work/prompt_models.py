@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from trainer.config import kinds
+from trainer.contract.errors import JobRefused
 from trainer.contract.rows import PromptRow, TuneRow
 from trainer.library import bases, weights
 from trainer.library.bases import Base, Bases
@@ -72,11 +73,11 @@ def _lora(settings: Settings, store: Store, lora_id: int, listed: Bases) -> tupl
     """The LoRA with this id (a tune's, or a file in the models folder), and its title."""
     if tune := store.get("tunes", lora_id):
         if tune["status"] != "trained":
-            raise RuntimeError(f"<lora:{lora_id}>: tune {lora_id} is {tune['status']}; it has no model")
+            raise JobRefused(f"<lora:{lora_id}>: tune {lora_id} is {tune['status']}; it has no model")
         return settings.outputs / "tunes" / str(lora_id) / "model", tune["title"]
     file = next((base for base in listed() if base.id == lora_id and base.model), None)
     if file is None or file.model is None:
-        raise RuntimeError(f"<lora:{lora_id}>: that tune, or file of the models folder, was deleted")
+        raise JobRefused(f"<lora:{lora_id}>: that tune, or file of the models folder, was deleted")
     return file.model, file.title
 
 
@@ -84,7 +85,7 @@ def _face(settings: Settings, named: Named, base: Base, reporter: Reporter) -> F
     """The face with this id, and the adapter that puts it into pictures of this base."""
     folder = settings.outputs / "tunes" / str(named.id) / "model"
     if not (folder / IDENTITY_FILE).exists():
-        raise RuntimeError(f"<faceid:{named.id}>: that tune was deleted, and its face with it")
+        raise JobRefused(f"<faceid:{named.id}>: that tune was deleted, and its face with it")
     wanted = weights.face_adapter(settings, base.branch)
     adapter = weights.obtain(settings, wanted, progress=lambda what, *_: reporter.stage(what))
     return FaceID(folder, adapter, named.weight)
