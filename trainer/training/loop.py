@@ -18,7 +18,7 @@ from trainer.training.dataset import Dataset
 from trainer.training.optimizers import Adafactor
 from trainer.training.run_inputs import RunInputs
 from trainer.training.state_check import Parameters
-from trainer.training.states import UNKNOWN, Diverged, begin, go_back, save
+from trainer.training.states import UNKNOWN, Begun, Diverged, begin, go_back, save
 
 READ_LOSS_EVERY = 10  # steps: reading a number waits for the device
 MAX_HALVINGS = 2  # of the learning rate, when the loss is not finite
@@ -42,18 +42,14 @@ def train(
 
     groups: parameter groups of `Method.attach`. preview(n) is called after n steps for each n in `preview_steps`, also
     right after resuming, unless a value is not finite or the report asks to stop. after_step: called after each step.
-    inputs: what it is trained with; what changed since the state is reported. lost: see `states.begin`.
-    Returns False when the report asked to stop: the state is saved then. When the loss is not finite, training returns
-    to the last state with half the learning rate, twice at most; then Diverged is raised, which names the pictures of
-    that step. No state with a non-finite value is written.
+    inputs, lost: see `states.begin`; its messages are warnings. Returns False when the report asked to stop: the state
+    is saved then. When the loss is not finite, training returns to the last state with half the learning rate, twice at
+    most; then Diverged is raised, which names the pictures of that step. No state with a non-finite value is written.
     """
     params: Parameters = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
     optimizer = optimizers.make(groups, config.optimizer, config.weight_decay, config.seed)
     begun = begin(states, optimizer, params, config, inputs, lost)
-    done, halvings = begun.step, begun.halvings
-    for message in begun.messages:
-        report.warn(message)
-    report.resumed(done)
+    done, halvings = tell(begun, report)
     readings: list[Tensor] = []  # loss and gradient norm of each step since the last reading, (2,) each
     if (keep_going := report.step(done, config.steps)) and done in preview_steps:
         preview(done)
@@ -81,15 +77,22 @@ def train(
             if halvings > MAX_HALVINGS:
                 raise Diverged(f"{problem}, at falling learning rates; {named}", problem.step) from None
             readings.clear()
-            done = go_back(states, optimizer, params, config, inputs)
+            done, keep_going = go_back(states, optimizer, params, config, inputs), True
             lower = config.lr * 0.5**halvings
             report.warn(f"{problem}: it went back to step {done} and on at the learning rate {lower:.3g}; {named}")
             report.resumed(done)
-            keep_going = True
             continue
         if done in preview_steps and keep_going:
             preview(done)
     return done == config.steps
+
+
+def tell(begun: Begun, report: Report) -> tuple[int, int]:
+    """Report where a run begins. Returns its finished steps, and how often the learning rate was halved."""
+    for message in begun.messages:
+        report.warn(message)
+    report.resumed(begun.step)
+    return begun.step, begun.halvings
 
 
 def set_rates(optimizer: torch.optim.Optimizer, groups: list[Group], rate: float, step: int) -> None:

@@ -123,7 +123,7 @@ def changes(before: RunInputs, now: RunInputs) -> list[str]:
     """What else differs, in words: training can go on all the same."""
     found = picture_changes(before.pictures, now.pictures) if before.pictures else []
     if before.class_pictures is not None and before.class_pictures != (now.class_pictures or ""):
-        found.append("the class pictures changed")
+        found.append("the class pictures were changed")
     for then, today in ((before.software, now.software), (before.device, now.device)):
         if then and today and then != today:
             found.append(f"{then} then, {today} now")
@@ -135,17 +135,21 @@ def picture_changes(before: Mapping[str, TrainedPicture], now: Mapping[str, Trai
     lost, new = ([one.name for key, one in mine.items() if key not in other] for mine, other in (
         (before, now), (now, before)
     ))  # fmt: skip
-    named = {
-        "{} {} no longer trained": lost,
-        "{} {} new": new,
-        "{} {} changed": [one.name for then, one in both if then.sha256 != one.sha256],
-    }
-    found = [text.format(listing(names), "is" if len(names) == 1 else "are") for text, names in named.items() if names]
+    changed = [one.name for then, one in both if then.sha256 != one.sha256]
+    found = [
+        f"{listing(names)} {state[len(names) > 1]}"
+        for names, state in (
+            (lost, ("is no longer trained", "are no longer trained")),
+            (new, ("is new", "are new")),
+            (changed, ("was changed", "were changed")),
+        )
+        if names
+    ]
     others = {
         "caption": [one.name for then, one in both if then.caption != one.caption],
         "mask": [one.name for then, one in both if then.masks != one.masks],
     }
-    return found + [f"the {what} of {listing(names)} changed" for what, names in others.items() if names]
+    return found + [f"the {what} of {listing(names)} was changed" for what, names in others.items() if names]
 
 
 def listing(names: Sequence[str]) -> str:
