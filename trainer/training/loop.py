@@ -48,8 +48,7 @@ def train(
     """
     params: Parameters = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
     optimizer = optimizers.make(groups, config.optimizer, config.weight_decay, config.seed)
-    begun = begin(states, optimizer, params, config, inputs, lost)
-    done, halvings = tell(begun, report)
+    done, halvings = tell(begin(states, optimizer, params, config, inputs, lost), report)
     readings: list[Tensor] = []  # loss and gradient norm of each step since the last reading, (2,) each
     if (keep_going := report.step(done, config.steps)) and done in preview_steps:
         preview(done)

@@ -38,6 +38,7 @@ from trainer.work.device_errors import DeviceLost, device_error
 from trainer.work.errors import OF_PICTURES, OF_TRAINING, explain
 from trainer.work.export import export_tune
 from trainer.work.preparation import JobInterrupted, prepare_photos
+from trainer.work.prompt_files import check_files
 from trainer.work.prompt_models import find_models
 from trainer.work.reporter import Reporter
 from trainer.work.run_files import asked_args, has_begun
@@ -175,6 +176,7 @@ class JobRunner:
             folder.mkdir(parents=True, exist_ok=True)
             characteristics = tune["characteristics"] if tune else {}
             inputs = folder / "inputs" / str(prompt_id)
+            changed = check_files(prompt, inputs, self._settings.presets)
             plan = make_plan(prompt, characteristics, models.base.branch, inputs, self._settings.presets)
             files, warnings = self._renderer.render_prompt(prompt_id, plan, models, folder, reporter)
         except Stopped:
@@ -184,7 +186,7 @@ class JobRunner:
                 self._store.put_back(job)
             return
         message = self._must(self._store.get("prompts", prompt_id))["warnings"]
-        warnings = [*message, *(warning for warning in warnings if warning not in message)]
+        warnings = [*message, *(warning for warning in [*changed, *warnings] if warning not in message)]
         reporter.progress["stage"] = "rendered"
         ended = {"progress": reporter.progress, "trained_at": now()}
         self._store.finish(job, "rendered", files=files, warnings=warnings, **ended)
