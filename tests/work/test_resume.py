@@ -248,9 +248,10 @@ def test_class_pictures_that_are_broken_are_drawn_again(interrupted: Interrupted
 def test_a_killed_app_whose_photo_was_changed_goes_on_and_says_so(
     tmp_path: Path, dog_photos: Callable[[int], list[Path]]
 ) -> None:
+    names = [photo.name for photo in dog_photos(3)]
     with running(tmp_path) as app:
         app.ready()
-        post(app, "Rex", dog_photos(3), steps=400, **{"args": "save_every=5"}).raise_for_status()
+        post(app, "Rex", dog_photos(3), steps=400, args="save_every=5").raise_for_status()
         wait_for(lambda: app.tune(1)["progress"]["step"] > 10)
         app.kill()
     Image.new("RGB", (640, 480), "blue").save(tmp_path / "tunes/1/images/001.jpg")
@@ -259,13 +260,12 @@ def test_a_killed_app_whose_photo_was_changed_goes_on_and_says_so(
     (newest / "state.safetensors").write_bytes(b"")
     with running(tmp_path) as app:
         app.ready()
-        told = wait_for(lambda: tune["warnings"] if (tune := app.tune(1))["progress"]["step"] else None)
-        step = int(newest.name.removeprefix("step-"))
+        resumed = wait_for(lambda: [line["step"] for line in app.log(1) if line.get("event") == "resumed"])
+        told, step = app.tune(1)["warnings"], int(newest.name.removeprefix("step-"))
+        assert 0 < resumed[-1] < step
         assert any(f"that of step {step}: state.safetensors is damaged" in one for one in told)
-        assert any("was changed" in one and "is no longer trained" in one for one in told)
+        assert any(f"{names[1]} was changed" in one and f"{names[2]} is no longer trained" in one for one in told)
         assert any("(images/002.jpg) is missing: training goes on without" in one for one in told)
-        resumed = [line["step"] for line in app.log(1) if line.get("event") == "resumed"]
-        assert resumed and 0 < resumed[-1] < step
         app.http.post("/tunes/1/cancel").raise_for_status()
         tune = app.finished(1)
         assert tune["status"] == "canceled" and tune["warnings"] == told

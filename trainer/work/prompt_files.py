@@ -32,9 +32,7 @@ def check_files(prompt: PromptRow, folder: Path, presets: Path) -> list[str]:
     for name in (name for name in PICTURES if asked.get(name)):
         file = inputs.find(folder, name)
         if file is None:
-            raise JobRefused(
-                f"{name} of this prompt is missing ({asked[name]}). Send the prompt again with the picture"
-            )
+            raise JobRefused(f"{asked[name]} of this prompt is missing. Send the prompt again with the picture")
         if isinstance(digests, dict) and digests.get(name) != digest_of(file):
             if not is_whole(file):
                 raise JobRefused(f"{file.name} of this prompt is damaged. Send the prompt again with the picture")
