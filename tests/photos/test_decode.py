@@ -31,7 +31,7 @@ from tests.helpers.shared import SHARED
 from tests.helpers.web import left_behind, photo, upload
 from trainer.contract.errors import InvalidRequest
 from trainer.photos.decode import BLURRED_BELOW, SMALL_PX, Decoded, Refused, alike, decode, load_decoders
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.studio import tunes
 from trainer.studio.rows import Services
 

@@ -27,7 +27,8 @@ from trainer.contract.errors import InvalidRequest
 from trainer.contract.fields import parse_request
 from trainer.contract.prompts import PromptRequest
 from trainer.photos import urls
-from trainer.photos.intake import Decoder, intake
+from trainer.photos.decoder import Decoder
+from trainer.photos.intake import intake
 from trainer.photos.urls import Unreachable, fetch_all, post
 from trainer.settings import Settings
 from trainer.studio import tunes
@@ -523,8 +524,8 @@ def test_what_is_no_photo_is_refused_by_the_intake(
 
 
 def test_a_photo_is_recognized_under_any_name(net: Net, settings: Settings, decoder: Decoder) -> None:
-    with intake(settings, decoder, [], [public("mislabelled")]) as (_, photos):
-        assert [(one.name, one.format) for one in photos] == [("mislabelled", "PNG")]
+    with intake(settings, decoder, [], [public("mislabelled")]) as found:
+        assert [(one.name, one.format) for one in found.photos] == [("mislabelled", "PNG")]
 
 
 # Time

@@ -12,7 +12,7 @@ from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import ProgressCallback, Upload, no_progress
 from trainer.contract.prompts import PICTURES, PromptRequest
 from trainer.files import PARTIAL, fsync
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.photos.urls import fetch_all
 from trainer.settings import Settings
 
