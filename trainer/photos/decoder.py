@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from trainer.contract.errors import AnalysisUnavailable
 from trainer.photos.decode import Decoded
@@ -37,25 +37,23 @@ class Decoder:
 
     def decode(self, source: Path, target: Path, name: str) -> Decoded:
         """Write `source` as an upright RGB file, `target` plus suffix. Raises ValueError with the reason."""
-        decoded: Decoded = self._run(
-            "decoded", "decode", source, target, name, self._settings.max_megapixels * 1_000_000
-        )
-        return decoded
+        most_pixels = self._settings.max_megapixels * 1_000_000
+        return cast(Decoded, self._run("decoded", "decode", source, target, name, most_pixels))
 
     def list_zip(self, source: Path) -> Contents:
         """What is in a zip of photos. Raises ValueError with the reason."""
-        contents: Contents = self._run("opened", "trainer.photos.zips:list_zip", source)
-        return contents
+        return cast(Contents, self._run("opened", "trainer.photos.zips:list_zip", source))
 
     def unpack(self, source: Path, entry: Entry, target: Path) -> None:
         """Write an entry of a zip as a file. Raises ValueError with the reason, OSError."""
         self._run("unpacked", "trainer.photos.zips:unpack", source, entry.number, target)
 
-    def _run(self, done: str, function: str, *args: object) -> Any:
+    def _run(self, done: str, function: str, *args: object) -> object:
         """Call a function in a free child process; done: what it does, for messages."""
         seconds, child = self._settings.decode_seconds, self._free.get()
         try:
-            return child.run(seconds, function, *args)
+            result: object = child.run(seconds, function, *args)
+            return result
         except TimeoutError:
             raise ValueError(f"could not be {done} within {seconds:g} s") from None
         except MemoryError:

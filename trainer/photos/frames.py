@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
 
-from PIL import Image
+from PIL import ImageFile
+from PIL.MpoImagePlugin import MpoImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 ANIMATION = "an animation: its first picture was taken"
 SEVERAL = "it has several pictures: the first was taken"
@@ -19,7 +20,7 @@ GAIN_MAPS = (b"hdrgm", b"hdrgainmap")
 BROKEN = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, struct.error)
 
 
-def notes_on_frames(image: Any) -> list[str]:
+def notes_on_frames(image: ImageFile.ImageFile) -> list[str]:
     """A note if the file has other pictures, which are not taken. Call it before the pixels are loaded.
 
     Small copies and gain maps, which cameras and phones add to a photo, are no other pictures.
@@ -29,30 +30,36 @@ def notes_on_frames(image: Any) -> list[str]:
             return []
         if image.format in ANIMATIONS or (image.format == "HEIF" and _brand(image) in SEQUENCES):
             return [ANIMATION]
-        extra = (image.format == "MPO" and _only_extras(image)) or (image.format == "TIFF" and _is_small_copy(image))
+        extra = (isinstance(image, MpoImageFile) and _only_extras(image)) or (
+            isinstance(image, TiffImageFile) and _is_small_copy(image)
+        )
         return [] if extra else [SEVERAL]
     except BROKEN:  # behind the first picture, which may be whole
         return []
 
 
-def _brand(image: Any) -> bytes:
-    image.fp.seek(8)
-    return bytes(image.fp.read(4))
+def _brand(image: ImageFile.ImageFile) -> bytes:
+    return _bytes_of(image)[8:12]
 
 
-def _only_extras(image: Any) -> bool:
+def _bytes_of(image: ImageFile.ImageFile) -> bytes:
+    assert image.fp is not None, "its pixels are not loaded yet"
+    image.fp.seek(0)
+    return image.fp.read()
+
+
+def _only_extras(image: MpoImageFile) -> bool:
     """Whether the other pictures of an MPO are small copies or gain maps."""
     others = [entry["Attribute"]["MPType"] for entry in image.mpinfo[PICTURE_LIST][1:]]
     if all(SMALL_COPY in kind for kind in others):
         return True
-    image.fp.seek(0)
-    data = image.fp.read().lower()
+    data = _bytes_of(image).lower()
     return any(mark in data for mark in GAIN_MAPS)
 
 
-def _is_small_copy(image: Image.Image) -> bool:
+def _is_small_copy(image: TiffImageFile) -> bool:
     """Whether the second page of a TIFF is a small copy of the first, or its mask."""
     image.seek(1)
-    kind = image.tag_v2.get(KIND_OF_PAGE, 0)  # type: ignore[attr-defined]
+    kind = int(image.tag_v2.get(KIND_OF_PAGE, 0))
     image.seek(0)
     return bool(kind & REDUCED_OR_MASK)

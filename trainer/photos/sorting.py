@@ -56,7 +56,7 @@ def sort_uploads(uploads: Sequence[Upload]) -> Sorted:
         elif is_zip(upload.name, head):
             found.zips.append(upload)
         elif what := archive_of(head):
-            found.refused.append(f"{upload.full_name} is {what}, which is not read; send a zip")
+            found.refused.append(f"{upload.full_name} is not a photo but {what}; send the photos in a zip")
         else:
             found.photos.append(upload)
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from PIL import Image, ImageChops
 
@@ -48,7 +47,7 @@ def read_unended(data: bytes, read: Callable[[bytes], Image.Image]) -> tuple[Ima
     return None
 
 
-def _block(image: Any) -> tuple[int, int]:
+def _block(image: Image.Image) -> tuple[int, int]:
     """Width and height of the blocks that a JPEG is stored in, in pixels."""
     layers = getattr(image, "layer", None) or [(0, 1, 1, 0)]
     return 8 * max(layer[1] for layer in layers), 8 * max(layer[2] for layer in layers)

@@ -64,7 +64,7 @@ class _Deadline:
         """zip_bytes: that all zips of a request may have together."""
         self._end = time.monotonic() + seconds
         self._sockets: list[socket.socket] = []
-        self._zip_bytes, self._lock = zip_bytes, threading.Lock()
+        self.zip_bytes, self._lock = zip_bytes, threading.Lock()
 
     def left(self) -> float:
         return max(0.0, self._end - time.monotonic())
@@ -77,8 +77,8 @@ class _Deadline:
     def take_zip_bytes(self, count: int) -> bool:
         """Whether so many more bytes of zips may be written."""
         with self._lock:
-            self._zip_bytes -= count
-            return self._zip_bytes >= 0
+            self.zip_bytes -= count
+            return self.zip_bytes >= 0
 
     def trace(self, event: str, info: Mapping[str, Any]) -> None:
         """An httpcore trace: records every connection, and starts none after the deadline."""
@@ -228,6 +228,8 @@ def _write(settings: Settings, response: httpx.Response, target: Path, deadline:
     limit = settings.max_image_mb * 2**20
     too_large = _Unfit(f"is larger than {settings.max_image_mb} MB")
     length = int(response.headers.get("Content-Length", 0))
+    if length > max(limit, deadline.zip_bytes):
+        raise too_large
     head, size, counted = b"", 0, 0
     with target.open("wb") as file:
         for chunk in response.iter_raw():

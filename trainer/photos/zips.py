@@ -25,6 +25,7 @@ MAX_DIRECTORY_BYTES = 2 * 2**20
 CHUNK_BYTES = 2**20
 MOST_CAPTIONS = 1000
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of the others, one chunk may expand without limit
+OTHER_METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "xz", 98: "PPMd"}  # 4.4.5
 ENCRYPTED, UTF_8 = 0x1, 0x800  # flags of an entry
 END = struct.Struct("<4s4H2LH")  # end of the list of entries: PKWARE's APPNOTE.TXT, 4.3.16
 END_64 = struct.Struct("<4sQ2H2L4Q")  # 4.3.14
@@ -87,7 +88,7 @@ def _sort(archive: zipfile.ZipFile, info: zipfile.ZipInfo, entry: Entry, found: 
     elif is_zip(entry.name, head):
         found.refused.append(f"{path} is a zip in a zip; send it by itself")
     elif kind := archive_of(head):
-        found.refused.append(f"{path} is {kind}, which is not read; send a zip")
+        found.refused.append(f"{path} is not a photo but {kind}; send the photos in a zip")
     else:
         found.photos.append(entry)
 
@@ -97,8 +98,8 @@ def _problem(info: zipfile.ZipInfo) -> str:
     if info.flag_bits & ENCRYPTED:
         return "is protected by a password; make the zip again without one"
     if info.compress_type not in METHODS:
-        method = zipfile.compressor_names.get(info.compress_type, str(info.compress_type))
-        return f"is packed by the method {method}; make the zip again with the usual one (Deflate)"
+        method = OTHER_METHODS.get(info.compress_type, f"method {info.compress_type}")
+        return f"is packed with {method}; make the zip again with the usual one (Deflate)"
     if stat.S_ISLNK(info.external_attr >> 16):
         return "is a link, not a photo"
     return ""

@@ -20,10 +20,10 @@ from trainer.contract.prompts import ASPECT_RATIOS, SCHEDULERS
 from trainer.contract.tunes import CheckRequest
 from trainer.names import BRANCHES, DEFAULT_METHOD, DEMO_BRANCH, METHODS
 from trainer.studio import models, pack_verbs, settle, tunes
+from trainer.studio.chosen import chosen
 from trainer.studio.rows import Services
 from trainer.web import html, spool
 from trainer.web.choices import look_names, token_of, usual_tokens
-from trainer.web.chosen import chosen
 from trainer.web.html import note, thumbnails
 from trainer.web.progress import progress_callback
 
