@@ -50,6 +50,7 @@ def _bytes_of(image: ImageFile.ImageFile) -> bytes:
 
 def _only_extras(image: MpoImageFile) -> bool:
     """Whether the other pictures of an MPO are small copies or gain maps."""
+    assert image.mpinfo is not None, "Pillow has read it to know how many pictures there are"
     others = [entry["Attribute"]["MPType"] for entry in image.mpinfo[PICTURE_LIST][1:]]
     if all(SMALL_COPY in kind for kind in others):
         return True
