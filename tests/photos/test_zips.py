@@ -323,6 +323,7 @@ def test_the_page_shows_what_is_in_a_zip(services: Services, tmp_path: Path) -> 
     found = chosen(services, [*paths, str(tmp_path / "gone.png")])
     assert [(one.name, one.within, text) for one, text in found.photos] == [
         ("3.png", "", None),
+        ("gone.png", "", None),
         ("1.png", "photos.zip/a", "first"),
         ("2.png", "photos.zip", "second"),
     ]

@@ -11,7 +11,7 @@ from trainer.files import printable
 from trainer.library.detect import Families, branch_of_file, branch_of_folder, branch_of_lora
 from trainer.library.header import read_header
 from trainer.library.models_tree import INDEX, Tree, walk
-from trainer.library.unread_files import MODEL_SUFFIX, what_it_is, why_unread
+from trainer.library.unread_files import MODEL_SUFFIX, is_apple_double, what_it_is, why_unread
 
 if TYPE_CHECKING:
     from trainer.settings import Settings
@@ -51,11 +51,11 @@ def scan(settings: Settings) -> list[FoundModel]:
     if not models.is_dir():
         return []
     tree = walk(models)
-    folders, everything = tree.model_folders, tree.all_files()
-    files = [file for file in everything if file.suffix == MODEL_SUFFIX and not set(file.parents) & set(folders)]
+    folders, everything = set(tree.model_folders), [file for file in tree.all_files() if not is_apple_double(file)]
+    files = [file for file in everything if file.suffix == MODEL_SUFFIX and not set(file.parents) & folders]
     sidecars = {sidecar(file) for file in files if _is_sidecar(sidecar(file), tree)}
     files = [file for file in files if not _is_part(file, sidecars, tree)]
-    paths = [*(folder for folder in folders if folder not in sidecars), *files]
+    paths = [*sorted(folders - sidecars), *files]
     found = [_identify(path, models, families) for path in paths if not _is_embeddings(path, files)]
     others = [file for file in everything if file.suffix != MODEL_SUFFIX]
     owned = {*folders, *sidecars, *(folder for folder in tree.files if _is_hub_blobs(folder, tree))}
@@ -124,10 +124,13 @@ def _identify_file(name: str, path: Path, families: Families) -> FoundModel:
     """A LoRA or a base in one file; if it cannot be used, `error` says why. Raises OSError."""
     try:
         header = read_header(path)
+    except ValueError as problem:
+        return FoundModel(name, path, error=": ".join(filter(None, (str(problem), what_it_is(path)))))
+    try:
         branch = branch_of_lora(header.shapes, families)
         if branch is None:
             return FoundModel(name, path, branch_of_file(header.shapes, families))
     except ValueError as problem:
-        return FoundModel(name, path, error=": ".join(filter(None, (str(problem), what_it_is(path)))))
+        return FoundModel(name, path, error=str(problem))
     facts = header.metadata
     return FoundModel(name, path, branch, True, facts.get("tunebooth.root"), facts.get("ss_sd_model_name"))

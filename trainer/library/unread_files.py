@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from trainer.library.header import MAX_HEADER_BYTES
 
 MODEL_SUFFIX = ".safetensors"
+APPLE_DOUBLE = (b"\0\x05\x16\x07", b"\0\x05\x16\0")
 UNKNOWN_BYTES = 2**20  # smaller files of unknown kinds are no models
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 UNFINISHED = (
@@ -45,14 +47,25 @@ HEADS = (
     (b"PK\x03\x04", f"in fact {PICKLE}"),
     (b"\x80\x02", f"in fact {PICKLE}"),
     (bytes(32), "it begins with zeros, as a file does whose download is not finished"),
-    (b"<", "it is a web page, perhaps one that asks to log in; download the model again"),
-    (b"{", "it is a JSON text, perhaps the answer of a download site; download the model again"),
 )
+TEXTS = {
+    b"<": "it is a web page, perhaps one that asks to log in; download the model again",
+    b"{": "it is a JSON text, perhaps the answer of a download site; download the model again",
+}
 
 
 def is_beside(path: Path) -> bool:
     """Whether the name of a file is that of what lies next to models: a text, a setting, a preview."""
     return path.suffix.lower() in BESIDE or path.name.startswith("._")
+
+
+def is_apple_double(path: Path) -> bool:
+    """Whether a file has what macOS writes beside a file on a foreign disk (RFC 1740)."""
+    if not path.name.startswith("._"):
+        return False
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(4) in APPLE_DOUBLE
+    return False
 
 
 def why_unread(path: Path) -> str | None:
@@ -84,6 +97,8 @@ def what_it_is(path: Path) -> str:
     """What a file is that is named as a .safetensors file, and is none; "": not known. Raises OSError."""
     with path.open("rb") as file:
         head = file.read(32)
+    if b"\0" not in head[:8] and head[:1] in TEXTS:  # the first 8 bytes of a safetensors file are a small number
+        return TEXTS[head[:1]]
     return next((what for start, what in HEADS if head.startswith(start)), "")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from PIL import Image, ImageChops
 
@@ -18,11 +18,12 @@ PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 COEFFICIENTS = 64  # of a block
 AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # a marker that ends a scan
 FILLER_BYTES = 256
+PADDING_BYTES = 4  # fewer zeros fill up no sector
 LARGEST_CORNER = 100  # a corner that cannot be known may be such a part of the picture: one block
 SMOOTHING_PX = 2  # a block's colours reach so far into its neighbours
 TAKEN = "its last bytes are missing, but all its pixels are there"
 CORNER = "its last bytes are missing: at most {} x {} pixels in a corner of it are wrong"
-PNG = b"\x89PNG\r\n\x1a\n"
+JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 
 
 def read_unended(data: bytes, read: Callable[[bytes], Image.Image]) -> tuple[Image.Image, str] | None:
@@ -30,20 +31,44 @@ def read_unended(data: bytes, read: Callable[[bytes], Image.Image]) -> tuple[Ima
 
     read: decodes a whole file; what it raises for the filled one is raised.
     """
-    versions = [read(whole) for whole in _filled(data)]
-    if len(versions) < 2:
+    if data.startswith(JPEG):
+        return _read_jpeg(data, read) if all(ends_in_scan(data)) else None
+    if not 0 < (missing := _missing(data)) <= len(data):
         return None
-    image, other = versions
+    image = read(data + bytes(missing))
+    note = _compare(image, read(data + _noise(missing)))
+    return (image, note) if note == TAKEN else None
+
+
+def _read_jpeg(data: bytes, read: Callable[[bytes], Image.Image]) -> tuple[Image.Image, str] | None:
+    """As `read_unended`. Zeros at the end may be pixels, or fill up the last sector of a disk."""
+    noise = _noise(FILLER_BYTES) + END_OF_IMAGE
+    body = data.removesuffix(b"\xff")
+    image = read(body + END_OF_IMAGE)
+    bare = body.rstrip(b"\0")
+    if bare.endswith(b"\xff"):  # FF is written as FF 00
+        bare += b"\0"
+    if len(body) - len(bare) >= PADDING_BYTES:
+        if note := _compare(image, read(bare + noise)):
+            return image, note
+        if _compare(image, read(body[:-2] + noise)) == TAKEN:  # zeros were read as pixels, and some are left
+            return None
+    note = _compare(image, read(body + noise))
+    return (image, note) if note else None
+
+
+def _compare(image: Image.Image, other: Image.Image) -> str | None:
+    """A note on a file that is filled up in two ways, by the pixels that differ; None: too many."""
     if image.size != other.size or image.mode != other.mode:
         return None
     wrong = ImageChops.difference(image, other).getbbox()
     if wrong is None:
-        return image, TAKEN
+        return TAKEN
     width, height = _block(image)
     left, top = ((side - 1) // block * block for side, block in zip(image.size, (width, height), strict=True))
     small = LARGEST_CORNER * width * height <= image.width * image.height
-    if data.startswith(b"\xff\xd8") and small and wrong[0] >= left - SMOOTHING_PX and wrong[1] >= top - SMOOTHING_PX:
-        return image, CORNER.format(width, height)
+    if small and wrong[0] >= left - SMOOTHING_PX and wrong[1] >= top - SMOOTHING_PX:
+        return CORNER.format(width, height)
     return None
 
 
@@ -51,20 +76,6 @@ def _block(image: Image.Image) -> tuple[int, int]:
     """Width and height of the blocks that a JPEG is stored in, in pixels."""
     layers = getattr(image, "layer", None) or [(0, 1, 1, 0)]
     return 8 * max(layer[1] for layer in layers), 8 * max(layer[2] for layer in layers)
-
-
-def _filled(data: bytes) -> Iterator[bytes]:
-    """The file, filled up in two ways; nothing if it is not known how it would end, or if it has its end."""
-    if data.startswith(b"\xff\xd8"):
-        stripped = data.rstrip(b"\0")
-        body = stripped + b"\0" if stripped.endswith(b"\xff") and len(stripped) < len(data) else stripped
-        if all(ends_in_scan(body)):
-            body = body.removesuffix(b"\xff")
-            yield body + END_OF_IMAGE
-            yield body + _noise(FILLER_BYTES) + END_OF_IMAGE
-    elif 0 < (missing := _missing(data)) <= len(data):
-        yield data + bytes(missing)
-        yield data + _noise(missing)
 
 
 def _missing(data: bytes) -> int:
@@ -91,7 +102,7 @@ def _noise(count: int) -> bytes:
 def ends_in_scan(data: bytes) -> tuple[bool, bool]:
     """Whether a JPEG ends within the pixels of a scan, and whether that is its last one.
 
-    A progressive JPEG gets finer with each scan. Zeros at the end do not count: some programs fill up a sector.
+    A progressive JPEG gets finer with each scan.
     """
     components: list[int] = []
     precision: dict[int, list[int | None]] = {}  # lowest bit of each coefficient so far, by component; None: no bit
@@ -120,7 +131,7 @@ def ends_in_scan(data: bytes) -> tuple[bool, bool]:
 
 def lacks_end(data: bytes) -> bool:
     """Whether the last bytes of a JPEG or PNG are missing, whose pixels may all be there."""
-    if data.startswith(b"\xff\xd8"):
+    if data.startswith(JPEG):
         return ends_in_scan(data)[0]
     at = len(PNG)
     while data.startswith(PNG) and at < len(data):

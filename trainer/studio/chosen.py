@@ -22,10 +22,12 @@ class Chosen:
 
 
 def chosen(services: Services, paths: Sequence[str] | None) -> Chosen:
-    """What the chosen files are. What cannot be read is refused when the form is sent."""
-    found = sort_uploads([Upload(path.name, path) for path in map(Path, paths or []) if path.exists()])
+    """What the chosen files are. What cannot be read, or is gone, is refused when the form is sent."""
+    files = [Upload(path.name, path) for path in map(Path, paths or [])]
+    found = sort_uploads([file for file in files if file.path.exists()])
+    gone = [file for file in files if not file.path.exists() and file.path.suffix.lower() != ".txt"]
     texts = {Path(one.name).stem: one.path.read_text("utf-8", errors="replace").strip() for one in found.captions}
-    photos = [(photo, texts.get(Path(photo.name).stem)) for photo in found.photos]
+    photos = [(photo, texts.get(Path(photo.name).stem)) for photo in files if photo in found.photos + gone]
     notes, left_out = [], [*found.left_out]
     for archive in found.zips:
         try:
