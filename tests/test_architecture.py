@@ -220,6 +220,7 @@ def environment_reads(tree: ast.Module) -> int:
     return len(named) - len(writes)
 
 
+@pytest.mark.long
 def test_a_process_that_serves_the_page_has_not_loaded_torch() -> None:
     script = (
         "import sys, app, trainer.web.page, trainer.web.rest, trainer.studio.tunes;"
@@ -332,6 +333,7 @@ def test_families_and_model_types_are_named_in_their_rooms_only() -> None:
 # The tests
 
 
+@pytest.mark.long
 def test_the_web_tests_are_collected_without_torch() -> None:
     rooms = ["tests/web", "tests/studio", "tests/contract", "tests/config"]
     script = (

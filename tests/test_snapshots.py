@@ -107,7 +107,11 @@ def studio(tmp_path_factory: pytest.TempPathFactory, decoder: Decoder, photos: l
     opened.close()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+IN_DEFAULT = ("sd15", "fast")
+LONG_TOO = [name if name in IN_DEFAULT else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=LONG_TOO)
 def trained(request: pytest.FixtureRequest, studio: Studio) -> Trained:
     """A tune of each family, through the doors and the worker as in the app."""
     return Trained(request.param, studio, studio.ended(queue(studio, request.param)))
@@ -433,12 +437,12 @@ def test_the_database_is_as_it_was(settings: Settings) -> None:
 @pytest.fixture
 def served(settings: Settings, decoder: Decoder) -> Iterator[Services]:
     """The verbs behind a real port, with the key of the samples. No worker runs, so what is queued stays queued."""
-    from trainer.photos.analysis import PhotoAnalyzer
+    from tests.helpers.analyzer import SharedAnalyzer
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         changes = {"port": listening.getsockname()[1], "key": SecretStr(KEY), "private_urls": "allow"}
         changed = settings.model_copy(update=changes)
-        store, analyzer = Store(changed.outputs), PhotoAnalyzer(changed)
+        store, analyzer = Store(changed.outputs), SharedAnalyzer(changed)
         services = Services(changed, store, decoder, analyzer)
         guard = Guard(changed, load=lambda: create_app(services), begin=nothing, unload=nothing)
         server = uvicorn.Server(uvicorn.Config(guard, log_level="warning", ws="none"))

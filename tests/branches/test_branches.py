@@ -53,9 +53,9 @@ class Case:
 
 CASES = [  # in the default run
     Case("flux1", "folder", "flux-lora-portrait", "woman"),
-    Case("sd15", "folder", args="prior_images=2", model_type="checkpoint"),
 ]
 MORE_CASES = [
+    Case("sd15", "folder", args="prior_images=2", model_type="checkpoint"),
     Case("sdxl1", "folder"),
     Case("sd15", "file", args="prior_weight=1 prior_images=2"),
     Case("sd15", "folder"),

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.helpers.analyzer import SharedAnalyzer
 from trainer.contract.photos import Upload
 from trainer.contract.states import ENDED
 from trainer.contract.tunes import Tune
 from trainer.files import read_json_lines
-from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.decoder import Decoder
 from trainer.settings import read_settings
 from trainer.studio import rows, tunes
@@ -57,7 +57,7 @@ class Studio:
         folders = {"outputs": folder / "outputs", "models": folder / "models"}
         self.settings = read_settings(**folders, device="cpu", **settings)
         self.store = Watched(self.settings.outputs)
-        self.analyzer = PhotoAnalyzer(self.settings)
+        self.analyzer = SharedAnalyzer(self.settings)
         self.services = Services(self.settings, self.store, decoder, self.analyzer)
         self.worker = Worker(self.settings, self.store, self.analyzer)
         self.photos = photos

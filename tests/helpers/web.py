@@ -16,8 +16,8 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from tests.helpers.analyzer import SharedAnalyzer
 from trainer.contract.photos import Upload
-from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.decoder import Decoder
 from trainer.settings import Settings, read_settings
 from trainer.studio.rows import Services
@@ -41,7 +41,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decoder]:
 def services(settings: Settings, decoder: Decoder) -> Iterator[Services]:
     """The verbs over an empty store. No worker runs, so what is queued stays queued."""
     store = Store(settings.outputs)
-    analyzer = PhotoAnalyzer(settings)
+    analyzer = SharedAnalyzer(settings)
     yield Services(settings, store, decoder, analyzer)
     analyzer.close()
     store.close()

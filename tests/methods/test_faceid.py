@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.helpers import tiny
+from tests.helpers.analyzer import SharedAnalyzer
 from tests.helpers.fast import fast_base
 from tests.helpers.shared import SHARED
 from trainer.branches.protocol import load_branch
@@ -47,7 +48,7 @@ PERSON_B = [f"person_b/0{number}.jpg" for number in (1, 2, 3)]
 def analyzer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PhotoAnalyzer]:
     """A child with the weights of ../shared, which lives through all tests here."""
     folder = tmp_path_factory.mktemp("looker")
-    made = PhotoAnalyzer(read_settings(outputs=folder / "o", models=folder / "m", weights=SHARED / "weights"))
+    made = SharedAnalyzer(read_settings(outputs=folder / "o", models=folder / "m", weights=SHARED / "weights"))
     yield made
     made.close()
 

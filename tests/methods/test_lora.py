@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +14,8 @@ import pytest
 import torch
 from diffusers import (
     FluxPipeline,
-    FluxTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,8 +23,6 @@ from torch import Tensor, nn
 
 from tests.helpers.tiny import BFL_DOUBLE_NAMES, BFL_NAMES, BFL_SINGLE_NAMES, SGM_UNET_NAMES, ldm_unet_key
 from tests.helpers.training import RecordedReport, Run, TrainingSetup, config_of
-from trainer.branches import flux1, sd15, sdxl1
-from trainer.branches.flux1 import Flux1
 from trainer.methods import lora
 
 METADATA = {"modelspec.title": "my dog"}
@@ -275,102 +270,3 @@ def test_apply_takes_the_place_of_the_model_before(trained: Trained, stock: Any,
     lora.apply(around(stock), silent, 1.0)
     assert distance(changed, base) > 0.1
     assert distance(picture(stock), base) < ROUNDING  # nothing of the first one is left
-
-
-# Full size, without memory for the weights of the base
-
-
-@pytest.fixture(scope="module")
-def attached() -> Callable[[str, str], Any]:
-    """attached(family, targets): what `lora` asks of a branch, around a full-size denoiser that has its adapters."""
-
-    def make(family: str, targets: str, **changes: object) -> Any:
-        kind, branch_class, name, config = {
-            "sd15": (UNet2DConditionModel, sd15.SD15, "unet", sd15.CONFIG),
-            "sdxl1": (UNet2DConditionModel, sdxl1.SDXL1, "unet", sdxl1.CONFIG),
-            "flux1": (FluxTransformer2DModel, Flux1, "transformer", flux1.CONFIG),
-        }[family]
-        with torch.device("meta"):
-            denoiser = kind.from_config(config[f"{name}/config.json"] | changes)
-        branch = SimpleNamespace(
-            denoiser=denoiser, denoiser_name=name, text_encoders={}, lora_targets=branch_class.lora_targets,
-            parts=SimpleNamespace(),
-        )  # fmt: skip
-        branch.kohya_layers = partial(branch_class.kohya_layers, branch)
-        with torch.device("meta"):
-            (group,) = lora.attach(branch, config_of(targets=targets))
-        branch.count = len(group["params"]) // 2
-        return branch
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("family", "targets", "count"),
-    [
-        ("sd15", "cross_attention", 16 * 2),
-        ("sd15", "attention", 128),
-        ("sd15", "all", 192),
-        ("sdxl1", "cross_attention", 70 * 2),
-        ("sdxl1", "attention", 560),
-        ("sdxl1", "all", 722),  # the number that kohya's own trainer tells for SDXL
-        ("flux1", "cross_attention", 19 * 2),
-        ("flux1", "attention", 19 * 8 + 38 * 3),
-        ("flux1", "all", 419),
-    ],
-)
-def test_the_full_size_model_gets_as_many_adapters_as_is_known(
-    attached: Callable[[str, str], Any], family: str, targets: str, count: int
-) -> None:
-    assert attached(family, targets).count == count
-
-
-def test_kohya_s_names_of_the_full_size_sdxl(attached: Callable[[str, str], Any]) -> None:
-    layers = [name for name, module in attached("sdxl1", "all").denoiser.named_modules() if hasattr(module, "lora_A")]
-    names = {f"lora_unet_{sdxl1.original_name(name).replace('.', '_')}" for name in layers}
-    assert len(names) == len(layers) == 722
-    assert names > {
-        "lora_unet_input_blocks_4_1_proj_in",
-        "lora_unet_input_blocks_5_1_transformer_blocks_1_attn2_to_k",
-        "lora_unet_input_blocks_8_1_transformer_blocks_9_attn1_to_q",
-        "lora_unet_middle_block_1_transformer_blocks_9_ff_net_0_proj",
-        "lora_unet_output_blocks_0_1_transformer_blocks_0_attn2_to_out_0",
-        "lora_unet_output_blocks_2_1_transformer_blocks_9_ff_net_2",
-        "lora_unet_output_blocks_5_1_proj_out",
-    }
-    entries = {re.match(r"lora_unet_((in|out)put_blocks_\d_1|middle_block_1)_", name)[1] for name in names}
-    blocks = [f"input_blocks_{n}_1" for n in (4, 5, 7, 8)] + [f"output_blocks_{n}_1" for n in range(6)]
-    assert entries == {*blocks, "middle_block_1"}
-
-
-@pytest.mark.parametrize("targets", ["all", "attention"])
-@pytest.mark.parametrize("alpha", [2, 4])
-def test_diffusers_reads_our_kohya_keys_of_the_real_flux(
-    attached: Callable[..., Any], tmp_path: Path, alpha: int, targets: str
-) -> None:
-    branch = attached("flux1", targets, num_layers=1, num_single_layers=1)
-    generator = torch.Generator().manual_seed(0)
-    for module in branch.denoiser.modules():
-        if hasattr(module, "lora_A"):
-            for half in (module.lora_A["default"], module.lora_B["default"]):
-                half.weight = nn.Parameter(torch.randn(half.weight.shape, generator=generator))
-    lora.save(branch, tmp_path, config_of(rank=2, alpha=alpha, targets=targets), {})
-    ours, read = load_file(tmp_path / DIFFUSERS), FluxPipeline.lora_state_dict(tmp_path, weight_name=KOHYA)
-    final = {f"proj_out.{half}.weight" for half in ("lora_A", "lora_B")} if targets == "all" else set()
-    assert ours.keys() >= {f"transformer.{name}" for name in final}
-    # Of the final projection it forgets whose it is, and so leaves it out: the reason why its users get the other file.
-    assert {name for name in read if not name.startswith("transformer.")} == final
-    kept = ours.keys() - {f"transformer.{name}" for name in final}
-    given = {name for name in read if name.startswith("transformer.")}
-    if targets == "attention":  # the rows of linear1 that have no adapter come back as one that does nothing
-        extra = {f"transformer.single_transformer_blocks.0.proj_mlp.{half}.weight" for half in ("lora_A", "lora_B")}
-        assert given - kept == extra and not any(read[name].any() for name in extra)
-        given -= extra
-    assert given == kept and len(kept) > 20
-    for name in (name.removesuffix(".lora_A.weight") for name in kept if ".lora_A." in name):
-        down, up = (ours[f"{name}.{half}.weight"] for half in ("lora_A", "lora_B"))
-        their_down, their_up = (read[f"{name}.{half}.weight"] for half in ("lora_A", "lora_B"))
-        if alpha == 2:  # scale 1
-            assert torch.equal(down, their_down) and torch.equal(up, their_up), name
-        else:  # the scale is ours in one half and theirs in the other
-            assert torch.equal(2 * down, their_down) and torch.equal(up, 2 * their_up), name

@@ -22,6 +22,7 @@ from huggingface_hub import constants
 from PIL import Image, ImageChops
 
 from tests.helpers import training
+from tests.helpers.analyzer import SharedAnalyzer
 from tests.helpers.shared import SHARED
 from tests.helpers.studio import Studio
 from tests.helpers.training import TrainingSetup
@@ -60,7 +61,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory, decoder: Decoder) -> Iterat
     """The verbs with a child that has real detector and recognizer weights; it lives through all tests here."""
     folder = tmp_path_factory.mktemp("seeing")
     settings = read_settings(outputs=folder / "outputs", models=folder / "models", weights=SHARED / "weights")
-    store, analyzer = Store(settings.outputs), PhotoAnalyzer(settings)
+    store, analyzer = Store(settings.outputs), SharedAnalyzer(settings)
     yield Services(settings, store, decoder, analyzer)
     analyzer.close()
     store.close()
@@ -571,7 +572,7 @@ def test_the_segmenters_mask_is_seen_in_the_loss(
     shutil.copytree(photos[0].parent, images)
     given = [Photo(name=path.name, file=path.name, width=64, height=64, format="PNG") for path in photos]
     config = training.config_of(mask="subject", mask_floor=0.1)
-    analyzer = PhotoAnalyzer(segmenting)
+    analyzer = SharedAnalyzer(segmenting)
     verdicts, warnings = analyzer.prepare(tmp_path, given, config, name, restore=False)
     analyzer.close()
     assert warnings == [] and [verdict.masks for verdict in verdicts] == [["subject"]] * 3

@@ -49,6 +49,9 @@ def test_a_model_says_what_it_is(studio: Studio) -> None:
     assert json.loads(told["ss_tag_frequency"]) == {"dataset": {"A photo of ohwx dog": 3}}
     config = TrainConfig(**train_config.parse_args(told["tunebooth.args"]))
     assert (config.rank, config.steps) == (5, STEPS)
+    read_by = json.loads(told["tunebooth.read_by"])
+    assert read_by.keys() == {"lora.safetensors", "lora_diffusers.safetensors"}
+    assert "ComfyUI" in read_by["lora.safetensors"] and "only a part" in read_by["lora_diffusers.safetensors"]
     kept = json.loads((rows.tune_folder(studio.services, tune.id) / "config.json").read_text())
     assert kept == {"base": "Tunebooth fast", **config.model_dump(mode="json")}
 

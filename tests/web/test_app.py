@@ -372,6 +372,7 @@ def test_the_page_says_what_is_wrong_at_the_field(
     assert app.http.get("/tunes").json() == before
 
 
+@pytest.mark.long
 def test_the_page_and_a_script_report_the_same_of_photos(app: App, browser_page: Page) -> None:
     faces = SHARED / "data/faces"
     if not faces.exists():

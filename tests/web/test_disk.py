@@ -20,11 +20,11 @@ from fastapi.testclient import TestClient
 from gradio.utils import get_upload_folder
 from PIL import Image
 
+from tests.helpers.analyzer import SharedAnalyzer
 from tests.helpers.api import GOOD, create, post
 from tests.helpers.small_disk import fill, small_disk
 from tests.helpers.web import address, client_of, left_behind, multipart, upload
 from trainer.contract.disk import RESERVE_BYTES, check_room
-from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.decoder import Decoder
 from trainer.settings import read_settings
 from trainer.studio.rows import Services
@@ -41,7 +41,7 @@ def services(tmp_path: Path, decoder: Decoder) -> Iterator[Services]:
     """The verbs over an empty store, on a disk of 32 MB."""
     with small_disk(tmp_path / "outputs", 32) as outputs:
         settings = read_settings(outputs=outputs, models=tmp_path / "models", private_urls="allow")
-        store, analyzer = Store(outputs), PhotoAnalyzer(settings)
+        store, analyzer = Store(outputs), SharedAnalyzer(settings)
         yield Services(settings, store, decoder, analyzer)
         analyzer.close()
         store.close()

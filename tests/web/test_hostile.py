@@ -24,8 +24,8 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from tests.helpers.analyzer import SharedAnalyzer
 from tests.helpers.web import left_behind, multipart, photo
-from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.decoder import Decoder
 from trainer.settings import read_settings
 from trainer.studio import tunes
@@ -72,7 +72,7 @@ class Live:
 def live(tmp_path_factory: pytest.TempPathFactory, decoder: Decoder) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("hostile")
     settings = read_settings(outputs=folder / "outputs", models=folder / "models", key=KEY, max_body_mb=MAX_BODY_MB)
-    store, analyzer = Store(settings.outputs), PhotoAnalyzer(settings)
+    store, analyzer = Store(settings.outputs), SharedAnalyzer(settings)
     services = Services(settings, store, decoder, analyzer)
     guard = Guard(settings, load=lambda: create_app(services), begin=lambda: None, unload=lambda: None)
     listening = socket.create_server(("127.0.0.1", 0))

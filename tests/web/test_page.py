@@ -144,7 +144,8 @@ def known(text: str) -> TuneDetails:
         id=1, kind="prompt", prompt_id=3, url=text, created_at=MOMENT, attempts=2, answer=text, arrived_at=None,
         due_at=None,
     )  # fmt: skip
-    return TuneDetails([callback], [text, text], {"kohya": (f"{LINK}{text}", "made"), "x": (None, "")})
+    formats = {"kohya": (f"{LINK}{text}", "made"), "x": (None, "")}
+    return TuneDetails([callback], [text, text], formats, {"kohya": text})
 
 
 def packs(text: str) -> list[dict[str, object]]:

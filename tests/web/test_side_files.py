@@ -16,6 +16,7 @@ from fastapi.encoders import jsonable_encoder
 from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 
+from tests.helpers.analyzer import SharedAnalyzer
 from tests.helpers.faults import CONTENTS, HUGE, INSTEAD, as_json, instead_of, remove, safetensors, spoiled
 from tests.helpers.web import photo, upload
 from trainer import files
@@ -27,7 +28,6 @@ from trainer.contract.tunes import CheckRequest
 from trainer.files import Unreadable
 from trainer.library import bases
 from trainer.names import FORMATS
-from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.decoder import Decoder
 from trainer.settings import read_settings
 from trainer.studio import answers, models, pack_verbs, settle, tunes
@@ -72,7 +72,7 @@ class House:
         )
         self.outputs, self.presets, self.models = self.settings.outputs, self.settings.presets, self.settings.models
         self.store = Store(self.outputs)
-        self.analyzer = PhotoAnalyzer(self.settings)
+        self.analyzer = SharedAnalyzer(self.settings)
         self.services = Services(self.settings, self.store, decoder, self.analyzer)
         self.form: Any = object.__new__(Form)  # its choices, without the page around it
         self.form._services = self.services

@@ -28,8 +28,11 @@ CHROMIUM = Path("/usr/bin/chromium")
 
 
 @pytest.fixture
-def studio(tmp_path: Path, decoder: Decoder, dog_photos: Callable[[int], list[Path]]) -> Iterator[Studio]:
-    """A studio whose outputs are on a disk of 40 MB."""
+def studio(
+    tmp_path: Path, decoder: Decoder, dog_photos: Callable[[int], list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Studio]:
+    """A studio whose outputs are on a disk of 40 MB, which is checked five times a second."""
+    monkeypatch.setattr("trainer.work.hold.LOOK_SECONDS", 0.2)
     with small_disk(tmp_path / "outputs", 40):
         opened = Studio(tmp_path, decoder, dog_photos(3))
         yield opened

@@ -23,7 +23,7 @@ from tests.helpers.soak import Size, Soak, plan
 from tests.helpers.studio import same
 from trainer.files import PARTIAL
 
-SHORT = Size(tune=3, prompt=4, kill=1, cancel=1, resume=1, delete=1, delete_prompt=1)
+SHORT = Size(tune=2, prompt=3, kill=1, cancel=1, resume=1, delete=1, delete_prompt=1)
 THIRD = Size(tune=20, prompt=34, kill=3, cancel=8, resume=4, delete=6, delete_prompt=4)
 FULL = Size(tune=60, prompt=100, kill=6, cancel=24, resume=10, delete=18, delete_prompt=12)
 LONG = FULL if os.environ.get("TUNEBOOTH_SOAK") == "full" else THIRD  # the full one takes six minutes

@@ -123,7 +123,7 @@ class Branch(Protocol):
         """The denoiser's adapters under kohya's names.
 
         adapters: name of a linear layer -> down (r, in), up (out, r). Returns kohya's name -> down (n r, in), up
-        (out, n r) and n, the number of our layers in that layer.
+        (out, n r) and n, the number of adapters in that layer.
         """
         ...
 

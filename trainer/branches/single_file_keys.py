@@ -192,21 +192,25 @@ def stacked_adapters(
 ) -> dict[str, tuple[Tensor, Tensor, int]]:
     """Adapters under kohya's names, where several layers of diffusers can be one layer: see `Branch.kohya_layers`.
 
-    layers: each layer of the original release, with the layers of diffusers that are stacked in it. Their adapters are
-    combined: each has its own block of the output, with zeros where a layer has no adapter.
+    layers: each layer of the original release, with the layers of diffusers that are stacked in it. The adapters of
+    those are combined: each has its own columns and its own rows of `up`. A layer without an adapter has rows of zeros
+    and no columns.
     """
     found: dict[str, tuple[Tensor, Tensor, int]] = {}
     for original, names in layers:
-        if not any(name in adapters for name in names):
+        given = [adapters[name] for name in names if name in adapters]
+        if not given:
             continue
-        down, up = next(adapters[name] for name in names if name in adapters)
-        downs, ups = [], []
+        columns = sum(up.shape[1] for _, up in given)
+        blocks, first = [], 0
         for name in names:
-            rows: int = denoiser.get_submodule(name).out_features
-            none = (torch.zeros_like(down), up.new_zeros(rows, up.shape[1]))
-            one, other = adapters.get(name, none)
-            downs.append(one)
-            ups.append(other)
+            height: int = denoiser.get_submodule(name).out_features
+            rows = given[0][1].new_zeros(height, columns)
+            if name in adapters:
+                up = adapters[name][1]
+                rows[:, first : first + up.shape[1]] = up
+                first += up.shape[1]
+            blocks.append(rows)
         kohya_name = f"lora_unet_{original.replace('.', '_')}"
-        found[kohya_name] = (torch.cat(downs), torch.block_diag(*ups), len(names))  # type: ignore[no-untyped-call]
+        found[kohya_name] = (torch.cat([down for down, _ in given]), torch.cat(blocks), len(given))
     return found

@@ -17,7 +17,8 @@ from trainer.names import BRANCHES, DEFAULT_METHOD, METHODS
 
 PROGRAM = Path(__file__).parents[2] / "presets"  # the setting `presets` may name another folder
 MOST_GIB = 1e6
-FACTS = ("detect", "placeholder", "face_adapter", "base")  # tables that describe a family, and that no user changes
+# Tables that describe a family, and that no user changes.
+FACTS = ("detect", "placeholder", "face_adapter", "readers", "base")
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -62,6 +63,7 @@ class BranchFile(BaseModel):
     why_not: dict[str, str] = {}
     instead: dict[str, str] = {}
     face_adapter: dict[str, str | int | float] | None = None
+    readers: dict[str, str] = {}
 
 
 def check_branch(table: Table) -> None:
@@ -216,6 +218,11 @@ def list_presets(folder: Path) -> list[str]:
 def model_types(folder: Path, branch: str) -> list[str]:
     """The model types of a branch."""
     return [method for method in METHODS if method in branch_table(folder, branch)]
+
+
+def readers(folder: Path, branch: str) -> dict[str, str]:
+    """The programs that read each format of a LoRA of the branch; FORMATS has the names of the formats."""
+    return dict(branch_table(folder, branch).get("readers", {}))
 
 
 def why_not(folder: Path, branch: str) -> dict[str, str]:

@@ -134,10 +134,26 @@ def together(module: nn.Module, config: TrainConfig) -> tuple[dict[str, tuple[Te
 
 
 def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, str]) -> list[str]:
-    """Write `lora.safetensors` (kohya keys: ComfyUI, A1111, kohya's tools) and `lora_diffusers.safetensors`.
+    """Write `lora.safetensors` with kohya's keys, and `lora_diffusers.safetensors`.
+
+    The presets say which programs read them ([readers]).
 
     With learned tokens also `lora_emb.safetensors`, and `lora_bundled.safetensors`: kohya keys and tokens in one file.
     """
+    kohya, diffusers = file_tensors(branch, config)
+    save_file(kohya, folder / KOHYA_FILE, metadata)
+    save_file(diffusers, folder / DIFFUSERS_FILE, metadata)
+    if not (rows := new_tokens.rows_of(branch.parts)):
+        return [KOHYA_FILE, DIFFUSERS_FILE]
+    token = new_tokens.token_of(branch.parts)
+    new_tokens.save(branch.parts, folder / WORDS_FILE, metadata)
+    bundle = {f"bundle_emb.{token}.{new_tokens.KEYS[part]}": tensor for part, tensor in rows.items()}
+    save_file(kohya | bundle, folder / BUNDLED_FILE, metadata)
+    return [KOHYA_FILE, WORDS_FILE, DIFFUSERS_FILE, BUNDLED_FILE]
+
+
+def file_tensors(branch: Branch, config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapters of all modules under kohya's keys, and under those of diffusers, in the format of the files."""
     dtype = getattr(torch, config.save_dtype)
     kohya: dict[str, Tensor] = {}
     diffusers: dict[str, Tensor] = {}
@@ -165,15 +181,7 @@ def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, 
             # transformers 5 has no prefix `text_model.`; the files need it.
             name = f"text_model.{layer.removeprefix('text_model.')}"
             keep(f"{part}.{name}", f"{branch.kohya_encoders[part]}_{name.replace('.', '_')}", down, up, alpha)
-    save_file(kohya, folder / KOHYA_FILE, metadata)
-    save_file(diffusers, folder / DIFFUSERS_FILE, metadata)
-    if not (rows := new_tokens.rows_of(branch.parts)):
-        return [KOHYA_FILE, DIFFUSERS_FILE]
-    token = new_tokens.token_of(branch.parts)
-    new_tokens.save(branch.parts, folder / WORDS_FILE, metadata)
-    bundle = {f"bundle_emb.{token}.{new_tokens.KEYS[part]}": tensor for part, tensor in rows.items()}
-    save_file(kohya | bundle, folder / BUNDLED_FILE, metadata)
-    return [KOHYA_FILE, WORDS_FILE, DIFFUSERS_FILE, BUNDLED_FILE]
+    return kohya, diffusers
 
 
 def checkable_files(branch: Branch) -> list[str]:

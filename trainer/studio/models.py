@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trainer.clock import stamp
+from trainer.config import branch_file
 from trainer.contract.errors import Conflict, InvalidRequest, NotFound, words
 from trainer.contract.states import Progress
 from trainer.contract.tunes import Tune
@@ -123,6 +124,16 @@ def model_formats(services: Services, tune_id: int) -> dict[str, tuple[str | Non
         else:
             links[name] = None, one["status"]
     return links
+
+
+def readers_of(services: Services, tune_id: int) -> dict[str, str]:
+    """The programs that read each format of a tune's LoRA; empty if it has none, or its branch is broken."""
+    row = row_of(services, "tunes", tune_id)
+    presets = services.settings.presets
+    if branch_file.branch_problem(presets, row["branch"]):
+        return {}
+    formats = here(row)
+    return {name: text for name, text in branch_file.readers(presets, row["branch"]).items() if name in formats}
 
 
 def lineage(services: Services, tune_id: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 
 from trainer.branches.protocol import Branch
 from trainer.clock import now
@@ -11,14 +12,23 @@ from trainer.config import train_config
 from trainer.config.train_config import TrainConfig
 from trainer.contract.rows import TuneRow
 from trainer.library.bases import Base
-from trainer.names import MODEL_TYPES
+from trainer.names import FORMATS, MODEL_TYPES
 from trainer.training.views import Picture
 
 
 def describe(
-    tune: TuneRow, base: Base, branch: Branch, config: TrainConfig, pictures: list[Picture], step: int
+    tune: TuneRow,
+    base: Base,
+    branch: Branch,
+    config: TrainConfig,
+    pictures: list[Picture],
+    step: int,
+    readers: Mapping[str, str],
 ) -> dict[str, str]:
-    """Metadata of a model file: modelspec.* (Stability-AI/ModelSpec 1.0.0), kohya's ss_*, and our own tunebooth.*."""
+    """Metadata of a model file: modelspec.* (Stability-AI/ModelSpec 1.0.0), kohya's ss_*, and our own tunebooth.*.
+
+    readers: the programs that read each format of a LoRA.
+    """
     model_type = MODEL_TYPES[tune["method"]]
     side, tags = config.resolution[0], Counter(picture.caption for picture in pictures if picture.kind != "class")
     facts: dict[str, object] = {
@@ -64,4 +74,5 @@ def describe(
         facts = {key: value for key, value in facts.items() if not key.startswith("ss_network_")}
     else:
         facts["modelspec.architecture"] = f"{facts['modelspec.architecture']}/lora"
+        facts["tunebooth.read_by"] = json.dumps({FORMATS[name]: programs for name, programs in readers.items()})
     return {key: str(value) for key, value in facts.items()}

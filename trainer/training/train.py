@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from trainer.training.views import Picture
 if TYPE_CHECKING:
     from PIL import Image
 
-PREVIEW_STEPS = 20  # of the sampler: enough to see what the model has learned
+PREVIEW_STEPS = 20  # most steps of the sampler: enough to see what the model has learned
 PREVIEW_SEED = 42
 PNG_BYTES_PER_PIXEL = 2  # of photos
 MODELS_KEPT_FROM = 0.5  # of the run; earlier models are not useful
@@ -54,6 +54,7 @@ class Run:
     branch: Branch
     method: Method
     defaults: RenderConfig
+    readers: Mapping[str, str]  # the programs that read each format of a LoRA
     preview: str
     pictures: list[Picture]
     encoded: Sequence[dict[str, Tensor]] = ()  # the preview's prompt and an empty one, encoded before training
@@ -81,7 +82,8 @@ def train_tune(
     branch = load_branch(base, device, settings.outputs / "cache")
     method = prepare(tune, base, config, branch, report)
     defaults = branch_file.render_config(settings.presets, base.branch)
-    run = Run(tune, base, config, device, report, folder, branch, method, defaults, preview, pictures)
+    readers = branch_file.readers(settings.presets, base.branch)
+    run = Run(tune, base, config, device, report, folder, branch, method, defaults, readers, preview, pictures)
     if config.prior_weight:
         report.stage("class pictures")
         drawn = class_pictures(run.branch, base, tune["name"], config, run.defaults, settings.outputs / "cache", report)
@@ -173,8 +175,9 @@ def render(run: Run, steps: int, output_type: str) -> Any:
 
 def save_quarter(run: Run, step: int) -> None:
     """At every quarter: write a preview, and from the middle on also the current model."""
+    file = run.folder / "samples" / f"step-{step:06d}.png"
     try:
-        write_picture(render(run, PREVIEW_STEPS, "pil")[0], run.folder / "samples" / f"step-{step:06d}.png")
+        write_picture(render(run, min(PREVIEW_STEPS, run.defaults.steps), "pil")[0], file)
     except torch.OutOfMemoryError:
         run.report.warn(f"the preview at step {step} was left out: the card has no room for it")
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as problem:
@@ -187,7 +190,7 @@ def save_quarter(run: Run, step: int) -> None:
 def save_model(run: Run, folder: Path, step: int) -> list[str]:
     """Write the model of this step into a folder, and check each file. Returns the files' names."""
     check_room(folder, space.model_bytes(run.branch, run.method, run.config), "the model")
-    facts = describe(run.tune, run.base, run.branch, run.config, run.pictures, step)
+    facts = describe(run.tune, run.base, run.branch, run.config, run.pictures, step, run.readers)
     files = run.method.save(run.branch, folder, run.config, facts)
     for file in files:
         check_file(folder / file)

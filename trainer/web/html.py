@@ -26,11 +26,12 @@ Lines = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class TuneDetails:
-    """What the page shows in addition to a tune: its callbacks, its lineage and its model formats."""
+    """What the page shows in addition to a tune: its callbacks, its lineage, its model formats and their readers."""
 
     callbacks: Sequence[Callback] = ()
     chain: Sequence[str] = ()
     formats: Mapping[str, tuple[str | None, str]] = field(default_factory=dict)
+    readers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,7 @@ def details(services: Services, tune_id: int) -> TuneDetails:
             list_callbacks(services, tune_id),
             models.lineage(services, tune_id),
             models.model_formats(services, tune_id),
+            models.readers_of(services, tune_id),
         )
     except NotFound:  # deleted since it was listed
         return TuneDetails()
