@@ -60,7 +60,7 @@ def is_beside(path: Path) -> bool:
 
 
 def is_apple_double(path: Path) -> bool:
-    """Whether a file has what macOS writes beside a file on a foreign disk (RFC 1740)."""
+    """Whether a file has what macOS writes next to a file on a foreign disk (RFC 1740)."""
     if not path.name.startswith("._"):
         return False
     with suppress(OSError), path.open("rb") as file:

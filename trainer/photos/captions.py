@@ -17,7 +17,7 @@ def pair(
 ) -> tuple[list[Upload | None], list[LeftOut], list[Upload]]:
     """The caption of each photo: the `.txt` file of the same name in the same folder.
 
-    For a photo in a zip, one that is sent beside the zip comes first. Returns also the captions that are left out with
+    For a photo in a zip, one that is sent with the zip comes first. Returns also the captions that are left out with
     the reason: those of leftovers (`left_out`, by their full names), and those in a zip that another one replaces; and
     those without a photo.
     """

@@ -1,4 +1,4 @@
-"""Leftovers of file managers, phones and photo programs, which lie beside photos and are left out.
+"""Leftovers of file managers, phones and photo programs, which lie next to photos and are left out.
 
 Content decides before names: a picture is taken, whatever its name is, and a video is none.
 """

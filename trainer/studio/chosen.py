@@ -22,7 +22,7 @@ class Chosen:
 
 
 def chosen(services: Services, paths: Sequence[str] | None) -> Chosen:
-    """What the chosen files are. What cannot be read, or is gone, is refused when the form is sent."""
+    """What the chosen files are. What cannot be read, or is missing, is refused when the form is sent."""
     files = [Upload(path.name, path) for path in map(Path, paths or [])]
     found = sort_uploads([file for file in files if file.path.exists()])
     gone = [file for file in files if not file.path.exists() and file.path.suffix.lower() != ".txt"]

@@ -17,7 +17,7 @@ from trainer.contract.photos import Check, Photo, ProgressCallback, Upload, no_p
 from trainer.contract.rows import TuneValues
 from trainer.contract.states import ENDED, Callback
 from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
-from trainer.files import UNCOMMITTED, fsync
+from trainer.files import UNCOMMITTED, fsync, move_folder
 from trainer.library import bases
 from trainer.library.bases import Bases
 from trainer.names import FORMATS, MODEL_TYPES
@@ -332,7 +332,7 @@ def _insert(
         (work / UNCOMMITTED).touch()
         for path in work.rglob("*"):
             fsync(path)
-        work.rename(target)
+        move_folder(work, target)
         folders.append(target)
         fsync(target.parent)
     (target / UNCOMMITTED).unlink(missing_ok=True)
