@@ -14,7 +14,7 @@ from tests.helpers.studio import PROMPT, Studio
 from trainer.contract.rows import TuneRow
 from trainer.files import Unreadable
 from trainer.names import FORMATS
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.photos.unfinished import remove_unfinished
 from trainer.studio import prompts, tunes
 from trainer.studio.rows import tune_folder

@@ -14,7 +14,7 @@ from tests.helpers.studio import PATIENCE_S, PROMPT, STEPS, Studio, same
 from trainer.contract.errors import NotFound
 from trainer.contract.tunes import Tune
 from trainer.files import read_json_lines
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.studio import answers, prompts, rows, tunes
 from trainer.work.worker import Worker
 
