@@ -23,7 +23,8 @@ from PIL import Image, ImageOps
 from trainer.config import resolve
 from trainer.contract.photos import Upload
 from trainer.photos.analysis import PhotoAnalyzer
-from trainer.photos.intake import Decoder, intake
+from trainer.photos.decoder import Decoder
+from trainer.photos.intake import intake
 from trainer.settings import read_settings
 from trainer.studio import tunes
 from trainer.studio.rows import Services
@@ -97,8 +98,9 @@ def draw_sheet(target: Path) -> None:
             steps=None, args="mask=face", face_crop=True,
         )  # fmt: skip
         for file in SHEET:
-            with intake(services.settings, services.decoder, [Upload(file, FACES / file)], []) as (work, photos):
-                (photo,), _ = services.analyzer.prepare(work, photos, config, "person", restore=False)
+            with intake(services.settings, services.decoder, [Upload(file, FACES / file)], []) as taken:
+                work = taken.folder
+                (photo,), _ = services.analyzer.prepare(work, taken.photos, config, "person", restore=False)
                 whole = Image.open(work / "images" / photo.file).convert("RGB")
                 mask = work / "dataset" / "masks" / "face" / "000.png"
                 lit = (

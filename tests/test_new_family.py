@@ -29,7 +29,7 @@ from trainer.config.branch_file import PROGRAM
 from trainer.contract.photos import Upload
 from trainer.contract.tunes import Tune
 from trainer.library import bases
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.studio import answers, prompts, rows, tunes
 
 pytest_plugins = ("tests.helpers.web",)

@@ -34,7 +34,7 @@ from tests.helpers.web import address, client_of, multipart, photo
 from trainer.contract.photos import Upload
 from trainer.contract.tunes import Tune
 from trainer.files import read_json_lines
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.settings import Settings, read_settings
 from trainer.studio import models, rows, tunes
 from trainer.studio.rows import Services

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -55,6 +56,18 @@ def whole_folder(target: Path) -> Iterator[Path]:
         fsync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder. Where `target` is on another disk, by a link, it is copied; it is complete or absent too."""
+    try:
+        source.rename(target)
+    except OSError as problem:
+        if problem.errno != errno.EXDEV:
+            raise
+        with whole_folder(target) as partial:
+            shutil.copytree(source, partial, dirs_exist_ok=True)
+        shutil.rmtree(source, ignore_errors=True)
 
 
 @contextmanager

@@ -23,6 +23,10 @@ SIGNS_LINKS = r"[!-~]{22,}"  # of 6 bits each: 128 and more
 LEAST_SECRET_BYTES = 24  # Standard Webhooks
 
 
+class NoOutputs(Exception):
+    """The outputs folder is not there and cannot be made."""
+
+
 class Settings(BaseSettings):
     """Every setting is an option (`--public-url`) and an environment variable (`TUNEBOOTH_PUBLIC_URL`).
 
@@ -126,6 +130,16 @@ class Settings(BaseSettings):
         _write_secret(path, digest_of(key).hex())
         return digest_of(key), key
 
+    def models_problem(self) -> str | None:
+        """Why the models folder cannot be read; None: it can."""
+        if not self.models.is_dir():
+            why = why_no_folder("models", self.models)
+        elif not os.access(self.models, os.R_OK | os.X_OK):
+            why = f"the models folder {self.models} cannot be read; change its permissions"
+        else:
+            return None
+        return f"{why}. Until then, only the bases of the presets can be used"
+
     def check_secrets(self) -> None:
         """Raises RuntimeError if the file of a secret exists and cannot be read."""
         for name in (".key", ".link-secret"):
@@ -178,12 +192,32 @@ def read_settings(arguments: Sequence[str] | None = None, **overrides: object) -
     if arguments is not None:  # the option was a switch until version 0.1
         cli = ["--idempotency=off" if argument == "--no-idempotency" else argument for argument in arguments]
     settings = Settings(_cli_parse_args=cli, **overrides)  # type: ignore[call-arg,arg-type]
-    for folder in (settings.outputs, settings.models):
-        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.outputs.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise NoOutputs(f"{why_no_folder('outputs', settings.outputs, problem)}, or name another --outputs") from None
+    try:
+        settings.models.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:  # without it, the bases of the presets can be used
+        log.warning("%s", why_no_folder("models", settings.models, problem))
     return settings
 
 
+def why_no_folder(name: str, folder: Path, problem: OSError | None = None) -> str:
+    """Why a folder of the settings is not there, and what to do. problem: why it could not be made."""
+    if folder.is_symlink():
+        return f"the {name} folder {folder} is a link to a folder that is not there; connect its drive"
+    if folder.exists():
+        return f"the {name} folder {folder} is a file; move it away"
+    if problem is None:
+        return f"the {name} folder {folder} is not there; connect its drive, or make the folder"
+    return f"the {name} folder {folder} cannot be made ({problem.strerror}); make it"
+
+
 def command_line() -> tuple[bool, Settings]:
-    """Whether the command is `rescue`, and the settings of this process."""
+    """Whether the command is `rescue`, and the settings of this process. Ends it if there is no outputs folder."""
     rescues = sys.argv[1:2] == ["rescue"]
-    return rescues, read_settings(sys.argv[2:] if rescues else sys.argv[1:])
+    try:
+        return rescues, read_settings(sys.argv[2:] if rescues else sys.argv[1:])
+    except NoOutputs as problem:
+        sys.exit(f"Tunebooth: {problem}.")

@@ -38,7 +38,7 @@ from trainer.files import read_json_lines
 from trainer.library import bases
 from trainer.names import DEMO_BRANCH, FORMATS
 from trainer.photos.analysis import PhotoAnalyzer
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.settings import read_settings
 from trainer.studio import tunes
 from trainer.studio.rows import Services, tune_folder

@@ -22,7 +22,7 @@ from tests.helpers.web import client_of, multipart
 from trainer.branches import loading
 from trainer.contract.tunes import Tune
 from trainer.names import FORMATS
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.studio import answers, models, rows, tunes
 
 pytest_plugins = ("tests.helpers.web",)

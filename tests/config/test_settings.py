@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from tests.helpers.app import ROOT
 from tests.helpers.faults import CONTENTS, INSTEAD, instead_of
-from trainer.settings import Settings, digest_of, read_settings
+from trainer.settings import Settings, command_line, digest_of, read_settings
 
 KEY = "sd_123"
 SAID: dict[str, str] = {  # every setting, with a value that is not its default
@@ -165,6 +165,21 @@ def test_the_app_does_not_start_where_a_secret_cannot_be_read(name: str, fault: 
     assert done.returncode == 1
     assert done.stderr.startswith(f"Tunebooth: {name} in the outputs folder cannot be read (")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("link", "is a link to a folder that is not there; connect its drive"), ("file", "is a file; move it away")],
+)
+def test_the_app_ends_in_words_where_there_can_be_no_outputs_folder(
+    kind: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = tmp_path / "outputs"
+    outputs.symlink_to("/mnt/not-mounted") if kind == "link" else outputs.touch()
+    monkeypatch.setattr(sys, "argv", ["app.py", "--outputs", str(outputs), "--models", str(tmp_path / "models")])
+    with pytest.raises(SystemExit) as ended:
+        command_line()
+    assert ended.value.code == f"Tunebooth: the outputs folder {outputs} {why}, or name another --outputs."
 
 
 def test_links_are_signed_with_a_secret_that_is_kept() -> None:

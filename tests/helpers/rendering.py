@@ -30,8 +30,8 @@ from trainer.library import weights
 from trainer.library.bases import hashed_id
 from trainer.methods import checkpoint, lora
 from trainer.names import FORMATS
+from trainer.photos.decoder import Decoder
 from trainer.photos.found import Found
-from trainer.photos.intake import Decoder
 from trainer.rendering.pictures import read_facts
 from trainer.settings import read_settings
 from trainer.studio import prompts, rows

@@ -18,7 +18,7 @@ from trainer.contract.photos import Upload
 from trainer.contract.states import ENDED
 from trainer.contract.tunes import Tune
 from trainer.files import read_json_lines
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.settings import read_settings
 from trainer.studio import rows, tunes
 from trainer.studio.rows import Services

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.helpers.analyzer import SharedAnalyzer
 from trainer.contract.photos import Upload
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.settings import Settings, read_settings
 from trainer.studio.rows import Services
 from trainer.studio.store import Store

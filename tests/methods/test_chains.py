@@ -30,7 +30,7 @@ from trainer.library import bases
 from trainer.library.bases import Base
 from trainer.methods import lora
 from trainer.names import FORMATS
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.settings import read_settings
 from trainer.studio import answers, models, prompts, rows, tunes
 from trainer.studio.expiry import expire

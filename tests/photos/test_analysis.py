@@ -36,9 +36,9 @@ from trainer.library import weights
 from trainer.library.weights import Unavailable
 from trainer.photos import masks, restore
 from trainer.photos.analysis import PhotoAnalyzer, naming
+from trainer.photos.decoder import Decoder
 from trainer.photos.faces import closeup_box, find, prepare
 from trainer.photos.found import Found, Task
-from trainer.photos.intake import Decoder
 from trainer.photos.subject import choose
 from trainer.photos.subprocess_worker import Closed, SubprocessWorker
 from trainer.photos.unfinished import remove_unfinished

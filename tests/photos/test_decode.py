@@ -31,7 +31,7 @@ from tests.helpers.shared import SHARED
 from tests.helpers.web import left_behind, photo, upload
 from trainer.contract.errors import InvalidRequest
 from trainer.photos.decode import BLURRED_BELOW, SMALL_PX, Decoded, Refused, alike, decode, load_decoders
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.studio import tunes
 from trainer.studio.rows import Services
 
@@ -543,6 +543,133 @@ def test_a_heic_decodes_in_the_child(decoder: Decoder, tmp_path: Path) -> None:
     sent = upload(tmp_path / "sent", "phone.heic", heic(turned(6), exif=exif_of(6).tobytes()))
     found = decoder.decode(sent.path, tmp_path / "kept", "phone.heic")
     assert (found.photo.name, found.photo.width, found.photo.height) == ("phone.heic", 96, 64)
+
+
+# Files whose last bytes are missing: no pixel may be, and a note says so
+
+WHOLE, NEARLY = "its last bytes are missing, but all its pixels are there", "its last bytes are missing: at most"
+UNENDED: dict[str, tuple[Callable[[], bytes], int]] = {  # a whole file, and how many bytes are cut off
+    "JPEG without the second byte of its end mark": (lambda: jpeg(noise()), 1),
+    "JPEG without its end mark": (lambda: jpeg(noise()), 2),
+    "JPEG of smaller colours": (lambda: saved(noise(), "JPEG", quality=80), 2),
+    "JPEG in grey": (lambda: saved(noise().convert("L"), "JPEG"), 2),
+    "JPEG in CMYK": (lambda: saved(noise().convert("CMYK"), "JPEG"), 2),
+    "progressive JPEG": (lambda: saved(noise(), "JPEG", quality=75, progressive=True), 2),
+    "JPEG with restart marks": (lambda: jpeg(noise(), restart_marker_rows=1), 2),
+    "JPEG that is turned": (lambda: jpeg(noise(), exif=exif_of(6)), 2),
+    "JPEG in one colour": (lambda: jpeg(Image.new("RGB", (256, 256), "teal")), 2),
+    "PNG without IEND": (lambda: saved(noise(), "PNG"), 12),
+    "PNG without a part of IEND": (lambda: saved(noise(), "PNG"), 7),
+    "JPEG in one colour, of zeros": (lambda: saved(Image.new("RGB", (256, 256), "teal"), "JPEG", optimize=True), 2),
+    "WebP": (lambda: saved(noise(), "WEBP", quality=80), 1),
+}
+CUT: dict[str, tuple[Callable[[], bytes], int]] = {  # pixels are missing
+    "JPEG": (lambda: jpeg(noise()), 2000),
+    "progressive JPEG within its last scan": (lambda: saved(noise(), "JPEG", quality=75, progressive=True), 2000),
+    "JPEG with restart marks": (lambda: jpeg(noise(), restart_marker_rows=1), 2000),
+    "JPEG in one colour": (lambda: jpeg(Image.new("RGB", (256, 256), "teal")), 60),
+    "PNG": (lambda: saved(noise(), "PNG"), 2000),
+    "WebP": (lambda: saved(noise(), "WEBP"), 2000),
+    "HEIC": (lambda: heic(noise()), 2000),
+    "AVIF": (lambda: saved(noise(), "AVIF"), 2000),
+    "TIFF": (lambda: saved(noise(), "TIFF"), 2000),
+    "BMP": (lambda: saved(noise(), "BMP"), 2000),
+}
+
+
+@pytest.mark.parametrize("kind", UNENDED)
+def test_a_photo_that_lacks_only_its_end_has_the_same_pixels_and_a_note(tmp_path: Path, kind: str) -> None:
+    make, missing = UNENDED[kind]
+    whole = decoded(tmp_path, make())[0]
+    cut = decoded(tmp_path, make()[:-missing])[0]
+    assert cut.digest == whole.digest
+    assert cut.photo.notes == [WHOLE, *whole.photo.notes]
+    assert WHOLE not in whole.photo.notes
+
+
+@pytest.mark.parametrize(
+    ("kind", "padding"), [(kind, bytes(count)) for kind in CUT for count in (0, 4096) if "JPEG" in kind or not count]
+)
+def test_a_photo_that_lacks_pixels_is_refused(tmp_path: Path, kind: str, padding: bytes) -> None:
+    """Also a JPEG where a program has filled up the last sector with zeros, which a decoder would take for pixels."""
+    make, missing = CUT[kind]
+    assert re.search(DAMAGED, reason(tmp_path, make()[:-missing] + padding))
+
+
+def test_a_jpeg_without_its_end_may_be_padded_with_zeros(tmp_path: Path) -> None:
+    whole = decoded(tmp_path, jpeg(noise()))[0]
+    for missing in (1, 2):
+        found = decoded(tmp_path, jpeg(noise())[:-missing] + bytes(4096))[0]
+        assert found.digest == whole.digest and found.photo.notes[0] == WHOLE
+
+
+def test_a_progressive_jpeg_without_its_last_scan_is_refused(tmp_path: Path) -> None:
+    """Every line is there, but coarser than the camera saw it."""
+    content = saved(noise(), "JPEG", quality=75, progressive=True)
+    last = content.rindex(b"\xff\xda")
+    tables = content.rindex(b"\xff\xc4", 0, last)
+    assert re.search(DAMAGED, reason(tmp_path, content[:tables]))
+    assert re.search(DAMAGED, reason(tmp_path, content[:last]))
+
+
+def test_a_few_bytes_more_cost_a_corner_and_the_note_says_so(tmp_path: Path) -> None:
+    content = saved(noise(512), "JPEG")
+    _, image = decoded(tmp_path, content)
+    found, cut = decoded(tmp_path, content[:-5])
+    assert found.photo.notes[0] == f"{NEARLY} 16 x 16 pixels in a corner of it are wrong"
+    left, top, *_ = ImageChops.difference(image, cut).getbbox()  # type: ignore[misc]
+    assert min(left, top) >= 512 - 16 - 18  # the kept copies are JPEGs too, in blocks of their own
+
+
+def test_what_follows_the_end_of_a_jpeg_is_not_commented(tmp_path: Path) -> None:
+    """Samsung's phones write facts there, Google's a video."""
+    whole = decoded(tmp_path, jpeg(noise()))[0]
+    found = decoded(tmp_path, jpeg(noise()) + b"SEFH" + bytes(50) + b"SEFT")[0]
+    assert (found.digest, found.photo.notes) == (whole.digest, whole.photo.notes)
+
+
+# Files with several pictures
+
+
+def pages(**options: Any) -> bytes:
+    return saved(drawn(), "TIFF", save_all=True, append_images=[Image.new("RGB", (96, 64))], **options)
+
+
+def with_small_copy() -> bytes:
+    """A TIFF whose second page says that it is a small copy of the first (NewSubfileType 1)."""
+    copy = Image.new("RGB", (48, 32))
+    copy.encoderinfo = {"tiffinfo": {254: 1}}
+    return saved(drawn(), "TIFF", save_all=True, append_images=[copy])
+
+
+def mpo(**options: Any) -> bytes:
+    return saved(drawn(), "MPO", save_all=True, append_images=[noise(64)], quality=95, subsampling=0, **options)
+
+
+def burst() -> bytes:
+    load_decoders()
+    return saved(drawn(), "HEIF", save_all=True, append_images=[noise(64)], quality=95, chroma=444)
+
+
+ANIMATION, SEVERAL = "an animation: its first picture was taken", "it has several pictures: the first was taken"
+SEVERAL_PICTURES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
+    **{form: (lambda form=form: animated(form), [ANIMATION]) for form in ("GIF", "PNG", "WEBP", "AVIF")},  # type: ignore[misc]
+    "MPO": (mpo, [SEVERAL]),
+    "MPO with a gain map": (lambda: mpo(xmp=b"<x xmlns:hdrgm='http://ns.adobe.com/hdr-gain-map/1.0/'/>"), []),
+    "HEIC": (burst, [SEVERAL]),
+    "TIFF": (pages, [SEVERAL]),
+    "TIFF with a small copy": (with_small_copy, []),
+    "GIF of one picture": (lambda: saved(drawn(), "GIF"), []),
+    "JPEG": (lambda: jpeg(drawn()), []),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL_PICTURES)
+def test_the_first_of_several_pictures_is_taken_and_a_note_says_so(tmp_path: Path, kind: str) -> None:
+    make, notes = SEVERAL_PICTURES[kind]
+    found, image = decoded(tmp_path, make())
+    assert off(image, drawn()) < 8
+    assert [note for note in found.photo.notes if "picture" in note] == notes
 
 
 # Colours

@@ -23,7 +23,8 @@ from tests.helpers.web import left_behind, photo, upload
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import Photo, Upload
 from trainer.photos.decode import Decoded
-from trainer.photos.intake import Decoder, intake
+from trainer.photos.decoder import Decoder
+from trainer.photos.intake import intake
 from trainer.studio import tunes
 from trainer.studio.rows import Services
 
@@ -48,7 +49,8 @@ def face(path: str) -> Upload:
 
 def taken(services: Services, *uploads: Upload) -> tuple[list[Photo], list[Image.Image], dict[str, str]]:
     """The verdicts, the pictures as they are kept, and the captions beside them."""
-    with intake(services.settings, services.decoder, uploads, []) as (work, photos):
+    with intake(services.settings, services.decoder, uploads, []) as found:
+        work, photos = found.folder, found.photos
         images = [Image.open(work / "images" / verdict.file) for verdict in photos if not verdict.dropped]
         for image in images:
             image.load()
@@ -211,8 +213,8 @@ def test_nothing_that_a_camera_wrote_down_is_kept(
     Image.effect_noise((64, 64), 50).convert("RGB").save(stream, form, exif=exif, **options[form])
     assert stream.getvalue().count(b"SECRET") == 2
     sent = file("home.jpg", stream.getvalue())
-    with intake(services.settings, services.decoder, [sent], []) as (work, (verdict,)):
-        kept = (work / "images" / verdict.file).read_bytes()
+    with intake(services.settings, services.decoder, [sent], []) as found:
+        kept = (found.folder / "images" / found.photos[0].file).read_bytes()
     assert b"SECRET" not in kept
     with Image.open(io.BytesIO(kept)) as image:
         assert image.info.keys() <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}

@@ -8,10 +8,13 @@ behind which anything stands: PUBLIC, where a server on loopback takes its place
 from __future__ import annotations
 
 import gzip
+import io
+import random
 import socket
 import struct
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.message import Message
@@ -21,13 +24,15 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 import pytest
+from PIL import Image
 
 from tests.helpers.web import address, left_behind, photo
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.fields import parse_request
 from trainer.contract.prompts import PromptRequest
 from trainer.photos import urls
-from trainer.photos.intake import Decoder, intake
+from trainer.photos.decoder import Decoder
+from trainer.photos.intake import intake
 from trainer.photos.urls import Unreachable, fetch_all, post
 from trainer.settings import Settings
 from trainer.studio import tunes
@@ -35,8 +40,25 @@ from trainer.studio.rows import Services
 
 pytest_plugins = ("tests.helpers.web",)
 
+
+def noise(name: str) -> tuple[str, bytes]:
+    """A photo of 750 kB that cannot be packed."""
+    stream = io.BytesIO()
+    Image.frombytes("RGB", (500, 500), random.Random(name).randbytes(750_000)).save(stream, "BMP")
+    return name, stream.getvalue()
+
+
+def zipped(*files: tuple[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in files:
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
 PHOTO = photo()
 BOMB = gzip.compress(bytes(2**24))  # 16 MB in 16 KB
+ZIP = zipped(noise("1.bmp"), noise("2.bmp"))  # 1.5 MB
 PUBLIC = "93.184.216.34"
 DOWN = "93.184.216.35"  # public as well, but nothing stands behind it
 SERVED = (PUBLIC, 80)
@@ -91,6 +113,9 @@ class Elsewhere(BaseHTTPRequestHandler):
 
     def answer_photo(self) -> None:
         self.whole(PHOTO)
+
+    def answer_zip(self) -> None:
+        self.whole(ZIP)
 
     def answer_to(self) -> None:
         """/to/302?LOCATION"""
@@ -506,6 +531,23 @@ def test_a_flood_ends_at_the_limit(net: Net, settings: Settings, tmp_path: Path)
     assert sum(file.stat().st_size for file in tmp_path.glob("url-*")) <= 2**20
 
 
+def test_a_zip_of_photos_may_be_larger_than_a_photo(net: Net, settings: Settings, decoder: Decoder) -> None:
+    small = settings.model_copy(update={"max_image_mb": 1})
+    with intake(small, decoder, [], [public("zip/photos.zip?size=large"), public("3.png")]) as found:
+        assert sorted(one.name for one in found.photos) == ["1.bmp", "2.bmp", "3.png"]
+
+
+@pytest.mark.parametrize("zips", [True, False])
+def test_zips_have_a_limit_together(net: Net, settings: Settings, tmp_path: Path, zips: bool) -> None:
+    """Two of 1.5 MB where 2 MB are allowed; for an input picture of a prompt, none may be larger than a photo."""
+    small = settings.model_copy(update={"max_image_mb": 1, "max_body_mb": 2})
+    with pytest.raises(InvalidRequest) as refused:
+        fetch_all(small, [public("zip/a.zip"), public("zip/b.zip")], tmp_path, zips=zips)
+    told = refused.value.problems["image_urls"]
+    assert len(told) == (1 if zips else 2)
+    assert all(one.endswith("is larger than 1 MB") for one in told)
+
+
 def test_packed_answers_are_kept_packed(net: Net, fetch: Callable[..., list[bytes]]) -> None:
     assert fetch(public("bomb")) == [BOMB]
     assert net.server.asked[0][1]["Accept-Encoding"] == "identity"
@@ -523,8 +565,8 @@ def test_what_is_no_photo_is_refused_by_the_intake(
 
 
 def test_a_photo_is_recognized_under_any_name(net: Net, settings: Settings, decoder: Decoder) -> None:
-    with intake(settings, decoder, [], [public("mislabelled")]) as (_, photos):
-        assert [(one.name, one.format) for one in photos] == [("mislabelled", "PNG")]
+    with intake(settings, decoder, [], [public("mislabelled")]) as found:
+        assert [(one.name, one.format) for one in found.photos] == [("mislabelled", "PNG")]
 
 
 # Time

@@ -21,7 +21,7 @@ from trainer.contract.photos import Upload
 from trainer.library import weights
 from trainer.library.bases import hashed_id
 from trainer.methods import lora
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.rendering import renderer
 from trainer.studio import prompts, rows
 from trainer.studio.tunes import get_tune

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,24 @@ def test_a_deleted_tune_leaves_nothing_in_the_trash(client: TestClient, services
     own, other = with_model(trash / f"{tune_id}-1700000000"), with_model(trash / f"{tune_id}1-1700000000")
     assert client.delete(f"/tunes/{tune_id}").status_code == 200
     assert not own.exists() and other.exists() and folders.has_model(other)
+
+
+def test_the_folder_of_tunes_may_be_a_link_to_another_disk(
+    client: TestClient, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, rename = tmp_path / "disk", os.rename
+    disk.mkdir()
+    (settings.outputs / "tunes").symlink_to(disk)
+
+    def rename_on_one_disk(source: Path, target: Path) -> None:
+        if (disk in Path(source).resolve().parents) != (disk in Path(target).resolve().parents):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_on_one_disk)
+    tune = create(client, "Rex")
+    assert content(disk / str(tune["id"])).keys() >= {"images/000.png", "request.json"}
+    assert not list(disk.glob("*.partial*")) and not list((settings.outputs / "incoming").iterdir())
+    expiry.move_to_trash(settings, tune["id"])
+    (kept,) = expiry.trash_of(settings).iterdir()
+    assert "images/000.png" in content(kept) and not list(disk.iterdir())

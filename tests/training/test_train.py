@@ -18,7 +18,7 @@ from trainer.branches import sd15
 from trainer.config import resolve, train_config
 from trainer.config.train_config import TrainConfig
 from trainer.methods import lora
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.studio import answers, rows
 from trainer.training import train
 from trainer.training.check import BadArtefact, check_file

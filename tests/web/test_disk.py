@@ -25,7 +25,7 @@ from tests.helpers.api import GOOD, create, post
 from tests.helpers.small_disk import fill, small_disk
 from tests.helpers.web import address, client_of, left_behind, multipart, upload
 from trainer.contract.disk import RESERVE_BYTES, check_room
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.settings import read_settings
 from trainer.studio.rows import Services
 from trainer.studio.store import Store

@@ -65,6 +65,22 @@ def open_settings(settings: Settings) -> Settings:
 # Before, while and after the app is loaded
 
 
+def test_health_says_why_the_models_folder_cannot_be_read(settings: Settings, open_settings: Settings) -> None:
+    """A link to a drive that is not connected: the app goes on, with the bases of the presets."""
+    settings.models.rmdir()
+    settings.models.symlink_to("/mnt/not-mounted")
+    with guarded(settings) as client:
+        (warning,) = client.get("/health").json()["warnings"]
+        assert "is a link to a folder that is not there; connect its drive" in warning
+        settings.models.unlink()
+        settings.models.mkdir()
+        assert "warnings" not in client.get("/health").json()
+        settings.models.rmdir()
+    with guarded(open_settings) as client:
+        assert client.get("/health").json().keys() == {"status", "ready"}  # to whom has no key
+        assert "warnings" in client.get("/health", headers={"Authorization": f"Bearer {KEY}"}).json()
+
+
 def test_health_and_a_waiting_page_come_before_the_app(settings: Settings) -> None:
     loaded, begun = threading.Event(), threading.Event()
 

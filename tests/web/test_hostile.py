@@ -26,7 +26,7 @@ from PIL import Image
 
 from tests.helpers.analyzer import SharedAnalyzer
 from tests.helpers.web import left_behind, multipart, photo
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.settings import read_settings
 from trainer.studio import tunes
 from trainer.studio.rows import Services

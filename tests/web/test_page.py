@@ -320,6 +320,14 @@ def queue(services: Services, tmp_path: Path) -> Callable[[str], Tune]:
     return create
 
 
+def test_the_page_says_why_the_models_folder_cannot_be_read(services: Services) -> None:
+    assert "models folder" not in page.live_parts(services, NOTHING)[0]
+    services.settings.models.rmdir()
+    services.settings.models.symlink_to("/mnt/not-mounted")
+    shown = page.live_parts(services, NOTHING)[0]
+    assert "is a link to a folder that is not there; connect its drive" in shown and 'role="alert"' in shown
+
+
 def test_what_has_not_changed_is_not_sent_again(services: Services, queue: Callable[[str], Tune]) -> None:
     def skipped(*parts: Any) -> list[bool]:
         return [part == gr.skip() for part in parts]

@@ -28,7 +28,7 @@ from trainer.contract.tunes import CheckRequest
 from trainer.files import Unreadable
 from trainer.library import bases
 from trainer.names import FORMATS
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.settings import read_settings
 from trainer.studio import answers, models, pack_verbs, settle, tunes
 from trainer.studio import prompts as prompt_verbs

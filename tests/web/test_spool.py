@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import random
 import secrets
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,13 @@ from typing import Any
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from tests.helpers.app import App, running, wait_for
 from tests.helpers.web import photo
+from trainer.contract.photos import Upload
+from trainer.web.form import with_captions
 from trainer.web.spool import forget_unused
 
 CHROMIUM = "/usr/bin/chromium"
@@ -27,7 +33,8 @@ CHROMIUM = "/usr/bin/chromium"
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     folder = tmp_path_factory.mktemp("spool")
     (folder / "outputs").mkdir()
-    with running(folder / "outputs", "--models", str(folder / "models"), "--max-image-mb", "1") as app:
+    limits = ("--max-image-mb", "1", "--max-body-mb", "3")
+    with running(folder / "outputs", "--models", str(folder / "models"), *limits) as app:
         yield app.ready()
 
 
@@ -118,9 +125,9 @@ def test_an_upload_lies_in_a_private_folder_and_shares_it_with_no_other(app: App
 
 def test_a_file_that_is_too_large_leaves_nothing(app: App, tmp_path: Path) -> None:
     before = len(list((app.outputs / "incoming" / "gradio").iterdir()))
-    large = {"files": ("large.png", bytes(2**20 + 1), "image/png")}
+    large = {"files": ("large.zip", bytes(3 * 2**20), "image/png")}
     answer = app.http.post("/gradio_api/upload", files=large)
-    assert answer.status_code == 413 and "maximum allowed size" in answer.text
+    assert answer.status_code == 413 and "larger than 3 MB" in answer.text
     assert app.http.post("/gradio_api/upload", content=b"a", headers={"Content-Type": "text/plain"}).status_code == 400
     assert spooled(app) == [] and len(list((app.outputs / "incoming" / "gradio").iterdir())) == before
 
@@ -165,6 +172,46 @@ def test_photos_go_when_they_leave_the_form_and_when_the_tune_is_made(app: App, 
     page.fire("create", "click")
     assert "red.png is not here any more: an upload is kept for an hour" in page.value("note-images")
     assert list((app.outputs / "incoming").iterdir()) == [app.outputs / "incoming" / "gradio"]
+
+
+def a_folder(folder: Path) -> list[Path]:
+    """What a folder of photos may hold: a photo, leftovers, a video and a zip that are larger than a photo may be."""
+    noise = random.Random(0).randbytes(750_000)
+    with zipfile.ZipFile(folder / "more.zip", "w") as archive:
+        for name in ("a/1.bmp", "2.bmp"):
+            stream = io.BytesIO()
+            Image.frombytes("RGB", (500, 500), noise if name == "2.bmp" else noise[::-1]).save(stream, "BMP")
+            archive.writestr(name, stream.getvalue())
+        archive.writestr("a/1.txt", "ohwx dog on a sofa")
+        archive.writestr("__MACOSX/a/._1.bmp", b"\0\5\x16\7")
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (folder / "teal.MOV").write_bytes(b"\0\0\0\x14ftypqt  \0\0\0\0qt  " + bytes(2**20))
+    return [*write_photos(folder, "teal"), folder / "more.zip", folder / ".DS_Store", folder / "teal.MOV"]
+
+
+def test_the_page_takes_a_zip_and_leaves_out_leftovers(app: App, tmp_path: Path) -> None:
+    page = PageSession(app)
+    page.drop([file for one in a_folder(tmp_path) for file in page.upload(one)])
+    shown = page.values[page._ids["thumbnails"]]
+    assert shown.count("<img") == 1 and "more.zip: 2 photos" in shown
+    assert "left out (a video): teal.MOV" in shown and "__MACOSX" in shown
+    assert page.value("captions")["data"][1:] == [["1.bmp", "ohwx dog on a sofa"], ["2.bmp", ""]]
+    page.fill(name="dog", title="a folder", branch="fast", steps="1")
+    page.fire("create", "click")
+    (tune,) = app.http.get("/tunes", params={"title": "a folder"}).json()
+    assert [one["name"] for one in tune["photos"]] == ["teal.png", "1.bmp", "2.bmp"]
+    assert "left out (a file of macOS): .DS_Store" in tune["warnings"]
+    captions = app.outputs / "tunes" / str(tune["id"]) / "images"
+    assert (captions / "001.txt").read_text() == "ohwx dog on a sofa"
+    assert spooled(app) == []
+
+
+def test_an_edited_caption_replaces_that_of_a_zip(tmp_path: Path) -> None:
+    sent = [Upload("photos.zip", tmp_path / "photos.zip")]
+    zipped = [(Upload(f"{number}.png", tmp_path, "photos.zip"), text) for number, text in ((1, "old"), (2, "two"))]
+    rows = [["1.png", "new"], ["2.png", "two"]]
+    uploads = with_captions(sent, rows, "a dog", tmp_path, zipped)
+    assert [(one.name, one.path.read_bytes()) for one in uploads[1:]] == [("1.txt", b"new")]
 
 
 def test_the_same_photo_in_two_pages_is_two_files(app: App, tmp_path: Path) -> None:
@@ -225,7 +272,9 @@ def test_what_a_killed_app_had_spooled_is_gone_after_the_next_start(tmp_path: Pa
 
 
 @pytest.mark.long
-def test_a_browser_that_removes_a_photo_removes_the_file(app: App, dog_photos: Callable[[int], list[Path]]) -> None:
+def test_a_browser_that_removes_a_photo_removes_the_file(
+    app: App, dog_photos: Callable[[int], list[Path]], tmp_path: Path
+) -> None:
     if not Path(CHROMIUM).exists():
         pytest.skip(f"there is no {CHROMIUM} (apt-get install chromium)")
     with sync_playwright() as playwright:
@@ -234,8 +283,14 @@ def test_a_browser_that_removes_a_photo_removes_the_file(app: App, dog_photos: C
         page.set_default_timeout(120_000)
         with page.expect_response("**/gradio_api/run/predict"):
             page.goto(app.url)
-        page.set_input_files("#field-images input[type=file]", [str(one) for one in dog_photos(3)])
+        folder = [str(one) for one in a_folder(tmp_path)[1:]]  # a zip, and what is left out
+        page.set_input_files("#field-images input[type=file]", [*(str(one) for one in dog_photos(3)), *folder])
         page.wait_for_function("document.querySelectorAll('#thumbnails img').length == 3")
+        assert "more.zip: 2 photos" in page.inner_text("#thumbnails")
+        assert "left out (a video): teal.MOV" in page.inner_text("#thumbnails")
+        wait_for(lambda: len(spooled(app)) == 6)
+        for _ in folder:
+            page.locator("#field-images button[aria-label='Remove this file']").last.click()
         page.wait_for_function("[...document.querySelectorAll('#thumbnails img')].every(i => i.naturalWidth > 0)")
         wait_for(lambda: len(spooled(app)) == 3)
         page.locator("#field-images button[aria-label='Remove this file']").first.click()

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from tests.helpers.studio import Studio
 from tests.helpers.web import client_of
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.studio import rows
 
 pytest_plugins = ("tests.helpers.web",)

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.app import wait_for
 from tests.helpers.studio import Studio
 from tests.helpers.web import client_of
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.studio import checksums, models, prompts, rows, tunes
 
 pytest_plugins = ("tests.helpers.web",)

@@ -19,7 +19,7 @@ from tests.helpers.device_errors import ILLEGAL, SCRIPT, broken, plan
 from tests.helpers.quick import cheap_previews
 from tests.helpers.receiver import ReceiverServer, receiving
 from tests.helpers.studio import Studio, same
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.settings import Settings, read_settings
 from trainer.studio import tunes
 from trainer.training import loop

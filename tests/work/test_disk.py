@@ -18,7 +18,7 @@ from tests.helpers.app import App, post, running, wait_for
 from tests.helpers.small_disk import fill, small_disk
 from tests.helpers.studio import PATIENCE_S, PROMPT, Studio, same
 from trainer.contract.disk import RESERVE_BYTES
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.studio import prompts, tunes
 from trainer.web.page import live_parts
 

@@ -16,7 +16,7 @@ import pytest
 from tests.helpers.snapshot import steady
 from tests.helpers.studio import Studio
 from tests.helpers.web import client_of
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.studio import rows, tunes
 
 pytest_plugins = ("tests.helpers.web",)

@@ -19,7 +19,7 @@ from tests.helpers.app import ROOT, App, post, running
 from tests.helpers.snapshot import steady
 from tests.helpers.studio import Studio
 from tests.helpers.web import client_of
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.studio import prompts, tunes
 from trainer.work.rescue import rescue
 

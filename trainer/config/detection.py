@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
-from trainer.config.toml_file import Table
+from trainer.config.toml_file import Table, read_toml
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,42 @@ class Keys:
     has: tuple[re.Pattern[str], ...]
     sizes: Mapping[re.Pattern[str], int]
     lacks: tuple[re.Pattern[str], ...] = ()
+
+
+@dataclass(frozen=True)
+class LoraRule:
+    """Conditions on the layers of a LoRA; all must hold. Patterns match the beginning of a layer's name.
+
+    has: each pattern matches a layer. lacks: none matches. sizes: pattern -> input and output width (None: any); of the
+    layers that a pattern matches one has that size, and at least one pattern matches. sure: only this family has such
+    layers; else the rule means "maybe mine".
+    """
+
+    has: tuple[re.Pattern[str], ...]
+    lacks: tuple[re.Pattern[str], ...]
+    sizes: Mapping[re.Pattern[str], tuple[int | None, int | None]]
+    sure: bool
+
+
+@dataclass(frozen=True)
+class LoraRules:
+    """How a LoRA of a family is recognized. never: patterns of layers that the family does not have.
+
+    metadata: patterns; each is searched in the metadata, one `name=value` a line, in small letters.
+    """
+
+    rules: tuple[LoraRule, ...]
+    never: tuple[re.Pattern[str], ...]
+    metadata: tuple[re.Pattern[str], ...]
+
+
+@dataclass(frozen=True)
+class OtherFamily:
+    """A family that the program does not have, whose LoRAs are refused by its name. pipeline: its diffusers class."""
+
+    title: str
+    pipeline: str
+    loras: LoraRules
 
 
 @dataclass(frozen=True)
@@ -45,7 +83,7 @@ class Detection:
     channels; models for inpainting and editing have more input than output channels. known: a pattern for the keys of
     the denoiser, and one for those of them that the loader has a place for. prediction: whether files and schedulers
     say what the denoiser predicts. whole_file: whether a single file also holds the text encoders and the VAE. loras:
-    conditions on the keys of a LoRA, of which one is enough.
+    the rules for LoRAs, of which one is enough.
     """
 
     pipeline: str
@@ -55,7 +93,7 @@ class Detection:
     known: tuple[re.Pattern[str], re.Pattern[str]] | None
     prediction: bool
     whole_file: bool
-    loras: tuple[Keys, ...]
+    loras: LoraRules
     refusals: tuple[Refusal, ...]
 
 
@@ -79,7 +117,7 @@ def _detection(table: Table) -> Detection:
         known=(known[0], known[1]) if known else None,
         prediction=bool(table.get("prediction", False)),
         whole_file=file.get("whole", True) if file else True,
-        loras=tuple(_keys(row) for row in table.get("loras", [])),
+        loras=_lora_rules(table),
         refusals=tuple(_refusal(row) for row in table.get("refuse", [])),
     )
 
@@ -95,13 +133,39 @@ def _refusal(row: Table) -> Refusal:
     )
 
 
-def _keys(row: Table) -> Keys:
-    sizes = {re.compile(pattern): size for pattern, size in row.get("sizes", {}).items()}
-    return Keys(_patterns(row.get("has", [])), sizes, _patterns(row.get("lacks", [])))
+@cache
+def other_families() -> tuple[OtherFamily, ...]:
+    """The families in other_families.toml. They are part of the program."""
+    rows = read_toml(Path(__file__).with_name("other_families.toml"))["family"]
+    return tuple(OtherFamily(row["title"], row["pipeline"], _lora_rules(row)) for row in rows)
+
+
+def _lora_rules(table: Table) -> LoraRules:
+    facts = table.get("lora_file", {})
+    rules = tuple(
+        LoraRule(
+            has=_patterns(row.get("has", [])),
+            lacks=_patterns(row.get("lacks", [])),
+            sizes={re.compile(pattern): _sizes(size) for pattern, size in row.get("sizes", {}).items()},
+            sure=bool(row.get("sure", False)),
+        )
+        for row in table.get("loras", [])
+    )
+    return LoraRules(rules, _patterns(facts.get("never", [])), _patterns(facts.get("metadata", [])))
+
+
+def _sizes(size: int | list[int]) -> tuple[int | None, int | None]:
+    """A number is the input width; a list has the input and the output width."""
+    return (size, None) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _patterns(texts: list[str]) -> tuple[re.Pattern[str], ...]:
     return tuple(map(re.compile, texts))
+
+
+def _keys(row: Table) -> Keys:
+    sizes = {re.compile(pattern): size for pattern, size in row.get("sizes", {}).items()}
+    return Keys(_patterns(row.get("has", [])), sizes, _patterns(row.get("lacks", [])))
 
 
 def _text(value: object) -> str:

@@ -17,10 +17,16 @@ def no_progress(_what: str, _done: int, _of: int) -> None:
 
 @dataclass(frozen=True)
 class Upload:
-    """An uploaded file: its original name, and the path of its bytes."""
+    """An uploaded file: its original name, and the path of its bytes. within: the zip and the folder it came in."""
 
     name: str
     path: Path
+    within: str = ""
+
+    @property
+    def full_name(self) -> str:
+        """The name for messages: `photos.zip/beach/1.jpg`."""
+        return f"{self.within}/{self.name}" if self.within else self.name
 
 
 class Face(BaseModel):

@@ -19,6 +19,7 @@ BITS = {
 }  # fmt: skip
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 METADATA = "__metadata__"
+UNFINISHED = "it is still being copied, or the copy has broken off"
 
 
 class Entry(BaseModel):
@@ -59,7 +60,9 @@ def read_header(file: Path) -> Header:
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+        if len(start) < 8 or size - 8 < length <= MAX_HEADER_BYTES:
+            raise ValueError(f"it is not a safetensors file, or a broken one: {UNFINISHED}")
+        if not 2 <= length <= MAX_HEADER_BYTES:
             raise ValueError("it is not a safetensors file, or a broken one")
         text = stream.read(length)
     try:
@@ -70,7 +73,8 @@ def read_header(file: Path) -> Header:
         raise ValueError("it is not a safetensors file, or a broken one: its header cannot be read") from None
     expected = 8 + length + max((entry.data_offsets[1] for entry in entries.values()), default=0)
     if expected != size:
-        raise ValueError(f"it is broken: its header speaks of {expected} bytes, it has {size}")
+        short = f": {UNFINISHED}" if size < expected else ""
+        raise ValueError(f"it is broken: its header speaks of {expected} bytes, it has {size}{short}")
     for name, entry in entries.items():
         begin, end = entry.data_offsets
         if entry.dtype in BITS and math.prod(entry.shape) * BITS[entry.dtype] != (end - begin) * 8:

@@ -18,7 +18,7 @@ import httpx
 from trainer.config import branch_file
 from trainer.contract.photos import ProgressCallback, no_progress
 from trainer.files import PARTIAL, fsync, write_whole
-from trainer.settings import Settings
+from trainer.settings import Settings, why_no_folder
 
 log = logging.getLogger("tunebooth.weights")
 FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
@@ -197,7 +197,8 @@ def _fetch(settings: Settings, one: Weights, progress: ProgressCallback) -> None
     except httpx.HTTPError as problem:
         raise Unavailable(f"{one.what} could not be fetched ({type(problem).__name__}); {by_hand}") from None
     except OSError as problem:
-        raise Unavailable(f"{one.what} could not be stored ({problem.strerror}); {by_hand}") from None
+        why = problem.strerror if settings.weights.is_dir() else why_no_folder("weights", settings.weights, problem)
+        raise Unavailable(f"{one.what} could not be stored ({why}); {by_hand}") from None
     finally:
         partial.unlink(missing_ok=True)
 

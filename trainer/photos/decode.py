@@ -8,7 +8,9 @@ import resource
 import struct
 import warnings
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,14 @@ from PIL import Image, UnidentifiedImageError
 
 from trainer.contract.photos import Photo
 from trainer.photos.colours import to_srgb
+from trainer.photos.frames import notes_on_frames
+from trainer.photos.unended import TAKEN, lacks_end, read_unended
 
 # Recognized by content, never by file name; MPO counts as JPEG, HEIC as HEIF.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "TIFF", "GIF")
 READABLE = "JPEG, PNG, WebP, AVIF, HEIC, BMP, TIFF, GIF"
 LOSSY = ("JPEG", "MPO", "HEIF", "AVIF")  # kept as JPEG: writing 12 megapixels takes 0.06 s, and 0.7 s as PNG
+UNENDED_READ = ("JPEG", "MPO", "PNG")  # whose decoders may not notice that the last bytes are missing
 MIN_SIDE_PX = 32
 MAX_ASPECT = 10
 MEMORY_BYTES = 2 * 2**30  # a 100-megapixel RGBA picture with its copies fits
@@ -74,6 +79,7 @@ class Stored:
     form: str
     depth: int  # bits per colour
     turned: bool  # the file says that the stored picture is rotated
+    notes: list[str]  # what is left out of it
 
 
 def begin() -> None:
@@ -124,6 +130,7 @@ def decode(source: Path, target: Path, name: str, max_pixels: int) -> Decoded:
         format=format_name(stored.form),
         rotated=stored.turned or turned,
         converted=converted,
+        notes=stored.notes,
     )
     grey = small_grey(image)
     judge(photo, sharpness(grey))
@@ -134,10 +141,46 @@ def decode(source: Path, target: Path, name: str, max_pixels: int) -> Decoded:
 
 
 def read(source: Path, max_pixels: int) -> tuple[Image.Image, Stored]:
-    """The first picture of a file. Raises Refused, and what decoders raise."""
+    """The first picture of a file, whose last bytes may be missing. Raises Refused, and what decoders raise."""
+    try:
+        image, stored = _read(source, max_pixels)
+    except (Refused, Image.DecompressionBombError):
+        raise
+    except (OSError, SyntaxError, ValueError) as problem:
+        with suppress(OSError, SyntaxError, ValueError):  # it is broken in another way, which `problem` names
+            if found := _read_unended(source, max_pixels):
+                return found
+        raise problem from None
+    if stored.form in UNENDED_READ and lacks_end(source.read_bytes()):  # the decoder may have read zeros as pixels
+        if stored.form == "PNG":
+            stored.notes.append(TAKEN)
+        elif found := _read_unended(source, max_pixels):
+            return found
+        else:
+            raise Refused("is damaged and cannot be decoded (its last lines are missing)")
+    return image, stored
+
+
+def _read_unended(source: Path, max_pixels: int) -> tuple[Image.Image, Stored] | None:
+    """The picture of a file whose last bytes are missing; None: pixels are missing too."""
+    facts: list[Stored] = []
+
+    def read_whole(data: bytes) -> Image.Image:
+        image, stored = _read(BytesIO(data), max_pixels)
+        facts.append(stored)
+        return image
+
+    found = read_unended(source.read_bytes(), read_whole)
+    if found is None:
+        return None
+    facts[0].notes.append(found[1])
+    return found[0], facts[0]
+
+
+def _read(source: Path | BytesIO, max_pixels: int) -> tuple[Image.Image, Stored]:
     with Image.open(source, formats=[form for form in FORMATS if form in Image.OPEN]) as image:
         check_size(*image.size, max_pixels)
-        stored = Stored(str(image.format), bits_of(image), is_stored_turned(image))
+        stored = Stored(str(image.format), bits_of(image), is_stored_turned(image), notes_on_frames(image))
         image.load()
         return image, stored
 

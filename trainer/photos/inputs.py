@@ -11,8 +11,8 @@ from pathlib import Path
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import ProgressCallback, Upload, no_progress
 from trainer.contract.prompts import PICTURES, PromptRequest
-from trainer.files import PARTIAL, fsync
-from trainer.photos.intake import Decoder
+from trainer.files import PARTIAL, fsync, move_folder
+from trainer.photos.decoder import Decoder
 from trainer.photos.urls import fetch_all
 from trainer.settings import Settings
 
@@ -84,7 +84,7 @@ def move_into_place(folder: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)  # left by a crash before the commit; its number is used again
     for path in folder.iterdir():
         fsync(path)
-    folder.rename(target)
+    move_folder(folder, target)
     fsync(target.parent)
 
 

@@ -31,6 +31,7 @@ ANSWER_SECONDS = 15.0  # until the receiver of a POST has answered
 WAKE_SECONDS = 0.5  # for a thread to notice that its connection was closed
 MAX_REDIRECTS = 3
 PARALLEL = 8
+ZIP_HEAD = b"PK\x03\x04"
 # Two kinds of address that ssrfguard's table allows: Azure's metadata service, and IPv4 in an old IPv6 form.
 DENIED = AddressTable(
     (
@@ -54,11 +55,16 @@ class _Unfit(Exception):
 
 
 class _Deadline:
-    """The common deadline of all fetches of a request. `cut` closes connections: timeouts restart with each byte."""
+    """The common limits of all fetches of a request: a deadline, and the bytes of zips.
 
-    def __init__(self, seconds: float) -> None:
+    `cut` closes connections: timeouts restart with each byte.
+    """
+
+    def __init__(self, seconds: float, zip_bytes: int = 0) -> None:
+        """zip_bytes: that all zips of a request may have together."""
         self._end = time.monotonic() + seconds
         self._sockets: list[socket.socket] = []
+        self.zip_bytes, self._lock = zip_bytes, threading.Lock()
 
     def left(self) -> float:
         return max(0.0, self._end - time.monotonic())
@@ -67,6 +73,12 @@ class _Deadline:
         """Raise TimeoutError when the time is up."""
         if not self.left():
             raise TimeoutError
+
+    def take_zip_bytes(self, count: int) -> bool:
+        """Whether so many more bytes of zips may be written."""
+        with self._lock:
+            self.zip_bytes -= count
+            return self.zip_bytes >= 0
 
     def trace(self, event: str, info: Mapping[str, Any]) -> None:
         """An httpcore trace: records every connection, and starts none after the deadline."""
@@ -84,11 +96,19 @@ class _Deadline:
 
 
 def fetch_all(
-    settings: Settings, urls: list[str], folder: Path, progress: ProgressCallback = no_progress
+    settings: Settings,
+    urls: list[str],
+    folder: Path,
+    progress: ProgressCallback = no_progress,
+    *,
+    zips: bool = False,
 ) -> list[Upload]:
-    """Fetch photos into `folder`, in parallel. Raises InvalidRequest that names every URL that is not available."""
+    """Fetch photos into `folder`, in parallel. zips: whether a zip may be larger than a photo.
+
+    Raises InvalidRequest that names every URL that is not available.
+    """
     seconds = TOTAL_SECONDS
-    deadline = _Deadline(seconds)
+    deadline = _Deadline(seconds, settings.max_body_mb * 2**20 if zips else 0)
     pool = ThreadPoolExecutor(PARALLEL)
     fetches = [
         pool.submit(_fetch, settings, url, folder / f"url-{number:03d}", deadline) for number, url in enumerate(urls)
@@ -207,13 +227,17 @@ def _write(settings: Settings, response: httpx.Response, target: Path, deadline:
         raise _Unfit(f"answers {response.status_code}")
     limit = settings.max_image_mb * 2**20
     too_large = _Unfit(f"is larger than {settings.max_image_mb} MB")
-    if int(response.headers.get("Content-Length", 0)) > limit:
+    length = int(response.headers.get("Content-Length", 0))
+    if length > max(limit, deadline.zip_bytes):
         raise too_large
-    size = 0
+    head, size, counted = b"", 0, 0
     with target.open("wb") as file:
         for chunk in response.iter_raw():
             deadline.check()
+            head += chunk[: len(ZIP_HEAD) - len(head)]
             size += len(chunk)
-            if size > limit:
-                raise too_large
+            if max(size, length) > limit and len(head) == len(ZIP_HEAD):
+                if head != ZIP_HEAD or not deadline.take_zip_bytes(size - counted):
+                    raise too_large
+                counted = size
             file.write(chunk)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trainer.clock import Loop, now, stamp
 from trainer.contract.rows import TuneRow
+from trainer.files import move_folder
 from trainer.settings import Settings
 from trainer.studio.deletions import finish_deletions
 from trainer.studio.folders import has_model
@@ -76,7 +77,7 @@ def move_to_trash(settings: Settings, tune_id: int) -> None:
     folder, trash = settings.outputs / "tunes" / str(tune_id), trash_of(settings)
     if folder.exists():
         trash.mkdir(exist_ok=True)
-        folder.rename(trash / f"{tune_id}-{int(time.time())}")
+        move_folder(folder, trash / f"{tune_id}-{int(time.time())}")
         log.info("tune %s has expired; its files are in %s for a week", tune_id, trash)
 
 

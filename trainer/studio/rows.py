@@ -10,7 +10,7 @@ from typing import Literal, overload
 from trainer.contract.errors import NotFound
 from trainer.contract.rows import PromptRow, TuneRow
 from trainer.photos.analysis import PhotoAnalyzer
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.settings import Settings
 from trainer.studio.store import Store
 

@@ -17,12 +17,13 @@ from trainer.contract.photos import Check, Photo, ProgressCallback, Upload, no_p
 from trainer.contract.rows import TuneValues
 from trainer.contract.states import ENDED, Callback
 from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
-from trainer.files import UNCOMMITTED, fsync
+from trainer.files import UNCOMMITTED, fsync, move_folder
 from trainer.library import bases
 from trainer.library.bases import Bases
 from trainer.names import FORMATS, MODEL_TYPES
 from trainer.photos import inputs
 from trainer.photos.intake import intake
+from trainer.photos.sorting import no_photos, sort_uploads
 from trainer.studio import callbacks, checksums
 from trainer.studio.answers import tune_answer
 from trainer.studio.deletions import finish_deletions, note_deletions
@@ -86,20 +87,21 @@ def create_tune(
         raise InvalidRequest(problems)  # nothing is downloaded for an invalid request
     try:
         with (
-            intake(services.settings, services.decoder, uploads, request.image_urls, progress) as (work, photos),
+            intake(services.settings, services.decoder, uploads, request.image_urls, progress) as taken,
             inputs.fetch_inputs(
                 services.settings, services.decoder, request.prompts_attributes, "prompts_attributes", progress
             ) as pictures,
         ):
             if problems or values is None:
                 raise InvalidRequest({})
-            if not MODEL_TYPES[values["method"]].trains:
-                photos, messages = services.analyzer.identify(work, photos, request.name, progress)
-                values["warnings"] = [*values["warnings"], *messages]
-                return _insert(services, request, values, work, photos, pictures, key, digest, listed)
+            work, photos, messages = taken.folder, taken.photos, taken.warnings
             different = sum(not photo.dropped for photo in photos)
-            if different != count:  # a duplicate photo is trained once
+            if not MODEL_TYPES[values["method"]].trains:
+                photos, more = services.analyzer.identify(work, photos, request.name, progress)
+                messages = [*messages, *more]
+            elif different != count:  # a duplicate photo is trained once, and a zip has many
                 values = settle(services, request, different, listed)
+            values["warnings"] = [*values["warnings"], *messages]
             return _insert(services, request, values, work, photos, pictures, key, digest, listed)
     except InvalidRequest as invalid:
         raise InvalidRequest(problems | invalid.problems) from None
@@ -128,8 +130,8 @@ def check_photos(
         services.analyzer.warm()  # while the photos are fetched and decoded
     values = settle(services, request.as_tune(), count, listed)
     config = TrainConfig(**train_config.parse_args(values["args"]))
-    with intake(services.settings, services.decoder, uploads, request.image_urls, progress) as (work, photos):
-        warnings = values["warnings"]
+    with intake(services.settings, services.decoder, uploads, request.image_urls, progress) as taken:
+        work, photos, warnings = taken.folder, taken.photos, [*values["warnings"], *taken.warnings]
         if request.name:
             restore = bool(request.training_face_correct)
             photos, messages = services.analyzer.prepare(
@@ -152,12 +154,15 @@ def check_photos(
 def _parse(
     services: Services, model: type[R], data: Mapping[str, object], uploads: Sequence[Upload]
 ) -> tuple[R, int, dict[str, list[str]]]:
-    """The request, its number of photos, and the errors about that number. Raises InvalidRequest."""
+    """The request, its number of photos, and the errors about that number; a zip or URL counts as one.
+
+    Raises InvalidRequest.
+    """
     problems: dict[str, list[str]] = {}
-    urls = data.get("image_urls")
-    count = sum(not u.name.lower().endswith(".txt") for u in uploads) + (len(urls) if isinstance(urls, list) else 0)
+    urls, found = data.get("image_urls"), sort_uploads(uploads)
+    count = found.count + (len(urls) if isinstance(urls, list) else 0)
     if count == 0:
-        problems["images"] = ["must contain at least one image"]
+        problems["images"] = [no_photos(found.left_out)]
     if count > services.settings.max_images:
         problems["images"] = [f"must contain at most {services.settings.max_images} images, got {count}"]
     try:
@@ -327,7 +332,7 @@ def _insert(
         (work / UNCOMMITTED).touch()
         for path in work.rglob("*"):
             fsync(path)
-        work.rename(target)
+        move_folder(work, target)
         folders.append(target)
         fsync(target.parent)
     (target / UNCOMMITTED).unlink(missing_ok=True)

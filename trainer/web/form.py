@@ -20,6 +20,7 @@ from trainer.contract.prompts import ASPECT_RATIOS, SCHEDULERS
 from trainer.contract.tunes import CheckRequest
 from trainer.names import BRANCHES, DEFAULT_METHOD, DEMO_BRANCH, METHODS
 from trainer.studio import models, pack_verbs, settle, tunes
+from trainer.studio.chosen import chosen
 from trainer.studio.rows import Services
 from trainer.web import html, spool
 from trainer.web.choices import look_names, token_of, usual_tokens
@@ -79,7 +80,8 @@ class Form:
         self._notes: dict[str, gr.HTML] = {}
         self._folds: list[tuple[gr.Accordion, tuple[str, ...]]] = []
         add = self._add
-        add("images", gr.File, label="Photos", file_count="multiple", file_types=["image", ".txt"], height=140)
+        # Of any type: a whole folder may be dropped, with the leftovers in it, which are left out with a note.
+        add("images", gr.File, label="Photos, or a zip of them", file_count="multiple", height=140)
         self.thumbnails = gr.HTML(elem_id="thumbnails")
         self.fields["images"].change(
             self.dropped,
@@ -191,7 +193,8 @@ class Form:
         """Thumbnails of the chosen photos; the process that analyzes them is started as well."""
         if paths:
             self._services.analyzer.warm()
-        return thumbnails(paths)
+        found = chosen(self._services, paths)
+        return thumbnails(found.single, found.notes)
 
     def check(self, *values: Any) -> list[object]:
         """Show a verdict for each photo; then the errors, as in `submit`."""
@@ -235,7 +238,8 @@ class Form:
             incoming = self._services.settings.outputs / "incoming"
             incoming.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=incoming) as folder:
-                uploads = with_captions(uploads, rows, automatic, Path(folder))
+                zipped = [one for one in chosen(self._services, [str(path) for path in sent]).photos if one[0].within]
+                uploads = with_captions(uploads, rows, automatic, Path(folder), zipped)
                 if pack:
                     usual = {"num_images": PAGE_NUM_IMAGES}
                     changed = {name: value for name, value in shared.items() if value and value != usual.get(name)}
@@ -270,14 +274,11 @@ class Form:
         token = (token or "").strip() or token_of(self._services.settings.presets, branch) or ""
         now = default_caption(token, name.strip()) if (name or "").strip() else ""
         written = {photo: caption for photo, caption in rows or [] if caption and caption != automatic}
-        files = [Path(path) for path in paths or []]
-        spool.note_use(files)
-        texts = {file.stem: file for file in files if file.suffix.lower() == ".txt" and file.exists()}
-        table = []
-        for photo in (file for file in files if file.suffix.lower() != ".txt"):
-            text = texts.get(photo.stem)
-            given = text.read_text("utf-8", errors="replace").strip() if text else now
-            table.append([photo.name, written.get(photo.name, given)])
+        spool.note_use(paths or [])
+        table = [
+            [photo.name, written.get(photo.name, now if caption is None else caption)]
+            for photo, caption in chosen(self._services, paths).photos
+        ]
         return table, now
 
     def _unique_title(self, title: str, name: str) -> str:
@@ -289,11 +290,22 @@ class Form:
         return unique
 
 
-def with_captions(uploads: list[Upload], rows: list[list[str]], automatic: str, folder: Path) -> list[Upload]:
-    """The uploads with a text file for each edited caption; it replaces an uploaded text file."""
+def with_captions(
+    uploads: list[Upload],
+    rows: list[list[str]],
+    automatic: str,
+    folder: Path,
+    zipped: Sequence[tuple[Upload, str | None]] = (),
+) -> list[Upload]:
+    """The uploads with a text file for each edited caption; it replaces an uploaded text file.
+
+    zipped: the photos in zips, with the captions that the zips have.
+    """
     written = {Path(photo).stem: caption for photo, caption in rows or [] if caption and caption.strip() != automatic}
+    in_zips = {Path(photo.name).stem: caption for photo, caption in zipped}
+    written = {stem: caption for stem, caption in written.items() if in_zips.get(stem) != caption}
     kept = [one for one in uploads if not (one.name.lower().endswith(".txt") and Path(one.name).stem in written)]
-    for stem in {Path(one.name).stem for one in kept} & written.keys():
+    for stem in ({Path(one.name).stem for one in kept} | in_zips.keys()) & written.keys():
         file = folder / f"{stem}.txt"
         file.write_text(written[stem], "utf-8")
         kept.append(Upload(file.name, file))

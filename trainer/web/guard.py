@@ -190,6 +190,8 @@ class Guard:
         }
         if trusted and (problem or hold):
             health["reason"] = problem.as_refusal() if problem else hold
+        if trusted and (warning := self._settings.models_problem()):
+            health["warnings"] = [warning]
         return health
 
     async def _pass_on(self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send) -> None:

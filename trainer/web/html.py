@@ -62,12 +62,22 @@ def cards(packs: Sequence[Mapping[str, object]]) -> str:
     return render("packs.html", packs=packs)
 
 
-def current(tune: Tune | None, readings: Lines, snapshots: Lines, waiting: int, waits: str = "", hold: str = "") -> str:
-    """The running tune, or the last one, with the readings and the previews of its run. hold: why the queue waits."""
+def current(
+    tune: Tune | None,
+    readings: Lines,
+    snapshots: Lines,
+    waiting: int,
+    waits: str = "",
+    alerts: Sequence[str] = (),
+) -> str:
+    """The running tune, or the last one, with the readings and the previews of its run.
+
+    alerts: why the queue waits, why the models folder cannot be read.
+    """
     bar = tune and progress_bar(tune, readings)
     curve = tune and loss_curve(readings, tune.progress.steps)
-    values = {"snapshots": snapshots, "waiting": waiting, "waits": waits, "hold": hold, "bar": bar, "curve": curve}
-    return render("current.html", tune=tune, **values)
+    values = {"snapshots": snapshots, "waiting": waiting, "waits": waits, "bar": bar, "curve": curve}
+    return render("current.html", tune=tune, alerts=alerts, **values)
 
 
 def trained_pictures(seen: Lines) -> str:
@@ -90,10 +100,10 @@ def note(messages: Sequence[str]) -> str:
     return render("note.html", messages=messages).strip()
 
 
-def thumbnails(paths: Sequence[str] | None) -> str:
-    """Thumbnails of the chosen photos, in the order of the list."""
+def thumbnails(paths: Sequence[str] | None, notes: Sequence[str] = ()) -> str:
+    """Thumbnails of the chosen photos, in the order of the list. notes: about zips, and what is left out."""
     pictures = [(path, Path(path).name) for path in paths or [] if not path.lower().endswith(".txt")]
-    return render("thumbnails.html", pictures=pictures).strip()
+    return render("thumbnails.html", pictures=pictures, notes=notes).strip()
 
 
 def progress_bar(tune: Tune, readings: Lines = ()) -> Bar:

@@ -29,7 +29,7 @@ TUNES_ON_PAGE = 50
 def mount(app: FastAPI, services: Services) -> FastAPI:
     """Mount the page and the Gradio API on the REST app."""
     spool.take_over(services.settings.outputs)
-    spool.add_route(app, services.settings.max_image_mb * 2**20)
+    spool.add_route(app, services.settings.max_body_mb * 2**20)
     mcp.mount(app, [endpoint for endpoint in endpoints(services) if endpoint.__name__ != "create_tune"], gr.Error)
     mounted: FastAPI = gr.mount_gradio_app(
         app,
@@ -38,7 +38,7 @@ def mount(app: FastAPI, services: Services) -> FastAPI:
         ssr_mode=False,
         show_error=False,  # our own errors are still shown; unexpected ones are only in the log
         footer_links=["api"],
-        max_file_size=f"{services.settings.max_image_mb}mb",
+        max_file_size=f"{services.settings.max_body_mb}mb",  # a zip, or a video that is left out
         theme=gr.themes.Base(
             primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
         ),
@@ -111,8 +111,9 @@ def live_parts(services: Services, shown: tuple[str, str, str]) -> tuple[object,
     )
     training = next((one.title for one in tunes if one.status == "training"), None)
     waits = f"waits until {training} is trained" if training else ""
+    alerts = [alert for alert in (services.store.hold, services.settings.models_problem()) if alert]
     parts = (
-        html.current(tune, readings, snapshots, len(running) - 1 if running else 0, waits, services.store.hold),
+        html.current(tune, readings, snapshots, len(running) - 1 if running else 0, waits, alerts),
         html.trained_pictures(seen),
         html.earlier(tunes, {tune.id: details(services, tune.id) for tune in tunes}, waits),
     )

@@ -59,7 +59,7 @@ class Studio:
 
     def load(self) -> FastAPI:
         """Build the web app."""
-        from trainer.photos.intake import Decoder
+        from trainer.photos.decoder import Decoder
         from trainer.studio.deletions import remove_leftovers
         from trainer.studio.expiry import expiry_loop
         from trainer.studio.folders import find_orphans, keep_prompt_numbers, orphans_note

@@ -11,7 +11,7 @@ from trainer.files import PARTIAL
 from trainer.library import bases
 from trainer.library.bases import Bases
 from trainer.photos.analysis import PhotoAnalyzer
-from trainer.photos.intake import Decoder
+from trainer.photos.decoder import Decoder
 from trainer.settings import Settings
 from trainer.studio.folders import BASES, TRASH, TUNES, entries, find_orphans, has_model, keep_prompt_numbers, numbered
 from trainer.studio.references import as_row, resolve
