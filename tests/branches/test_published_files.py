@@ -16,6 +16,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from tests.helpers.families import FAMILIES, Family, original_tensors
 from tests.helpers.tiny import bfl_tensors, sgm_tensors
 from trainer.branches import flux1_keys
+from trainer.config.branch_file import detections
+from trainer.library.detect import branch_of_file
+from trainer.library.header import Header
+from trainer.settings import Settings
 
 Shapes = dict[str, tuple[int, ...]]
 KINDS: dict[str, Any] = {
@@ -236,3 +240,13 @@ def test_our_noise_schedule_is_the_published_one(family: Family) -> None:
     sigmas = ((1 - alphas_bar) / alphas_bar).sqrt()
     # The ends that every k-diffusion user knows.
     assert (sigmas[0].item(), sigmas[-1].item()) == (pytest.approx(0.0292, abs=1e-4), pytest.approx(14.6146, abs=1e-4))
+
+
+@pytest.mark.parametrize("branch", PUBLISHED)
+def test_a_file_with_the_published_keys_is_of_its_family(settings: Settings, branch: str) -> None:
+    vae = {} if branch == "flux1" else {f"first_stage_model.{key}": shape for key, shape in PUBLISHED_VAE.items()}
+    first = {"double_blocks.0.img_attn.qkv.weight": (9216, 3072)} if branch == "flux1" else {}
+    first |= {"conditioner.embedders.1.model.ln_final.weight": (1280,)} if branch == "sdxl1" else {}
+    shapes = {key: list(shape) for key, shape in (PUBLISHED[branch] | vae | first).items()}
+    header = Header(shapes, {}, dict.fromkeys(shapes, "F16"))
+    assert branch_of_file(header, detections(settings.presets)) == branch

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.branches.test_published_files import PUBLISHED
 from trainer.config.branch_file import detections
 from trainer.library.detect import branch_of_file
 from trainer.library.header import Header
@@ -241,14 +240,6 @@ def test_a_base_of_others_is_read_as_its_program_reads_it(settings: Settings, na
     assert len(scales_of(file.header)) == file.scales
     if file.prediction is not None:
         assert prediction_of(file.header) == file.prediction, file.source
-
-
-@pytest.mark.parametrize("branch", PUBLISHED)
-def test_keys_of_the_published_files_are_known(settings: Settings, branch: str) -> None:
-    shapes = {key: list(shape) for key, shape in PUBLISHED[branch].items()}
-    shapes |= FLUX if branch == "flux1" else VAE
-    header = Header(shapes, {}, dict.fromkeys(shapes, "F16"))
-    assert branch_of_file(header, detections(settings.presets)) == branch
 
 
 @pytest.mark.parametrize("name", NOT_READ)
