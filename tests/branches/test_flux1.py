@@ -83,8 +83,9 @@ def test_a_file_with_a_weight_missing_is_refused(
     [
         (lambda qkv: {"": qkv[:-3].contiguous()}, "45 rows, not 48"),
         (lambda qkv: {"": qkv[:, :-1].contiguous()}, "size mismatch"),
-        (lambda qkv: {"": qkv, ".absmax": torch.zeros(16), ".quant_map": torch.zeros(16)}, "2 tensors.*quantised"),
-        (lambda qkv: {"": qkv, ".quant_state.bitsandbytes__nf4": torch.zeros(9)}, "1 tensors.*quantised"),
+        (lambda qkv: {"": qkv, ".absmax": torch.zeros(16), ".quant_map": torch.zeros(16)}, "quantized as bitsandbytes"),
+        (lambda qkv: {"": qkv, ".quant_state.bitsandbytes__nf4": torch.zeros(9)}, "quantized as bitsandbytes"),
+        (lambda qkv: {"": qkv, ".lora_A": torch.zeros(9)}, "1 tensors are unknown, double_blocks"),
     ],
 )
 def test_a_file_with_misshapen_or_quantised_weights_is_refused(

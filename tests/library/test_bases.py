@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -226,6 +227,27 @@ def name_the_pipeline_of_fill(folder: Path) -> None:
     edit(folder / "model_index.json", _class_name="FluxFillPipeline")
 
 
+def quantize(folder: Path) -> None:
+    edit(folder / "transformer" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+
+
+def quantize_the_text_encoder(folder: Path) -> None:
+    edit(folder / "text_encoder" / "config.json", quantization_config={"quant_method": "torchao"})
+
+
+def schedule_by_edm(folder: Path) -> None:
+    """As in playgroundai/playground-v2.5-1024px-aesthetic."""
+    edit(folder / "scheduler" / "scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler")
+
+
+def predict_the_picture(folder: Path) -> None:
+    edit(folder / "scheduler" / "scheduler_config.json", prediction_type="sample")
+
+
+def schedule_a_flow(folder: Path) -> None:
+    edit(folder / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")
+
+
 def edit(file: Path, **values: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
@@ -242,6 +264,11 @@ SPOILERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("sd15", make_it_inpaint, EDITS),
     ("sdxl1", make_it_inpaint, EDITS),
     ("flux1", make_it_fill, EDITS),
+    ("sdxl1", schedule_by_edm, "it has the noise levels of EDM (EDMDPMSolverMultistepScheduler)"),
+    ("sd15", predict_the_picture, "says that it predicts 'sample'"),
+    ("sd15", schedule_a_flow, "says that it predicts 'a flow'"),
+    ("sdxl1", quantize_the_text_encoder, "its text_encoder is quantized (torchao)"),
+    ("flux1", quantize, "its transformer is quantized (bitsandbytes)"),
     ("flux1", name_the_pipeline_of_fill, "names 'FluxFillPipeline'"),
 ]
 
@@ -267,6 +294,50 @@ def test_flux_that_says_how_many_channels_come_out_is_no_editing_model(settings:
     for channels in (None, 16):
         edit(folder / "transformer" / "config.json", in_channels=16, out_channels=channels)
         assert found(settings)["base"].error is None
+
+
+def test_a_base_has_another_key_once_a_file_of_it_is_replaced(settings: Settings, tiny_sd15_file: Path) -> None:
+    """Whoever has loaded it compares the keys."""
+    folder, file = settings.models / "folder", settings.models / "one.safetensors"
+    shutil.copytree(tiny_sd15_file.with_suffix(""), folder)
+    shutil.copytree(folder, file.with_suffix(""))
+    shutil.copy(tiny_sd15_file, file)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"as large")
+    seen = [{title: base.weights for title, base in found(settings).items()}]
+    assert seen[0] == {title: base.weights for title, base in found(settings).items()}
+
+    def same_size(at: Path) -> None:
+        facts = at.stat()
+        at.write_bytes(at.read_bytes()[::-1])
+        os.utime(at, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+
+    def same_time(at: Path) -> None:
+        facts = at.stat()
+        at.write_bytes(at.read_bytes() + b" ")
+        os.utime(at, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+    for title, at, change in (
+        ("folder", folder / "unet" / "diffusion_pytorch_model.safetensors", same_size),
+        ("folder", folder / "scheduler" / "scheduler_config.json", same_time),
+        ("one.safetensors", file, lambda at: os.utime(at)),
+        ("one.safetensors", file.with_suffix("") / "scheduler" / "scheduler_config.json", same_time),
+        ("one.safetensors", file.with_suffix(".yaml"), lambda at: at.write_text("model:")),
+    ):
+        change(at)
+        now = {title: base.weights for title, base in found(settings).items()}
+        assert [name for name in now if now[name] != seen[-1][name]] == [title], at
+        seen.append(now)
+
+
+def test_a_configuration_beside_a_file_may_give_it_other_blocks(settings: Settings) -> None:
+    """SSD-1B has fewer blocks than SDXL; stock diffusers reads its file with its own configuration."""
+    file = settings.models / "ssd.safetensors"
+    wide = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+    file.write_bytes(tensors(UNET, OPEN_CLIP, VAE, shapes={wide: [640, 2048]}))
+    assert "fewer blocks" in str(found(settings)["ssd.safetensors"].error)
+    (settings.models / "ssd" / "unet").mkdir(parents=True)
+    (settings.models / "ssd" / "unet" / "config.json").write_text("{}")
+    assert found(settings)["ssd.safetensors"].error is None
 
 
 def test_presets_of_an_older_version_leave_to_the_program_what_a_family_is(

@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from huggingface_hub import constants
 from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.pictures import apart, pixels
 from tests.helpers.rendering import CLOSE, CPU, FAMILIES, ROUNDING, Room, far, outside, unlike
@@ -95,6 +96,22 @@ def test_flux_leaves_out_what_it_has_no_use_for_and_says_so(room: Room, tunes: d
             done = room.render(tunes["flux1"], "ohwx (dog:1.5)", **asked)
             assert [told in warning for warning in done.warnings] == [True]
             assert apart(done.picture, plain) <= ROUNDING
+
+
+def test_a_base_that_was_replaced_under_its_name_is_loaded_anew(room: Room, tunes: dict[str, int]) -> None:
+    plain = room.render(tunes["sd15"]).picture
+    file = next((room.base("sd15") / "unet").glob("*.safetensors"))
+    before = file.read_bytes()
+    weights = load_file(file)
+    save_file({key: value.flip(0).contiguous() for key, value in weights.items()}, file, {"format": "pt"})
+    try:
+        assert file.stat().st_size == len(before)
+        replaced = room.render(tunes["sd15"]).picture
+        assert unlike(replaced, plain)
+        assert not unlike(replaced, room.render(tunes["sd15"], bench=room.new_bench()).picture)
+    finally:
+        file.write_bytes(before)
+    assert not unlike(room.render(tunes["sd15"]).picture, plain)
 
 
 @pytest.mark.parametrize("branch", FAMILIES)

@@ -18,17 +18,18 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from trainer.branches import loading
+from trainer.branches import loading, single_file
 from trainer.branches.flux1_keys import original_layers, transformer_from_file, transformer_weights
 from trainer.branches.objectives import logit_normal, masked_mean
 from trainer.branches.protocol import Cond, ControlNet, Task
-from trainer.branches.single_file_keys import stacked_adapters
+from trainer.branches.single_file_keys import stacked_adapters, vae_weights
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
+from trainer.library.header import read_header
+from trainer.library.leftovers import refuse_unknown, unneeded
 from trainer.library.models_folder import sidecar
 
 # black-forest-labs/flux, util.py, with its autoencoder, CLIP ViT-L/14's text tower and the encoder of T5 v1.1 XXL.
@@ -84,8 +85,7 @@ def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: P
 def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path) -> tuple[Any, Callable[[], Any]]:
     """A single file with the transformer's original keys; other parts come from the file, its sidecar or the hub."""
     config = loading.single_file_config(file, cache, CONFIG)
-    with safe_open(file, "pt") as tensors:
-        keys = list(tensors.keys())
+    keys = read_header(file).shapes
     inside = {
         "vae": any(key.startswith("vae.") for key in keys),
         "text_encoder": any(key.startswith("text_encoders.clip_l.") for key in keys),
@@ -106,9 +106,7 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
         "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(config / "scheduler"),
     }
     if inside["vae"]:
-        parts["vae"] = AutoencoderKL.from_single_file(
-            str(file), config=str(config), subfolder="vae", local_files_only=True, dtype=torch.float32
-        )
+        parts["vae"] = vae_from_file(file, config)
     else:
         parts["vae"] = AutoencoderKL.from_pretrained(place("vae"), local_files_only=True, dtype=torch.float32)
     for name, kind, prefix in (
@@ -130,14 +128,21 @@ def from_home(parts: list[str]) -> Path:
     return hub.fetch_parts(HOME, [f"{part}/*" for part in parts])
 
 
+def vae_from_file(file: Path, config: Path) -> nn.Module:
+    """The VAE in a file with other parts. Raises ValueError for weights that have no place in it."""
+    with single_file.opened(file) as (keys, read):
+        weights = {key: read(key) for key in keys if key.startswith("vae.")}
+    vae: nn.Module = AutoencoderKL.from_single_file(
+        weights, config=str(config), subfolder="vae", local_files_only=True, dtype=torch.float32
+    )
+    single_file.refuse_left_over(weights.keys(), {"vae.": vae_weights(vae)})
+    return vae
+
+
 def encoder_from_file(file: Path, kind: Any, config: Path, prefix: str, dtype: torch.dtype) -> Any:
-    """A text encoder from the weights with this prefix in a file. Raises ValueError for missing weights."""
-    with safe_open(file, "pt") as tensors:
-        weights = {
-            key.removeprefix(prefix): tensors.get_tensor(key)
-            for key in tensors.keys()  # noqa: SIM118
-            if key.startswith(prefix)
-        }
+    """A text encoder from the weights with this prefix in a file. Raises ValueError for missing or unknown weights."""
+    with single_file.opened(file, dtype) as (keys, read):
+        weights = {key.removeprefix(prefix): read(key) for key in keys - unneeded(keys) if key.startswith(prefix)}
     encoder, facts = kind.from_pretrained(
         None,
         config=kind.config_class.from_pretrained(config),
@@ -146,6 +151,7 @@ def encoder_from_file(file: Path, kind: Any, config: Path, prefix: str, dtype: t
         output_loading_info=True,
     )
     loading.refuse_gaps(facts["missing_keys"])
+    refuse_unknown(prefix + key for key in facts["unexpected_keys"])
     return encoder
 
 

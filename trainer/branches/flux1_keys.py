@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from safetensors import safe_open
 from torch import Tensor
 
 from trainer.branches import loading
+from trainer.branches.single_file import log_unused, opened
 from trainer.branches.single_file_keys import module_weights, stacked
+from trainer.library.leftovers import refuse_unknown
 
 SHIFT_AND_SCALE = "final_layer.adaLN_modulation.1"  # shift and scale there, scale and shift in diffusers
+OTHER_PARTS = ("vae.", "text_encoders.")
 ORIGINAL_PREFIX = "model.diffusion_model."  # of the transformer in a file with other parts
 # Linear layers of the original release (black-forest-labs/flux, model.py) -> the layers of diffusers that are stacked
 # in each, in this order.
@@ -63,21 +65,21 @@ SCALES = {  # of the norms of queries and keys
 def transformer_from_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
     """The transformer of a file with the original keys. Raises ValueError for missing, unknown or misshapen weights."""
     weights: dict[str, Tensor] = {}
-    with safe_open(file, "pt") as tensors:
-        keys = set(tensors.keys())
+    with opened(file) as (keys, read):
         guided = any("guidance_in." in key for key in keys)  # FLUX.1-schnell is not
         settings = FluxTransformer2DModel.load_config(config / "transformer") | {"guidance_embeds": guided}
         with torch.device("meta"):
             transformer = FluxTransformer2DModel.from_config(settings)
         shapes = {name: weight.shape for name, weight in transformer.state_dict().items()}
         prefix = ORIGINAL_PREFIX if any(key.startswith(ORIGINAL_PREFIX) for key in keys) else ""
-        left = {key for key in keys if key.startswith(prefix) and not key.startswith(("vae.", "text_encoders."))}
+        left = {key for key in keys if key.startswith(prefix) and not key.startswith(OTHER_PARTS)}
+        log_unused(keys, (prefix, *OTHER_PARTS))
         for original, layers in original_layers(transformer):
             for kind in ("weight", "bias"):
                 if (key := f"{prefix}{original}.{kind}") not in left:
                     continue
                 left.remove(key)
-                tensor = tensors.get_tensor(key).to(dtype)
+                tensor = read(key).to(dtype)
                 if original == SHIFT_AND_SCALE:
                     tensor = torch.cat(tensor.chunk(2)[::-1])
                 names = [f"{layer}.{kind}" for layer in layers]
@@ -85,13 +87,16 @@ def transformer_from_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
                 if sum(rows) != len(tensor):
                     raise ValueError(f"{key} has {len(tensor)} rows, not {sum(rows)}")
                 # Cloned: views of one tensor share autograd's version counter.
-                weights |= zip(names, (part.clone() for part in tensor.split(rows)), strict=True)
+                weights |= zip(names, (part.clone() for part in torch.split(tensor, rows)), strict=True)
         for original, name in original_scales(transformer):
-            if (key := f"{prefix}{original}") in left:
-                left.remove(key)
-                weights[name] = tensors.get_tensor(key).to(dtype)
-    if left:
-        raise ValueError(f"{len(left)} tensors are unknown, {min(left)} among them; quantised files are not read")
+            for key in (
+                f"{prefix}{original}",
+                f"{prefix}{original.removesuffix('scale')}weight",
+            ):  # the second: ComfyUI's
+                if key in left:
+                    left.remove(key)
+                    weights[name] = read(key).to(dtype)
+    refuse_unknown(left)
     loading.refuse_gaps(shapes.keys() - weights.keys())
     transformer.load_state_dict(weights, assign=True)
     return transformer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 from trainer.branches.protocol import Task
 from trainer.files import unreadable, whole_folder
 from trainer.library.bases import Base
+from trainer.library.header import read_header
 from trainer.library.hub import WrongConfig
 from trainer.library.models_folder import sidecar
+from trainer.library.weight_format import scales_of
 
 CONFIGS = Path(__file__).parent / "configs"
+WEIGHTS_NAME = r"(model|diffusion_pytorch_model){variant}(-\d+-of-\d+)?{variant}\.safetensors"
 SINGLE_FILE_JUNK = ("*.safetensors", "*.bin", "*.py")  # not copied from a sidecar folder with its configuration
 
 
@@ -86,7 +90,17 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def folder_source(folder: Path, variant: str | None) -> dict[str, Any]:
-    """Arguments for `from_pretrained`: a local folder, and only safetensors."""
+    """Arguments for `from_pretrained`: a local folder, and only safetensors.
+
+    Raises ValueError where weights have scales or are quantized: the libraries would leave the scales out.
+    """
+    wanted = re.compile(WEIGHTS_NAME.format(variant=rf"(\.{re.escape(variant)})?" if variant else ""))
+    for file in sorted(folder.glob("*/*.safetensors")):
+        if wanted.fullmatch(file.name) and (scales := scales_of(read_header(file))):
+            raise ValueError(
+                f"{file.parent.name}/{file.name} has scales ({next(iter(scales.values()))}), which are read in single"
+                " files only; use a folder with fp16, bf16 or plain fp8 weights"
+            )
     return {
         "pretrained_model_name_or_path": folder,
         "local_files_only": True,

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LEAST_SNR = 2**-24  # a schedule may end in pure noise, and the SNR is divided by
+
 
 def masked_mean(error: Tensor, weight: Tensor | None) -> Tensor:
     """error (B, C, H, W), weight (B, 1, H, W) of mean 1 or None -> (B,)."""
@@ -39,7 +41,7 @@ def noise_loss(
     loss = masked_mean((predicted.float() - target) ** 2, weight)
     if min_snr:
         alphas_bar: Tensor = scheduler.alphas_cumprod[timesteps]
-        snr = alphas_bar / (1 - alphas_bar)
+        snr = (alphas_bar / (1 - alphas_bar)).clamp(min=LEAST_SNR)
         loss = loss * snr.clamp(max=min_snr) / (snr + 1 if velocity else snr)
     return loss
 

@@ -16,7 +16,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from trainer.branches import loading, unet
+from trainer.branches import loading, single_file, unet
 from trainer.branches.objectives import noise_and_timesteps, noise_loss
 from trainer.branches.protocol import Cond, Task
 from trainer.branches.single_file_keys import clip_weights, joined
@@ -25,6 +25,9 @@ from trainer.library.bases import Base
 from trainer.library.models_folder import sidecar
 
 CONFIG = loading.published_config("sd15")  # CompVis v1-inference.yaml, and CLIP ViT-L/14's text tower
+ENCODERS: dict[str, single_file.Encoder] = {
+    "text_encoder": (CLIPTextModel, "cond_stage_model.transformer.", clip_weights)
+}
 CONTROL_PIPELINES: dict[Task, Any] = {
     "text": StableDiffusionControlNetPipeline,
     "image": StableDiffusionControlNetImg2ImgPipeline,
@@ -54,13 +57,14 @@ def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: P
 
 def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path) -> Any:
     """Load a single file with the keys of the original release."""
-    config = loading.single_file_config(file, cache, CONFIG)
+    config = unet.single_file_config(file, cache, CONFIG)
     options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     if not (sidecar(file) / "tokenizer").exists():
         from trainer.library import hub  # not needed when all files are here
 
         names = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
         options["tokenizer"] = CLIPTokenizer.from_pretrained(hub.fetch_files("openai/clip-vit-large-patch14", names))
+    options |= single_file.unet_parts(file, config, torch.float32, ENCODERS)
     pipeline = StableDiffusionPipeline.from_single_file(
         str(file), config=str(config), local_files_only=True, dtype=torch.float32, **options
     )

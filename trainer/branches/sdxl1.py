@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     StableDiffusionXLControlNetImg2ImgPipeline,
     StableDiffusionXLControlNetInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
@@ -21,16 +20,20 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from trainer.branches import loading, unet
+from trainer.branches import loading, single_file, unet
 from trainer.branches.objectives import noise_and_timesteps, noise_loss
 from trainer.branches.protocol import Cond, Task
-from trainer.branches.single_file_keys import clip_weights, joined, open_clip_weights
+from trainer.branches.single_file_keys import clip_weights, joined, open_clip_names, open_clip_weights
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
 from trainer.library.models_folder import sidecar
 
 # Stability-AI/generative-models, sd_xl_base.yaml, with CLIP ViT-L/14's text tower and OpenCLIP's of ViT-bigG/14.
 CONFIG = loading.published_config("sdxl1")
+ENCODERS: dict[str, single_file.Encoder] = {
+    "text_encoder": (CLIPTextModel, "conditioner.embedders.0.transformer.", clip_weights),
+    "text_encoder_2": (CLIPTextModelWithProjection, "conditioner.embedders.1.model.", open_clip_names),
+}
 CONTROL_PIPELINES: dict[Task, Any] = {
     "text": StableDiffusionXLControlNetPipeline,
     "image": StableDiffusionXLControlNetImg2ImgPipeline,
@@ -72,7 +75,7 @@ def read_folder(folder: Path, variant: str | None, dtype: torch.dtype, _cache: P
 
 def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path) -> Any:
     """Load a single file with the keys of the original release."""
-    config = loading.single_file_config(file, cache, CONFIG)
+    config = unet.single_file_config(file, cache, CONFIG)
     options: dict[str, Any] = {}
     for name in ("tokenizer", "tokenizer_2"):
         if not (sidecar(file) / name).exists():
@@ -80,18 +83,9 @@ def read_file(file: Path, _variant: str | None, dtype: torch.dtype, cache: Path)
 
             files = hub.fetch_files(HOME, [f"{name}/{part}" for part in TOKENIZER_FILES])
             options[name] = CLIPTokenizer.from_pretrained(files / name)
-    # Loaded separately in float32: half-precision weights are fine, half-precision arithmetic overflows.
-    vae = AutoencoderKL.from_single_file(
-        str(file), config=str(config), subfolder="vae", local_files_only=True, dtype=torch.float32
-    )
+    options |= single_file.unet_parts(file, config, dtype, ENCODERS)
     return StableDiffusionXLPipeline.from_single_file(
-        str(file),
-        config=str(config),
-        local_files_only=True,
-        dtype=dtype,
-        vae=vae,
-        add_watermarker=False,
-        **options,
+        str(file), config=str(config), local_files_only=True, dtype=dtype, add_watermarker=False, **options
     )
 
 

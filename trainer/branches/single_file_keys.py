@@ -8,12 +8,13 @@ except where several are stacked into one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 # Kind of layer -> names of its parts in diffusers and in the release; other parts have the same name in both.
 Parts = Mapping[str, Mapping[str, str]]
 UNET_PARTS: Parts = {
@@ -73,7 +74,12 @@ def module_weights(module: Any) -> dict[str, Tensor]:
 
 def unet_weights(unet: Any) -> dict[str, Tensor]:
     """Weights of a UNet2DConditionModel with any number of blocks and layers."""
-    return renamed(module_weights(unet), with_parts(UNET_OUTER | unet_places(unet), UNET_PARTS))
+    return renamed(module_weights(unet), unet_names(unet))
+
+
+def unet_names(unet: Any) -> dict[str, str]:
+    """Layer of a UNet2DConditionModel -> its name in the release, where that is another one."""
+    return with_parts(UNET_OUTER | unet_places(unet), UNET_PARTS)
 
 
 def unet_places(unet: Any) -> dict[str, str]:
@@ -141,8 +147,8 @@ def with_parts(places: Mapping[str, str], parts: Parts) -> dict[str, str]:
     return {**places, **inner}
 
 
-def renamed(weights: Mapping[str, Tensor], places: Mapping[str, str]) -> dict[str, Tensor]:
-    """Rename each weight by its innermost layer in `places`."""
+def renamed(weights: Mapping[str, T], places: Mapping[str, str]) -> dict[str, T]:
+    """Rename each weight, or whatever has a layer's name, by its innermost layer in `places`."""
     found = {}
     for name, tensor in weights.items():
         layer = name
@@ -172,6 +178,13 @@ def open_clip_weights(encoder: Any) -> dict[str, Tensor]:
             for kind in ("weight", "bias"):
                 weights[f"{there}.{theirs}{kind}"] = stacked([ours[f"{here}.{layer}{kind}"] for layer in layers])
     return weights
+
+
+def open_clip_names(encoder: Any) -> Collection[str]:
+    """The names of `open_clip_weights`, without the work of stacking them."""
+    with torch.device("meta"):
+        bare = type(encoder)(encoder.config)
+    return open_clip_weights(bare).keys()
 
 
 def encoder_weights(encoder: Any) -> dict[str, Tensor]:

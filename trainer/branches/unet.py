@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, DDPMScheduler
 from torch import Tensor, nn
 
+from trainer.branches import loading
 from trainer.branches.protocol import ControlNet, Task
 from trainer.branches.single_file_keys import unet_weights, vae_weights
+from trainer.library.models_folder import sidecar
+from trainer.library.prediction import check_scheduler, read_prediction
+
+Config = Mapping[str, Mapping[str, object]]  # JSON file of a diffusers folder -> its content
+SCHEDULER = "scheduler/scheduler_config.json"
+ZERO_SNR_SCHEDULER = "EulerDiscreteScheduler"  # PNDM knows no schedule that ends in pure noise
 
 # Linear layers that every family with such a UNet trains.
 UNET_TARGETS = {
@@ -58,8 +67,29 @@ def original_weights(denoiser: nn.Module, vae: nn.Module) -> dict[str, dict[str,
     return {"model.diffusion_model.": unet_weights(denoiser), "first_stage_model.": vae_weights(vae)}
 
 
+def single_file_config(file: Path, cache: Path, family: Config) -> Path:
+    """`loading.single_file_config`, with the scheduler that fits what the file's UNet predicts.
+
+    A scheduler in the sidecar comes first.
+    """
+    prediction = read_prediction(file)
+    scheduler = dict(family[SCHEDULER])
+    if prediction.velocity:
+        scheduler["prediction_type"] = "v_prediction"
+    if prediction.zero_snr:
+        # The last step must be among those that are drawn: arXiv 2305.08891, section 3.3.
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        scheduler["_class_name"] = ZERO_SNR_SCHEDULER
+    folder = loading.single_file_config(file, cache, {**family, SCHEDULER: scheduler})
+    if prediction.zero_snr and not (sidecar(file) / SCHEDULER).exists():
+        index = folder / "model_index.json"  # the sidecar's, if it has one
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", ZERO_SNR_SCHEDULER]}))
+    return folder
+
+
 def noise_scheduler(pipeline: Any, device: torch.device) -> DDPMScheduler:
-    """The noise schedule of the base's training, on the device."""
+    """The noise schedule of the base's training, on the device. Raises ValueError for one that is not supported."""
+    check_scheduler(pipeline.scheduler.config)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     return scheduler

@@ -15,6 +15,7 @@ from trainer.contract.errors import InvalidRequest
 from trainer.contract.rows import TuneRow
 from trainer.contract.tunes import check_branch
 from trainer.library.models_folder import FoundModel, scan
+from trainer.library.versions import version_of
 from trainer.names import BRANCHES, CHECKPOINT_FILE, DEFAULT_BRANCH, MODEL_TYPES
 
 if TYPE_CHECKING:
@@ -43,8 +44,13 @@ class Base:
 
     @property
     def weights(self) -> tuple[object, ...]:
-        """A key that is equal for bases with the same weights; their LoRAs may differ."""
-        return self.branch, self.path, self.repository, self.revision, self.variant, self.rest and self.rest.weights
+        """A key that is equal for bases with the same weights; their LoRAs may differ.
+
+        It changes when a file of the base is replaced: a cache keeps the key from the time of loading.
+        """
+        version = self.path and version_of(self.path)
+        rest = self.rest and self.rest.weights
+        return self.branch, self.path, version, self.repository, self.revision, self.variant, rest
 
 
 Tunes = Callable[[int], TuneRow | None]  # a tune's row by its id

@@ -44,10 +44,11 @@ OBJECT = TypeAdapter(dict[str, object])
 
 @dataclass(frozen=True)
 class Header:
-    """shapes: of each tensor, by its name. metadata: the texts in `__metadata__`, by their names."""
+    """shapes, dtypes: of each tensor, by its name. metadata: the texts in `__metadata__`, by their names."""
 
     shapes: Mapping[str, list[int]]
     metadata: Mapping[str, str]
+    dtypes: Mapping[str, str]  # in the words of the format: F16, BF16, F8_E4M3, ...
 
 
 def read_header(file: Path) -> Header:
@@ -78,4 +79,5 @@ def read_header(file: Path) -> Header:
         begin, end = entry.data_offsets
         if entry.dtype in BITS and math.prod(entry.shape) * BITS[entry.dtype] != (end - begin) * 8:
             raise ValueError(f"it is broken: {name[:80]} of shape {entry.shape[:8]} cannot have {end - begin} bytes")
-    return Header({name: entry.shape for name, entry in entries.items()}, metadata or {})
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    return Header(shapes, metadata or {}, {name: entry.dtype for name, entry in entries.items()})

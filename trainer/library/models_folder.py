@@ -36,8 +36,9 @@ class FoundModel:
     error: str | None = None
 
 
-# Results by file, with the file's version and the families at that time: each header is read once.
-_found: dict[Path, tuple[tuple[int, int], Families, FoundModel]] = {}
+# Results by file, with the file's version and the families at that time: each header is read once. The version has the
+# parts that the sidecar configures.
+_found: dict[Path, tuple[tuple[int, int, tuple[str, ...]], Families, FoundModel]] = {}
 
 
 def sidecar(file: Path) -> Path:
@@ -108,7 +109,8 @@ def _identify(path: Path, models: Path, families: Families) -> FoundModel:
         if path.is_dir():
             return FoundModel(name, path, branch_of_folder(path, families))
         status = path.stat()
-        version = status.st_mtime_ns, status.st_size
+        configurations = tuple(sorted(file.parent.name for file in sidecar(path).glob("*/config.json")))
+        version = status.st_mtime_ns, status.st_size, configurations
         known = _found.get(path)
         if known is None or known[:2] != (version, families):
             known = version, families, _identify_file(name, path, families)
@@ -127,9 +129,9 @@ def _identify_file(name: str, path: Path, families: Families) -> FoundModel:
     except ValueError as problem:
         return FoundModel(name, path, error=": ".join(filter(None, (str(problem), what_it_is(path)))))
     try:
-        branch = branch_of_lora(header.shapes, families)
+        branch = branch_of_lora(header.shapes, families, header.metadata)
         if branch is None:
-            return FoundModel(name, path, branch_of_file(header.shapes, families))
+            return FoundModel(name, path, branch_of_file(header, families, sidecar(path)))
     except ValueError as problem:
         return FoundModel(name, path, error=str(problem))
     facts = header.metadata

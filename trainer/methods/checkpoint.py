@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.branches.protocol import Branch
 from trainer.config.train_config import TrainConfig
 from trainer.library.models_folder import sidecar
+from trainer.library.prediction import PREDICTION_KEYS, V_MARKER, VELOCITY, ZERO_SNR_MARKER
 from trainer.methods import lora, new_tokens
 from trainer.methods.protocol import Group
 from trainer.names import CHECKPOINT_FILE
@@ -76,7 +77,8 @@ def save(branch: Branch, folder: Path, config: TrainConfig, metadata: dict[str, 
 def write(branch: Branch, file: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
     """Write all weights as one file with the original keys, and a sidecar with configuration and tokenizers."""
     tensors = {key: value.to("cpu", dtype).contiguous() for key, value in branch.original_weights().items()}
-    save_file(tensors, file, metadata)
+    markers, facts = prediction(branch)
+    save_file(tensors | markers, file, metadata | facts)
     sidecar_folder = sidecar(file)
     for name, part in branch.pipeline.components.items():
         if isinstance(part, nn.Module):
@@ -86,6 +88,18 @@ def write(branch: Branch, file: Path, dtype: torch.dtype, metadata: dict[str, st
         elif part is not None:
             part.save_pretrained(sidecar_folder / name)
     branch.pipeline.save_config(sidecar_folder)
+
+
+def prediction(branch: Branch) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What says to other programs that the weights predict the velocity: marker tensors and metadata.
+
+    They are ComfyUI's (CheckpointSave): it reads the markers, which are empty.
+    """
+    if branch.metadata.get(PREDICTION_KEYS[0]) not in VELOCITY:
+        return {}, {}
+    zero_snr = branch.pipeline.scheduler.config.get("rescale_betas_zero_snr")
+    markers = [V_MARKER, ZERO_SNR_MARKER] if zero_snr else [V_MARKER]
+    return {name: torch.zeros(0) for name in markers}, dict.fromkeys(PREDICTION_KEYS, "v")
 
 
 def checkable_files(branch: Branch) -> list[str]:

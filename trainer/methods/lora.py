@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainer.branches import loading
 from trainer.branches.protocol import Branch
 from trainer.config.train_config import TrainConfig
-from trainer.methods import new_tokens
+from trainer.methods import adapter_files, new_tokens
 from trainer.methods.protocol import Group
 from trainer.names import FORMATS
 
@@ -38,6 +38,12 @@ def prepare(branch: Branch, config: TrainConfig, token: str, name: str, earlier:
     if earlier is None:
         return []
     file, warnings = load(branch.pipeline, earlier, EARLIER, token)
+    parts = (branch.denoiser, *branch.text_encoders.values())
+    if count := sum(adapter_files.changes_in(part) for part in parts if part is not None):
+        raise ValueError(
+            f"{file.name}: {count} of its layers are a DoRA, LoHa or LoKr that is no LoRA, and a LoRA cannot continue"
+            " them: train model_type=checkpoint on it, or merge it into its base with ComfyUI or kohya's tools"
+        )
     if not config.text_encoder_lr and any(hasattr(one, "peft_config") for one in branch.text_encoders.values()):
         warnings.append(f"{file.name} has adapters in the text encoder: they stay as they are (text_encoder_lr=0)")
     return warnings
@@ -218,9 +224,10 @@ def load(pipeline: DiffusionPipeline, model: Path, adapter: str, token: str | No
     state, facts = loading.read_tensors(file)
     weights = {key: value for key, value in state.items() if not new_tokens.is_rows(key)}
     try:
-        pipeline.load_lora_weights(weights, adapter_name=adapter)
+        warnings = adapter_files.load_adapters(pipeline, weights, facts, adapter, file.parent)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise ValueError(f"{file.name} does not fit its base: {problem}") from problem
+    warnings = [f"{file.name}: {warning}" for warning in warnings]
     token_files = [file.with_name(f"{file.stem}_emb.safetensors")]
     token_files += [file.with_name(WORDS_FILE)] if file.name in (KOHYA_FILE, DIFFUSERS_FILE) else []
     token_file = next((one for one in token_files if one.exists()), None) if len(weights) == len(state) else file
@@ -228,9 +235,12 @@ def load(pipeline: DiffusionPipeline, model: Path, adapter: str, token: str | No
         token = token or facts.get("tunebooth.token", "ohwx")
         taken = {known.token.lower() for part in new_tokens.TOKENIZERS for known in new_tokens.all_of(pipeline, part)}
         if token.lower() in taken:
-            return file, [f"two of these models have learned tokens for {token!r}: here it means the one named first"]
+            return file, [
+                *warnings,
+                f"two of these models have learned tokens for {token!r}: here it means the one named first",
+            ]
         new_tokens.add(pipeline, token, new_tokens.load(token_file))
     elif "tunebooth.tokens" in facts:
         missing = f"{file.name} was trained with learned tokens, but {file.stem}_emb.safetensors is missing"
-        return file, [f"{missing}: the token {facts['tunebooth.token']!r} does not mean the subject"]
-    return file, []
+        return file, [*warnings, f"{missing}: the token {facts['tunebooth.token']!r} does not mean the subject"]
+    return file, warnings

@@ -64,11 +64,11 @@ class Stopped(Exception):
 class Loaded:
     """A base in memory, and everything that the next prompt may need again."""
 
-    base: Base
+    weights_key: tuple[object, ...]  # `Base.weights` when they were read
     branch: Branch
     scheduler: SchedulerMixin  # the base's own; the pipeline may have the one of a prompt
     decoder: AutoencoderTiny | None  # for previews (TAESD)
-    loras: tuple[tuple[Path, int], ...] | None = ()  # files on the base, and their change times; None: not known
+    loras: tuple[tuple[Path, int, int], ...] | None = ()  # files on the base, their change times, sizes; None: unknown
     weights: tuple[float, ...] = ()  # of `loras`
     texts: dict[tuple[object, ...], dict[str, Tensor]] = field(default_factory=dict)  # prompt embeddings, with `loras`
     control: tuple[ControlRow, ModelMixin] | None = None  # the last control model

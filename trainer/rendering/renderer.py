@@ -93,14 +93,15 @@ class Renderer:
 
     def _load(self, base: Base, decoder: str | None) -> Loaded:
         """The base, bare or with the LoRAs of the last prompt. decoder: hub repository of the preview decoder."""
-        if self._loaded is None or self._loaded.base.weights != base.weights:
+        key = base.weights  # before they are read: a file that is replaced meanwhile is read again next time
+        if self._loaded is None or self._loaded.weights_key != key:
             self.release()
             branch = load_branch(base, self._device, self._settings.outputs / "cache")
             # The VAE is in float32 anyway; SDXL's img2img would convert it to half precision afterwards.
             branch.pipeline.vae.register_to_config(force_upcast=False)
             place_for_rendering(branch.pipeline, self._device)
             tiny = load_tiny_decoder(decoder, self._device) if decoder else None
-            self._loaded = Loaded(base, branch, branch.pipeline.scheduler, tiny)
+            self._loaded = Loaded(key, branch, branch.pipeline.scheduler, tiny)
         pipeline = self._loaded.branch.pipeline
         faceid.remove(pipeline)
         pipeline.vae.disable_tiling()
@@ -123,7 +124,7 @@ def load_loras(loaded: Loaded, loras: Sequence[Lora]) -> list[str]:
     pipeline = loaded.branch.pipeline
     wanted = [one for one in loras if one.weight]
     names = [f"lora{number}" for number in range(len(wanted))]
-    there = tuple((one.model, changed(one.model)) for one in wanted)
+    there = tuple((one.model, *changed(one.model)) for one in wanted)
     warnings = []
     if there != loaded.loras:
         loaded.texts.clear()
@@ -138,9 +139,10 @@ def load_loras(loaded: Loaded, loras: Sequence[Lora]) -> list[str]:
     return warnings
 
 
-def changed(model: Path) -> int:
-    """Time of the last change: a file in the models folder may have been replaced."""
-    return (model / lora.DIFFUSERS_FILE if model.is_dir() else model).stat().st_mtime_ns
+def changed(model: Path) -> tuple[int, int]:
+    """Time of the last change (ns), and bytes: a file in the models folder may have been replaced."""
+    facts = (model / lora.DIFFUSERS_FILE if model.is_dir() else model).stat()
+    return facts.st_mtime_ns, facts.st_size
 
 
 def encode_prompt(loaded: Loaded, plan: Plan, warnings: list[str]) -> dict[str, Tensor]:

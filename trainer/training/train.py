@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.branches.loading import autocast
-from trainer.branches.protocol import Branch, load_branch
+from trainer.branches.protocol import Branch, downloaded, load_branch
 from trainer.config import branch_file
 from trainer.config.branch_file import RenderConfig
 from trainer.config.train_config import TrainConfig
@@ -27,17 +27,14 @@ from trainer.methods.protocol import Group, Method, get_method
 from trainer.settings import Settings
 from trainer.training import dataset, loop, seeds, space
 from trainer.training.check import CHECK_STEPS, check_effect, check_file
+from trainer.training.class_pictures import class_pictures
 from trainer.training.dataset import Dataset
 from trainer.training.metadata import describe
 from trainer.training.states import STATES_KEPT
-from trainer.training.views import Picture
-
-if TYPE_CHECKING:
-    from PIL import Image
+from trainer.training.views import Picture, write_picture
 
 PREVIEW_STEPS = 20  # most steps of the sampler: enough to see what the model has learned
 PREVIEW_SEED = 42
-PNG_BYTES_PER_PIXEL = 2  # of photos
 MODELS_KEPT_FROM = 0.5  # of the run; earlier models are not useful
 
 
@@ -79,6 +76,7 @@ def train_tune(
     write_whole(folder / "config.json", json.dumps({"base": base.title, **config.model_dump(mode="json")}, indent=1))
     pictures = find_pictures(tune, folder, config, report)
     report.stage("loading")
+    base = downloaded(base)
     branch = load_branch(base, device, settings.outputs / "cache")
     method = prepare(tune, base, config, branch, report)
     defaults = branch_file.render_config(settings.presets, base.branch)
@@ -212,52 +210,3 @@ def room_needed(run: Run, groups: list[Group]) -> int:
 def quarters(steps: int) -> dict[int, float]:
     """Step -> share of the run that is done after it: a quarter, a half, ..."""
     return {max(1, round(steps * quarter / 4)): quarter / 4 for quarter in (1, 2, 3, 4)}
-
-
-def write_picture(image: Image.Image, file: Path) -> None:
-    """Write a picture atomically."""
-    file.parent.mkdir(exist_ok=True)
-    partial = file.with_suffix(".partial")
-    try:
-        image.save(partial, "PNG")
-        partial.rename(file)
-    finally:
-        partial.unlink(missing_ok=True)  # incomplete after an error
-
-
-def class_pictures(
-    branch: Branch,
-    base: Base,
-    name: str,
-    config: TrainConfig,
-    defaults: RenderConfig,
-    cache: Path,
-    report: Report,
-) -> list[Picture] | None:
-    """Pictures of the class, drawn by the base, for prior preservation (Ruiz et al. 2022, arXiv 2208.12242).
-
-    Rendered once and kept for later tunes of the same base, class and resolution. None: the report asked to stop.
-    """
-    caption, side = f"a photo of {name}", config.resolution[0]
-    folder = cache / "class" / f"{base.id}-{name.lower().replace(' ', '-')}-{side}"
-    files = [folder / f"{number:04d}.png" for number in range(config.prior_images)]
-    missing = [file for file in files if not file.exists()]
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_room(folder, len(missing) * side**2 * PNG_BYTES_PER_PIXEL, "class pictures")
-        everything = [branch.denoiser, branch.vae, *branch.text_encoders.values()]
-        with torch.no_grad(), placed(branch.device, *everything), autocast(branch.device, branch.dtype):
-            inputs = branch.prompt_inputs(*(branch.encode_prompts([text]) for text in (caption, "")))
-            for number, file in enumerate(missing):
-                if not report.step(number, len(missing)):
-                    return None
-                image = branch.pipeline(
-                    **inputs,
-                    width=side,
-                    height=side,
-                    num_inference_steps=defaults.steps,
-                    guidance_scale=defaults.cfg_scale,
-                    generator=torch.Generator().manual_seed(int(file.stem)),
-                ).images[0]
-                write_picture(image, file)
-    return [Picture(file, caption, f"class picture {file.stem}", "class") for file in files]

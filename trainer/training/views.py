@@ -148,3 +148,14 @@ def to_weights(mask: Image.Image, latents: Tensor, floor: float) -> Tensor:
     if not weights.any():  # the mask is outside this crop
         weights = torch.ones_like(weights)
     return (weights / weights.mean())[None, None].to(latents.device)
+
+
+def write_picture(image: Image.Image, file: Path) -> None:
+    """Write a picture atomically."""
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_suffix(".partial")
+    try:
+        image.save(partial, "PNG")
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)  # incomplete after an error
