@@ -168,10 +168,6 @@ def _keys(row: Table) -> Keys:
     return Keys(_patterns(row.get("has", [])), sizes, _patterns(row.get("lacks", [])))
 
 
-def _patterns(texts: list[str]) -> tuple[re.Pattern[str], ...]:
-    return tuple(map(re.compile, texts))
-
-
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
