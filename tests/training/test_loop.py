@@ -17,7 +17,8 @@ from torch import Tensor
 from tests.helpers.tiny import make_tiny_sdxl1
 from tests.helpers.training import STEPS, RecordedReport, Run, TrainingSetup, config_of, same
 from trainer.training import loop
-from trainer.training.states import ADDED_LATER, Diverged, save
+from trainer.training.state_check import ADDED_LATER
+from trainer.training.states import Diverged, save
 from trainer.training.views import Picture
 
 STATE_TENSORS = ("weight", "exp_avg", "exp_avg_sq", "step")

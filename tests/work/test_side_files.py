@@ -41,7 +41,7 @@ def read_request(file: Path) -> object:
 
 
 def read_prepared(file: Path) -> object:
-    return prepared(file, cast(TuneRow, {"photos": [{"name": "rex.png", "file": "000.png"}]}))
+    return prepared(file, cast(TuneRow, {"photos": [VERDICT]}))
 
 
 def read_preparing(file: Path) -> object:
@@ -100,11 +100,6 @@ def no_request(folder: Path) -> None:
     (folder / "request.json").unlink()
 
 
-def verdicts_on_others(folder: Path) -> None:
-    (folder / "dataset").mkdir()
-    (folder / "dataset/prepared.json").write_bytes(as_json([VERDICT]))
-
-
 def cut_verdicts(folder: Path) -> None:
     (folder / "dataset").mkdir()
     (folder / "dataset/prepared.json").write_bytes(as_json([VERDICT])[:30])
@@ -144,8 +139,6 @@ def no_photo(folder: Path) -> None:
 SPOILERS: list[tuple[Callable[[Path], None], str]] = [
     (cut_request, "request.json cannot be read"),
     (no_request, "request.json is missing"),
-    (verdicts_on_others, "prepared.json is not about the photos of this tune"),
-    (cut_verdicts, "prepared.json cannot be read"),
     (cut_list_of_masks, "preparing.json cannot be read"),
     (not_utf8, "000.txt cannot be read: it is not text in UTF-8"),
     (folder_for_caption, "000.txt cannot be read: Is a directory"),
@@ -169,6 +162,7 @@ def test_jobs_with_broken_files_fail_in_words_and_the_next_one_is_trained(studio
 
     good = studio.create("good", prompts_attributes=[PROMPT, PROMPT | {"seed": 8}])
     folder = tune_folder(studio.services, good)
+    cut_verdicts(folder)  # the photos are analyzed again
     (folder / "log.jsonl").mkdir()  # what is only shown does not stop a run
     (folder / "samples").write_bytes(b"")
     first = tunes.get_tune(studio.services, good).prompts[0].id
@@ -182,7 +176,8 @@ def test_jobs_with_broken_files_fail_in_words_and_the_next_one_is_trained(studio
         assert str(studio.settings.outputs) not in str(tune.error)
     tune = tunes.get_tune(studio.services, good)
     assert tune.status == "trained"
-    assert any("samples cannot be written" in warning for warning in tune.warnings)
+    for words in ("samples cannot be written", "analyzed again, because dataset/prepared.json is damaged"):
+        assert any(words in warning for warning in tune.warnings)
     assert [prompt.status for prompt in tune.prompts] == ["failed", "rendered"]
     assert tune.prompts[0].error == "the database is damaged: attributes cannot be read. Send the request again"
 

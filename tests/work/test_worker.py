@@ -103,7 +103,7 @@ def test_a_tune_that_fails_says_why_and_the_next_one_is_trained(studio: Studio) 
         shutil.rmtree(rows.tune_folder(studio.services, broken) / "images")
     failed, trained = studio.ended(broken), studio.ended(after)
     assert (failed.status, trained.status) == ("failed", "trained")
-    assert "No such file" in str(failed.error) and "images/000.jpg" in str(failed.error)
+    assert "no photo of this tune is left" in str(failed.error) and "images/000.jpg" in str(failed.error)
     (prompt,) = failed.prompts
     assert (prompt.status, prompt.error) == ("failed", "the tune was not trained")
     assert failed.updated_at <= str(trained.started_training_at)
@@ -155,9 +155,7 @@ def test_a_job_that_takes_the_app_down_three_times_is_not_tried_again(
         studio.store.recover()
     tune = studio.ended(tune_id)
     assert tune.status == status
-    assert status == "trained" or tune.error == (
-        "RuntimeError: the app ended 3 times at this point; it is not tried again"
-    )
+    assert status == "trained" or tune.error == "the app ended 3 times at this point; it is not tried again"
 
 
 def test_a_stopped_worker_requeues_its_tune_and_the_next_one_finishes_it(

@@ -26,6 +26,10 @@ class ModelChanged(Conflict):
     """A file of a model is not the one that was trained: which one, and what to do. REST answers it with 409."""
 
 
+class JobRefused(RuntimeError):
+    """A job that cannot run: why, and what to do. The job fails."""
+
+
 class AnalysisUnavailable(Exception):
     """Face analysis is not available, with the reason. REST answers it with 503; a tune fails."""
 

@@ -122,6 +122,7 @@ class PromptRequest(Request):
 
 
 PICTURES = ("input_image", "mask_image")  # files, in a request and in the prompt's folder
+DIGESTS = "picture_digests"  # in the attributes of a row: the sha256 of each of these files
 # The parameters that are columns of a prompt's row; the others are in its `attributes`.
 COLUMNS = ("text", "negative_prompt", "num_images", "seed", "steps", "cfg_scale", "w", "h", "callback")
 
@@ -132,9 +133,12 @@ def attributes_of(request: PromptRequest) -> dict[str, JsonValue]:
     return {name: value for name, value in request.model_dump(include=names).items() if value is not None}
 
 
+FILES = (*PICTURES, DIGESTS)  # in the attributes of a row, and not in a request
+
+
 def prompt_of(row: PromptToRender) -> PromptRequest:
     """The request that a prompt's row holds."""
-    attributes = {name: value for name, value in row["attributes"].items() if name not in PICTURES}  # these are files
+    attributes = {name: value for name, value in row["attributes"].items() if name not in FILES}
     request = PromptRequest.model_validate(
         {**{name: value for name, value in row.items() if name in COLUMNS}, **attributes}
     )

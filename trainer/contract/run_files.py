@@ -48,9 +48,19 @@ class Asked(BaseModel):
     args: str | None
 
 
+class PreparedPhoto(Photo):
+    """A verdict in `dataset/prepared.json`, with what the photo was and what was made of it.
+
+    sha256: of the photo in `images/`; "": not known, in files of older versions. made: path in `dataset/` -> sha256.
+    """
+
+    sha256: str = ""
+    made: dict[str, str] = {}
+
+
 SEEN = TypeAdapter(list[SeenPicture])
 ASKED = TypeAdapter(Asked)
-VERDICTS = TypeAdapter(list[Photo])
+VERDICTS = TypeAdapter(list[PreparedPhoto])
 NAMES = TypeAdapter(list[str])
 OBJECT = TypeAdapter(dict[str, object])
 

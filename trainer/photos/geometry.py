@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from trainer.files import Unreadable
 from trainer.photos.picture_file import open_picture
 
 BUCKETS_PER_SIDE = 16  # sides are multiples of a sixteenth of the resolution: 64 px at 1024, as is common
@@ -66,11 +67,11 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def load_mask(file: Path, size: tuple[int, int]) -> Image.Image:
-    """A mask as grey picture. Raises ValueError where it is broken, its size is not `size`, or it is all black."""
+    """A mask as grey picture. Raises Unreadable where it is broken, its size is not `size`, or it is all black."""
     mask = open_picture(file, "L")
     if mask.size != size:
         ours, theirs = (f"{width} x {height}" for width, height in (mask.size, size))
-        raise ValueError(f"the mask {file.name} has {ours} pixels, its picture {theirs}")
+        raise Unreadable(f"the mask {file.name} has {ours} pixels, its picture {theirs}")
     if not mask.getbbox():
-        raise ValueError(f"the mask {file.name} is all black: nothing would be learned")
+        raise Unreadable(f"the mask {file.name} is all black: nothing would be learned")
     return mask

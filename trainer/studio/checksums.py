@@ -33,7 +33,7 @@ def note(store: Store, tune_id: int, checksums: dict[str, str]) -> None:
 
 
 def verify(store: Store, outputs: Path, *used: Path | None) -> None:
-    """Check that the model files of tunes are as they were when their tunes ended.
+    """Check that the model files of tunes are there, and as they were when their tunes ended.
 
     used: files and folders that are about to be read; what is not part of a tune in `outputs` is left out. A file
     without a checksum gets one. Raises ModelChanged.
@@ -41,6 +41,11 @@ def verify(store: Store, outputs: Path, *used: Path | None) -> None:
     tunes = (outputs / TUNES).resolve()
     for at in (path.resolve() for path in used if path is not None):
         if (tune_id := tune_of(at, tunes)) is not None:
+            if not at.exists() and (tune := store.get("tunes", tune_id)):
+                name = at.relative_to(tunes / str(tune_id)).as_posix()
+                raise ModelChanged(
+                    f"{name} of tune {tune_id} ({tune['title']}) is missing. Put a copy back, or delete the tune"
+                )
             for file in model_files(at):
                 verify_file(store, tunes / str(tune_id), tune_id, file)
 

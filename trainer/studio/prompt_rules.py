@@ -6,15 +6,26 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from trainer.config import looks
 from trainer.contract import parsed_text
 from trainer.contract.errors import InvalidRequest, nearest
 from trainer.contract.photos import Upload
-from trainer.contract.prompts import COLUMNS, CONTROLS, HOSTED_CONTROLS, PICTURES, PromptRequest, attributes_of
+from trainer.contract.prompts import (
+    COLUMNS,
+    CONTROLS,
+    DIGESTS,
+    HOSTED_CONTROLS,
+    PICTURES,
+    PromptRequest,
+    attributes_of,
+)
 from trainer.contract.rows import PromptRow
 from trainer.files import UNCOMMITTED, Unreadable
 from trainer.names import LORA_REFERENCE
 from trainer.photos import inputs
+from trainer.studio.idempotency import file_digest
 from trainer.studio.references import Named, as_row
 from trainer.studio.rows import Services, prompt_home, row_of
 
@@ -50,12 +61,14 @@ def check_prompt(services: Services, request: PromptRequest) -> None:
 
 
 def keep_pictures(services: Services, prompt_id: int, folder: Path, target: Path | None = None) -> Path:
-    """Move the input pictures of a prompt into its folder, and store their names. Returns that folder.
+    """Move the input pictures of a prompt into its folder, and store their names and digests. Returns that folder.
 
     target: that folder, if the tune is being created; None: in the folder of its tune or base.
     """
     row = row_of(services, "prompts", prompt_id)
-    names = {path.stem: path.name for path in folder.iterdir() if path.name != UNCOMMITTED}
+    files = [path for path in folder.iterdir() if path.name != UNCOMMITTED]
+    names: dict[str, JsonValue] = {path.stem: path.name for path in files}
+    names[DIGESTS] = {path.stem: file_digest(path) for path in files}
     target = target or pictures_of(services, row)
     inputs.move_into_place(folder, target)
     services.store.update("prompts", prompt_id, attributes=row["attributes"] | names)

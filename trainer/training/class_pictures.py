@@ -13,11 +13,13 @@ from trainer.config.train_config import TrainConfig
 from trainer.contract.disk import check_room
 from trainer.contract.report import Report
 from trainer.device import placed
+from trainer.files import Unreadable
 from trainer.library.bases import Base
 from trainer.library.header import read_header
 from trainer.library.prediction import Prediction, read_prediction
 from trainer.library.versions import changed_at, content_digest
 from trainer.library.weight_format import scales_of
+from trainer.photos.picture_file import open_picture
 from trainer.training.views import Picture, write_picture
 
 PNG_BYTES_PER_PIXEL = 2  # of photos
@@ -34,7 +36,7 @@ def class_pictures(
     caption, side = f"a photo of {name}", config.resolution[0]
     folder = folder_of(base, f"{name.lower().replace(' ', '-')}-{side}", cache / "class")
     files = [folder / f"{number:04d}.png" for number in range(config.prior_images)]
-    missing = [file for file in files if not file.exists()]
+    missing = [file for file in files if not is_picture(file, side)]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         check_room(folder, len(missing) * side**2 * PNG_BYTES_PER_PIXEL, "class pictures")
@@ -54,6 +56,14 @@ def class_pictures(
                 ).images[0]
                 write_picture(image, file)
     return [Picture(file, caption, f"class picture {file.stem}", "class") for file in files]
+
+
+def is_picture(file: Path, side: int) -> bool:
+    """Whether a file is a whole square picture of this side."""
+    try:
+        return open_picture(file, "RGB").size == (side, side)
+    except (FileNotFoundError, Unreadable):
+        return False
 
 
 def folder_of(base: Base, what: str, cache: Path) -> Path:

@@ -28,7 +28,7 @@ from trainer.branches.protocol import Branch
 from trainer.config.kinds import default_caption
 from trainer.config.train_config import TrainConfig
 from trainer.device import placed
-from trainer.files import read_text, whole_folder
+from trainer.files import Unreadable, read_text, whole_folder
 from trainer.photos.geometry import FACE_SUFFIX
 from trainer.training.seeds import derive
 from trainer.training.views import Picture, Sample, View, encode_and_show, mask_file
@@ -240,6 +240,9 @@ def _caption(file: Path, otherwise: str) -> str:
         return read_text(file).strip()
     except FileNotFoundError:
         return otherwise
+    except Unreadable as problem:
+        help_ = f"Correct it, or delete it: then the caption is {otherwise!r}; and resume the tune"
+        raise Unreadable(f"{problem}. {help_}") from None
 
 
 def epoch_order(seed: int, samples: list[Sample], start: int, count: int) -> list[Sample]:

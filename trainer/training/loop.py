@@ -16,7 +16,9 @@ from trainer.methods.protocol import Group
 from trainer.training import optimizers
 from trainer.training.dataset import Dataset
 from trainer.training.optimizers import Adafactor
-from trainer.training.states import Diverged, Parameters, begin, go_back, save
+from trainer.training.run_inputs import RunInputs
+from trainer.training.state_check import Parameters
+from trainer.training.states import UNKNOWN, Begun, Diverged, begin, go_back, save
 
 READ_LOSS_EVERY = 10  # steps: reading a number waits for the device
 MAX_HALVINGS = 2  # of the learning rate, when the loss is not finite
@@ -32,20 +34,21 @@ def train(
     preview: Callable[[int], None] = lambda step: None,
     preview_steps: Collection[int] = (),
     after_step: Callable[[], None] = lambda: None,
+    inputs: RunInputs = UNKNOWN,
+    lost: bool = False,
 ) -> bool:
     """Run `config.steps` optimizer steps; resumes from the newest whole state in `states`. The first state is saved
     before the first step.
 
     groups: parameter groups of `Method.attach`. preview(n) is called after n steps for each n in `preview_steps`, also
     right after resuming, unless a value is not finite or the report asks to stop. after_step: called after each step.
-    Returns False when the report asked to stop: the state is saved then. When the loss is not finite, training returns
-    to the last state with half the learning rate, twice at most; then Diverged is raised, which names the pictures of
-    that step. No state with a non-finite value is written.
+    inputs, lost: see `states.begin`; its messages are warnings. Returns False when the report asked to stop: the state
+    is saved then. When the loss is not finite, training returns to the last state with half the learning rate, twice at
+    most; then Diverged is raised, which names the pictures of that step. No state with a non-finite value is written.
     """
     params: Parameters = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
     optimizer = optimizers.make(groups, config.optimizer, config.weight_decay, config.seed)
-    done, halvings = begin(states, optimizer, params, config)
-    report.resumed(done)
+    done, halvings = tell(begin(states, optimizer, params, config, inputs, lost), report)
     readings: list[Tensor] = []  # loss and gradient norm of each step since the last reading, (2,) each
     if (keep_going := report.step(done, config.steps)) and done in preview_steps:
         preview(done)
@@ -65,7 +68,7 @@ def train(
             keep_going = report.step(done, config.steps, mean, config.lr * rate)
             if last or save_now or not keep_going:
                 read(readings, done)
-                save(states, done, optimizer, params, config, halvings)
+                save(states, done, optimizer, params, config, halvings, inputs)
                 report.saved(done)
         except Diverged as problem:
             halvings += 1
@@ -73,15 +76,22 @@ def train(
             if halvings > MAX_HALVINGS:
                 raise Diverged(f"{problem}, at falling learning rates; {named}", problem.step) from None
             readings.clear()
-            done = go_back(states, optimizer, params, config)
+            done, keep_going = go_back(states, optimizer, params, config, inputs), True
             lower = config.lr * 0.5**halvings
             report.warn(f"{problem}: it went back to step {done} and on at the learning rate {lower:.3g}; {named}")
             report.resumed(done)
-            keep_going = True
             continue
         if done in preview_steps and keep_going:
             preview(done)
     return done == config.steps
+
+
+def tell(begun: Begun, report: Report) -> tuple[int, int]:
+    """Report where a run begins. Returns its finished steps, and how often the learning rate was halved."""
+    for message in begun.messages:
+        report.warn(message)
+    report.resumed(begun.step)
+    return begun.step, begun.halvings
 
 
 def set_rates(optimizer: torch.optim.Optimizer, groups: list[Group], rate: float, step: int) -> None:

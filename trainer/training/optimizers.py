@@ -32,6 +32,13 @@ def make(groups: list[Group], config_optimizer: str, weight_decay: float, seed: 
     return torch.optim.AdamW(plain, weight_decay=weight_decay, fused=True)
 
 
+def moment_shapes(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that the optimizer keeps of a weight, once it had a gradient."""
+    if isinstance(optimizer, Adafactor):
+        return shapes_of(weight)
+    return {"step": (), "exp_avg": tuple(weight.shape), "exp_avg_sq": tuple(weight.shape)}
+
+
 class Adafactor(torch.optim.Optimizer):
     """Adam without a first moment, and with a second one that is n + m numbers for n x m weights.
 
@@ -89,9 +96,14 @@ class Adafactor(torch.optim.Optimizer):
 
 def beginning(weight: Tensor) -> dict[str, Tensor]:
     """The initial state of a weight; see Adafactor."""
-    sides = {"sq": weight.shape} if weight.dim() < 2 else {"row": weight.shape[:1], "col": (weight.shape[1:].numel(),)}
-    shapes = {"step": (), **sides}
-    return {key: torch.zeros(shape, device=weight.device) for key, shape in shapes.items()}
+    return {key: torch.zeros(shape, device=weight.device) for key, shape in shapes_of(weight).items()}
+
+
+def shapes_of(weight: Tensor) -> dict[str, tuple[int, ...]]:
+    """The shapes of a weight's state in Adafactor."""
+    if weight.dim() < 2:
+        return {"step": (), "sq": tuple(weight.shape)}
+    return {"step": (), "row": tuple(weight.shape[:1]), "col": (weight.shape[1:].numel(),)}
 
 
 def scaled(gradient: Tensor, state: dict[str, Tensor]) -> Tensor:

@@ -20,12 +20,13 @@ from trainer.config.train_config import TrainConfig
 from trainer.contract.disk import check_room
 from trainer.contract.report import Report
 from trainer.contract.rows import TuneRow
+from trainer.contract.run_files import read_log
 from trainer.device import placed
-from trainer.files import reason, whole_folder, write_whole
+from trainer.files import read_for_show, reason, steps_in, whole_folder, write_whole
 from trainer.library.bases import Base
 from trainer.methods.protocol import Group, Method, get_method
 from trainer.settings import Settings
-from trainer.training import dataset, loop, seeds, space
+from trainer.training import dataset, loop, run_inputs, seeds, space
 from trainer.training.check import CHECK_STEPS, check_effect, check_file
 from trainer.training.class_pictures import class_pictures
 from trainer.training.dataset import Dataset
@@ -78,6 +79,7 @@ def train_tune(
     report.stage("loading")
     base = downloaded(base)
     branch = load_branch(base, device, settings.outputs / "cache")
+    digest = run_inputs.weights_digest(branch)  # before anything is put on the base
     method = prepare(tune, base, config, branch, report)
     defaults = branch_file.render_config(settings.presets, base.branch)
     readers = branch_file.readers(settings.presets, base.branch)
@@ -95,10 +97,7 @@ def train_tune(
     check_room(run.folder, room_needed(run, groups), "the states and models of this tune")
 
     report.stage("training")
-    after_step = partial(run.method.after_step, run.branch)
-    at_quarter = partial(save_quarter, run)
-    states = run.folder / "state"
-    if not loop.train(run.branch, groups, data, config, report, states, at_quarter, quarters(config.steps), after_step):
+    if not train_steps(run, groups, data, digest):
         return None
 
     report.stage("saving")
@@ -106,6 +105,26 @@ def train_tune(
         files = save_model(run, model, config.steps)
         check_effect(run.branch, run.method, model, partial(render, run), before)
     return files
+
+
+def train_steps(run: Run, groups: list[Group], data: Dataset, digest: str) -> bool:
+    """Run the training loop. digest: of the base's weights. Returns False when the report asked to stop."""
+    inputs = run_inputs.inputs_of(
+        run.tune["id"], digest, run.base.model, run.branch, run.pictures, run.folder / "dataset"
+    )
+    return loop.train(
+        run.branch,
+        groups,
+        data,
+        run.config,
+        run.report,
+        run.folder / "state",
+        partial(save_quarter, run),
+        quarters(run.config.steps),
+        partial(run.method.after_step, run.branch),
+        inputs,
+        has_trained(run.folder),
+    )
 
 
 def find_pictures(tune: TuneRow, folder: Path, config: TrainConfig, report: Report) -> list[Picture]:
@@ -210,3 +229,9 @@ def room_needed(run: Run, groups: list[Group]) -> int:
 def quarters(steps: int) -> dict[int, float]:
     """Step -> share of the run that is done after it: a quarter, a half, ..."""
     return {max(1, round(steps * quarter / 4)): quarter / 4 for quarter in (1, 2, 3, 4)}
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether a tune has had a state: then its log has an event, or there are previews. folder: of the tune."""
+    log = read_for_show(folder / "log.jsonl", read_log) or []
+    return any("event" in line for line in log) or bool(steps_in(folder / "samples", ".png"))

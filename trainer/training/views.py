@@ -13,10 +13,13 @@ from torch import Tensor
 
 from trainer.branches.protocol import Branch
 from trainer.config.train_config import TrainConfig
+from trainer.files import Unreadable, unreadable
 from trainer.photos.geometry import DIMMED, bucket, crops, cut, load_mask, square, to_pixels
 from trainer.photos.picture_file import open_picture
 from trainer.training.seeds import derive
 
+# What a user can do about a photo that is missing or broken.
+PUT_BACK = "Put a copy in its place and resume the tune; if it is deleted, training goes on without it"
 MASKS = ("face", "subject")
 Kind = Literal["photo", "face", "class"]
 
@@ -119,8 +122,12 @@ def show(branch: Branch, opened: Opened, resolution: int, config: TrainConfig, t
 
 
 def read(picture: Picture, folder: Path) -> Opened:
-    """A picture with its masks from `folder/masks`; class pictures have none."""
-    image = open_picture(picture.path, "RGB")
+    """A picture with its masks from `folder/masks`; class pictures have none. Raises Unreadable."""
+    try:
+        image = open_picture(picture.path, "RGB")
+    except (FileNotFoundError, Unreadable) as problem:
+        why = problem if isinstance(problem, Unreadable) else unreadable(picture.path, problem)
+        raise Unreadable(f"{picture.name}: {why}. {PUT_BACK}") from None
     if picture.kind == "class":
         return Opened(picture, image, {})
     files = {kind: mask_file(folder, picture, kind) for kind in MASKS}

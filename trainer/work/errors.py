@@ -15,6 +15,8 @@ def explain(error: Exception, remedy: str = OF_TRAINING) -> str:
     if isinstance(error, OSError) and isinstance(error.filename, str):
         file = Path(error.filename2 if isinstance(error.filename2, str) else error.filename)  # the second: of a rename
         return f"{printable(f'{file.parent.name}/{file.name}')} cannot be used: {reason(error)}"
+    if type(error).__module__.startswith("trainer.") and str(error):
+        return str(error)  # words of this program
     text = f"{type(error).__name__}: {error}".strip().rstrip(":")
     if type(error).__name__ == "OutOfMemoryError":
         return f"{text} -- the card's memory is full: {remedy}; or close what else uses the card"

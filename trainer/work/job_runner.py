@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from datetime import UTC, datetime
@@ -15,18 +14,16 @@ from trainer.clock import now, stamp
 from trainer.config import branch_file, resolve, train_config
 from trainer.config.train_config import TrainConfig
 from trainer.contract.disk import problem_of
-from trainer.contract.errors import AnalysisUnavailable, InvalidRequest, ModelChanged
-from trainer.contract.photos import Photo
+from trainer.contract.errors import AnalysisUnavailable, InvalidRequest, JobRefused, ModelChanged
 from trainer.contract.rows import ExportRow, PromptRow, TuneRow
 from trainer.device import forget_peak, free_gib
-from trainer.files import Unreadable, discard, write_whole
+from trainer.files import Unreadable, discard
 from trainer.library import bases
 from trainer.library.bases import Base
 from trainer.library.weights import Unavailable
 from trainer.methods.protocol import get_method
 from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.subprocess_worker import Closed
-from trainer.photos.unfinished import remove_unfinished
 from trainer.rendering.job import Stopped
 from trainer.rendering.plan import make_plan, plain
 from trainer.rendering.renderer import Renderer
@@ -40,18 +37,17 @@ from trainer.training.train import train_tune
 from trainer.work.device_errors import DeviceLost, device_error
 from trainer.work.errors import OF_PICTURES, OF_TRAINING, explain
 from trainer.work.export import export_tune
+from trainer.work.preparation import JobInterrupted, prepare_photos
+from trainer.work.prompt_files import check_files
 from trainer.work.prompt_models import find_models
 from trainer.work.reporter import Reporter
-from trainer.work.run_files import asked_args, prepared
+from trainer.work.run_files import asked_args, has_begun
 
 log = logging.getLogger("tunebooth.worker")
 R = TypeVar("R", TuneRow, PromptRow, ExportRow)
+REFUSALS = (InvalidRequest, AnalysisUnavailable, Unavailable, ModelChanged, Unreadable, JobRefused)
 MAX_ATTEMPTS = 3  # a job that crashes the process so often without progress is not tried again
 MAX_DEVICE_ERRORS = 2  # the same for fatal errors of the device
-
-
-class JobInterrupted(Exception):
-    """The job must stop before training begins."""
 
 
 class JobRunner:
@@ -75,7 +71,7 @@ class JobRunner:
         try:
             reporter = Reporter(self._settings, self._store, job, self._stopping, self._device)
             if job.attempts >= MAX_ATTEMPTS:
-                raise RuntimeError(f"the app ended {job.attempts} times at this point; it is not tried again")
+                raise JobRefused(f"the app ended {job.attempts} times at this point; it is not tried again")
             if job.export_id is not None:
                 self._export(job, job.export_id)
             elif job.prompt_id is None:
@@ -92,7 +88,7 @@ class JobRunner:
             if problem := problem_of(error, self._settings.outputs):
                 raise problem from error
             message = str(error)
-            if not isinstance(error, InvalidRequest | AnalysisUnavailable | Unavailable | ModelChanged | Unreadable):
+            if not isinstance(error, REFUSALS):
                 log.exception("job %s failed", job)
                 message = explain(error, OF_PICTURES if job.prompt_id else OF_TRAINING)
             self._store.finish(job, "failed", error=message)
@@ -117,7 +113,8 @@ class JobRunner:
         tune = self._must(self._tune_row(job.target[1]))
         self._renderer.release()
         config = self._fitted(tune)
-        tune = self._prepared(tune, config, reporter)
+        folder = self._settings.outputs / "tunes" / str(tune["id"])
+        tune = prepare_photos(folder, self._store, self._analyzer, tune, config, reporter)
         base = self._base(tune)
         self._verify(*files_of(base))
         files = train_tune(tune, base, config, self._settings, self._device, reporter, self._preview(tune))
@@ -142,47 +139,16 @@ class JobRunner:
         else:
             self._store.finish(job, "canceled", eta=None, progress=reporter.progress)
 
-    def _prepared(self, tune: TuneRow, config: TrainConfig, reporter: Reporter) -> TuneRow:
-        """Analyze the photos of a tune and write `dataset/`, once for a tune. Returns the row with the verdicts."""
-        folder = self._settings.outputs / "tunes" / str(tune["id"])
-        done = folder / "dataset" / "prepared.json"
-        if done.exists():
-            self._store.update("tunes", tune["id"], photos=verdicts(prepared(done, tune)))
-            return self._must(self._store.get("tunes", tune["id"]))
-        remove_unfinished(done.parent)
-
-        def progress(what: str, number: int, of: int) -> None:
-            reporter.stage(f"{what}: {number} of {of}")
-            if not reporter.may_continue():
-                raise JobInterrupted
-
-        photos, warnings = self._analyzer.prepare(
-            folder,
-            [Photo.model_validate(photo) for photo in tune["photos"]],
-            config,
-            tune["name"],
-            bool(tune["training_face_correct"]),
-            progress,
-        )
-        before, left = (sum(not one["dropped"] for one in rows) for rows in (tune["photos"], verdicts(photos)))
-        if left < before:
-            warnings.append(f"{left} of {before} photos are left; steps and batch are those for {before}")
-        for warning in warnings:
-            reporter.warn(warning)
-        write_whole(done, json.dumps(verdicts(photos)))  # before the store: a crash must not repeat the analysis
-        self._store.update("tunes", tune["id"], photos=verdicts(photos))
-        return self._must(self._store.get("tunes", tune["id"]))
-
     def _fitted(self, tune: TuneRow) -> TrainConfig:
-        """The configuration, fitted to the card at the tune's first start. Raises RuntimeError if none fits."""
+        """The configuration, fitted to the card at the tune's first start. Raises JobRefused if none fits."""
         config = TrainConfig(**train_config.parse_args(tune["args"]))
         folder = self._settings.outputs / "tunes" / str(tune["id"])
-        if (folder / "config.json").exists():
+        if has_begun(folder) and config.micro_batch:  # 0: it was never fitted
             return config  # a resumed run keeps its configuration
         free, branch, method = free_gib(self._device), tune["branch"], tune["method"]
         least = branch_file.least_gib(self._settings.presets, branch, method)
         if free < least:
-            raise RuntimeError(
+            raise JobRefused(
                 f"{branch} needs a card with {least:g} GiB of free memory; there are {free:.1f} GiB. Close what else"
                 " uses the card, or train a smaller branch"
             )
@@ -210,6 +176,7 @@ class JobRunner:
             folder.mkdir(parents=True, exist_ok=True)
             characteristics = tune["characteristics"] if tune else {}
             inputs = folder / "inputs" / str(prompt_id)
+            changed = check_files(prompt, inputs, self._settings.presets)
             plan = make_plan(prompt, characteristics, models.base.branch, inputs, self._settings.presets)
             files, warnings = self._renderer.render_prompt(prompt_id, plan, models, folder, reporter)
         except Stopped:
@@ -219,7 +186,7 @@ class JobRunner:
                 self._store.put_back(job)
             return
         message = self._must(self._store.get("prompts", prompt_id))["warnings"]
-        warnings = [*message, *(warning for warning in warnings if warning not in message)]
+        warnings = [*message, *(warning for warning in [*changed, *warnings] if warning not in message)]
         reporter.progress["stage"] = "rendered"
         ended = {"progress": reporter.progress, "trained_at": now()}
         self._store.finish(job, "rendered", files=files, warnings=warnings, **ended)
@@ -260,8 +227,3 @@ class JobRunner:
 def files_of(base: Base) -> list[Path | None]:
     """What is read of a base: its weights, the LoRA on it, and what has the parts that its file lacks."""
     return [base.path, base.model, *(files_of(base.rest) if base.rest else [])]
-
-
-def verdicts(photos: list[Photo]) -> list[dict[str, object]]:
-    """The form in which the store keeps them."""
-    return [photo.model_dump() for photo in photos]

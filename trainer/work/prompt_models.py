@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from trainer.config import kinds
+from trainer.contract.errors import JobRefused
 from trainer.contract.rows import PromptRow, TuneRow
 from trainer.library import bases, weights
 from trainer.library.bases import Base, Bases
-from trainer.names import FACE_REFERENCE, IDENTITY_FILE, LORA_REFERENCE, MODEL_TYPES
+from trainer.names import FACE_REFERENCE, FORMATS, IDENTITY_FILE, LORA_REFERENCE, MODEL_TYPES
 from trainer.rendering.job import FaceID, Lora, Models
 from trainer.settings import Settings
 from trainer.studio import references
 from trainer.studio.references import Named
 from trainer.studio.store import Store
 from trainer.work.reporter import Reporter
+
+CLOCK_SECONDS = 1.0  # clocks of disks are this coarse
 
 
 def find_models(
@@ -34,7 +38,7 @@ def find_models(
         scale = asked if isinstance(asked, int | float) else 1.0
         scale = next((one.weight for one in named if (one.kind, one.id) == (LORA_REFERENCE, tune["id"])), scale)
         if model_type.adapter:
-            model, title = _lora(settings, store, tune["id"], listed)
+            model, title = _lora(settings, store, tune["id"], base.branch, listed)
             loras.append(Lora(model, scale, title))
         elif model_type.whole_model and scale != 1.0:
             reporter.warn(f"{tune['title']} is a whole model, which has one strength: {scale:g} is not used")
@@ -42,7 +46,9 @@ def find_models(
             face = Named(FACE_REFERENCE, tune["id"], 1.0)
     for one in named:
         if one.kind == LORA_REFERENCE and (tune is None or one.id != tune["id"]):
-            model, title = _lora(settings, store, one.id, listed)
+            model, title = _lora(settings, store, one.id, base.branch, listed)
+            if changed_since(model, prompt):
+                reporter.warn(f"{title} was changed after the prompt was sent: the file as it is now was used")
             loras.append(Lora(model, one.weight, title))
     rows = [tune, *(store.get("tunes", one.id) for one in named)]
     is_person = any(kinds.kind_of(row["name"]) == "person" for row in rows if row)
@@ -68,23 +74,38 @@ def _root(store: Store, tune: TuneRow) -> int:
     return tune["base_id"]
 
 
-def _lora(settings: Settings, store: Store, lora_id: int, listed: Bases) -> tuple[Path, str]:
-    """The LoRA with this id (a tune's, or a file in the models folder), and its title."""
+def _lora(settings: Settings, store: Store, lora_id: int, branch: str, listed: Bases) -> tuple[Path, str]:
+    """The LoRA with this id (a tune's, or a file in the models folder), and its title. branch: of the base."""
     if tune := store.get("tunes", lora_id):
         if tune["status"] != "trained":
-            raise RuntimeError(f"<lora:{lora_id}>: tune {lora_id} is {tune['status']}; it has no model")
-        return settings.outputs / "tunes" / str(lora_id) / "model", tune["title"]
+            raise JobRefused(f"<lora:{lora_id}>: tune {lora_id} is {tune['status']}; it has no model")
+        model = settings.outputs / "tunes" / str(lora_id) / "model"
+        if not (model / FORMATS["diffusers"]).is_file():
+            raise JobRefused(
+                f"the model of tune {lora_id} ({tune['title']}) is missing: {FORMATS['diffusers']} in its folder model."
+                " Put a copy back, or train the tune again"
+            )
+        return model, tune["title"]
     file = next((base for base in listed() if base.id == lora_id and base.model), None)
     if file is None or file.model is None:
-        raise RuntimeError(f"<lora:{lora_id}>: that tune, or file of the models folder, was deleted")
+        raise JobRefused(f"<lora:{lora_id}>: that tune, or file of the models folder, was deleted")
+    if file.error or file.branch != branch:
+        why = file.error or f"it is of branch {file.branch} now, not {branch}"
+        raise JobRefused(f"{file.title} was changed after the prompt was sent, and cannot be used: {why}")
     return file.model, file.title
+
+
+def changed_since(model: Path, prompt: PromptRow) -> bool:
+    """Whether a file of the models folder is newer than a prompt. The models of tunes have checksums."""
+    sent = datetime.fromisoformat(prompt["created_at"]).timestamp()
+    return model.is_file() and model.stat().st_mtime > sent + CLOCK_SECONDS
 
 
 def _face(settings: Settings, named: Named, base: Base, reporter: Reporter) -> FaceID:
     """The face with this id, and the adapter that puts it into pictures of this base."""
     folder = settings.outputs / "tunes" / str(named.id) / "model"
     if not (folder / IDENTITY_FILE).exists():
-        raise RuntimeError(f"<faceid:{named.id}>: that tune was deleted, and its face with it")
+        raise JobRefused(f"<faceid:{named.id}>: that tune was deleted, and its face with it")
     wanted = weights.face_adapter(settings, base.branch)
     adapter = weights.obtain(settings, wanted, progress=lambda what, *_: reporter.stage(what))
     return FaceID(folder, adapter, named.weight)

@@ -127,7 +127,7 @@ def read_photos(folder: Path) -> list[Photo]:
     """The verdicts of the tune's preparation; before it, the photos as they are."""
     prepared = folder / "dataset" / "prepared.json"
     if prepared.exists():
-        return read_json(prepared, VERDICTS)
+        return [Photo.model_validate(photo.model_dump()) for photo in read_json(prepared, VERDICTS)]
     return kept_photos(folder / "images")
 
 
