@@ -121,6 +121,17 @@ def test_what_is_no_file_is_named_and_not_opened(settings: Settings) -> None:
     assert listed(settings) == {"pipe.safetensors": "it is neither a file nor a folder"}
 
 
+def test_a_folder_in_the_place_of_a_file_is_named(settings: Settings) -> None:
+    (settings.models / "one.safetensors").mkdir()
+    put(settings.models / "two.safetensors" / "two.safetensors", checkpoint())
+    (settings.models / "three" / "model_index.json").mkdir(parents=True)
+    assert listed(settings) == {
+        "one.safetensors": "it is a folder, where a file should be",
+        "two.safetensors/two.safetensors": None,
+        "three": "it cannot be read: Is a directory",
+    }
+
+
 # Files that are not read
 
 PICKLE, UNFINISHED, ARCHIVE = (

@@ -11,7 +11,7 @@ from trainer.files import printable
 from trainer.library.detect import Families, branch_of_file, branch_of_folder, branch_of_lora
 from trainer.library.header import read_header
 from trainer.library.models_tree import INDEX, Tree, walk
-from trainer.library.unread_files import MODEL_SUFFIX, is_apple_double, what_it_is, why_unread
+from trainer.library.unread_files import FOLDER, MODEL_SUFFIX, is_apple_double, what_it_is, why_unread
 
 if TYPE_CHECKING:
     from trainer.settings import Settings
@@ -61,6 +61,7 @@ def scan(settings: Settings) -> list[FoundModel]:
     others = [file for file in everything if file.suffix != MODEL_SUFFIX]
     owned = {*folders, *sidecars, *(folder for folder in tree.files if _is_hub_blobs(folder, tree))}
     unread = {file: why for file in others if not set(file.parents) & owned and (why := _why_unread(file))}
+    unread |= {folder: FOLDER for folder in tree.files if _is_in_place_of_file(folder, tree) and folder not in folders}
     unread |= {path: why for path, why in tree.errors.items() if path != models and not set(path.parents) & owned}
     return [*found, *(FoundModel(_name(path, models), path, error=unread[path]) for path in sorted(unread))]
 
@@ -76,6 +77,11 @@ def _is_sidecar(folder: Path, tree: Tree) -> bool:
 def _is_part(file: Path, sidecars: set[Path], tree: Tree) -> bool:
     """Whether a file has the weights of a part of the model that the sidecar belongs to."""
     return file.parent / "config.json" in tree.files[file.parent] and bool(set(file.parent.parents) & sidecars)
+
+
+def _is_in_place_of_file(folder: Path, tree: Tree) -> bool:
+    """Whether a folder has the name of a model file, and no such file in it."""
+    return folder.suffix == MODEL_SUFFIX and not any(file.suffix == MODEL_SUFFIX for file in tree.files[folder])
 
 
 def _is_hub_blobs(folder: Path, tree: Tree) -> bool:

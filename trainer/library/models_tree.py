@@ -20,8 +20,8 @@ class Tree:
 
     @property
     def model_folders(self) -> list[Path]:
-        """The diffusers folders."""
-        return sorted(folder for folder, files in self.files.items() if folder / INDEX in files)
+        """The diffusers folders; the index of a broken one may be a folder itself."""
+        return sorted(folder for folder, files in self.files.items() if folder / INDEX in (*files, *self.files))
 
     def all_files(self) -> list[Path]:
         return sorted(file for files in self.files.values() for file in files)

@@ -29,6 +29,7 @@ BESIDE = (
 
 DANGLING = "it is a link to something that is not there; connect its drive, or remove the link"
 LISTED_ALREADY = "it is a link to a folder that is listed already, under its own name"
+FOLDER = "it is a folder, where a file should be"
 NO_FILE = "it is neither a file nor a folder"
 PICKLE = (
     "it is a pickle, which can run code when it is loaded; convert it to safetensors, for example with ComfyUI's node"
