@@ -129,7 +129,7 @@ def branch_of_lora(header: Shapes, families: Families, metadata: Mapping[str, st
     named = [name for name, rules in best if any(pattern.search(facts) for pattern in rules.metadata)]
     names = [*named, *(name for name, _ in best)]
     if not names:
-        raise ValueError("it is a LoRA of no family that is known here")
+        raise ValueError(foreign(OTHERS, header) or "it is a LoRA of no family that is known here")
     if names[0] not in families:
         raise ValueError(f"it is a LoRA for {names[0]}, which is not supported")
     if problem := why_not_read(layers):
