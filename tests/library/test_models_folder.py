@@ -128,7 +128,7 @@ def test_a_folder_in_the_place_of_a_file_is_named(settings: Settings) -> None:
     assert listed(settings) == {
         "one.safetensors": "it is a folder, where a file should be",
         "two.safetensors/two.safetensors": None,
-        "three": "it cannot be read: Is a directory",
+        "three": "its model_index.json is not a JSON object: model_index.json cannot be read: Is a directory",
     }
 
 
