@@ -52,7 +52,7 @@ def prepare_photos(
             reporter.warn(f"the photos were analyzed again, because {why}")
         write_whole(folder / "dataset" / "prepared.json", json.dumps([photo.model_dump() for photo in photos]))
     leave_out_lost(photos, folder)
-    for message in changes_in(photos, folder):
+    for message in lost_or_changed(photos, folder):
         reporter.warn(message)
     store.update("tunes", tune["id"], photos=verdicts(photos))
     row = store.get("tunes", tune["id"])
@@ -133,7 +133,7 @@ def leave_out_lost(photos: Sequence[Photo], folder: Path) -> None:
         photo.dropped = f"{LOST}: there is no images/{photo.file} any more"
 
 
-def changes_in(photos: Sequence[PreparedPhoto], folder: Path) -> list[str]:
+def lost_or_changed(photos: Sequence[PreparedPhoto], folder: Path) -> list[str]:
     """Warnings about photos that were lost or changed after they were prepared. folder: of the tune."""
     lost = [photo for photo in photos if photo.dropped and photo.dropped.startswith(LOST)]
     messages = [f"{named(lost)} missing: training goes on without. {PUT_BACK}"] if lost else []

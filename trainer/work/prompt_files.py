@@ -1,4 +1,4 @@
-"""What a prompt needs in addition to its models, checked before it is rendered: it may have waited for long."""
+"""What a prompt needs in addition to its models, checked before it is rendered: it may have waited for days."""
 
 from __future__ import annotations
 
