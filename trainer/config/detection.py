@@ -52,7 +52,10 @@ class LoraRules:
 
 @dataclass(frozen=True)
 class OtherFamily:
-    """A family that the program does not have, whose LoRAs are refused by its name. pipeline: its diffusers class."""
+    """A family that the program does not have, whose LoRAs are refused by its name.
+
+    pipeline: its diffusers class.
+    """
 
     title: str
     pipeline: str
