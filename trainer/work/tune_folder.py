@@ -252,7 +252,7 @@ def prompt_values(request: PromptRequest, of_inputs: Path) -> dict[str, object]:
 
 
 def parsed_or_plain(request: PromptRequest) -> ParsedText:
-    """Its text, parsed; all of it as words if it has a tag that older versions drew as words and that is refused now."""
+    """Its text, parsed; all of it as words if it has a tag that older versions drew and that is refused now."""
     try:
         return request.parsed
     except InvalidRequest:
