@@ -59,7 +59,7 @@ def test_a_drawn_seed_is_in_the_answer(client: TestClient) -> None:
     drawn = [prompt["seed"] for prompt in prompts]
     assert len(set(drawn)) > 1 and all(0 <= seed < 2**32 for seed in drawn)
     assert client.get(f"/prompts/{prompts[0]['id']}").json()["seed"] == drawn[0]
-    assert client.post(f"/prompts/{prompts[0]['id']}/duplicate", json={}).json()["seed"] == drawn[0]
+    assert client.post(f"/prompts/{prompts[0]['id']}/duplicate").json()["seed"] == drawn[0]
     for seed, told in ((-2, "must be at least -1, got -2"), ("some", "must be a whole number")):
         refused = client.post("/tunes/1/prompts", json={"prompt": {"text": "ohwx dog", "seed": seed}})
         assert refused.status_code == 422 and refused.json() == {"seed": [told]}

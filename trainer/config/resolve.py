@@ -49,7 +49,7 @@ def resolve(
         values |= overlay(folder / f"{preset}.toml", branch, model_type, kind)
     if face_crop is not None:
         values["face_set"] = face_crop
-    asked = parse_args(args)
+    asked = with_seed(parse_args(args))
     for word, given in (("steps", steps), ("face_set", face_crop)):
         if word in asked and given is not None:
             name_of = {"face_set": "face_crop"}.get(word, word)
@@ -58,7 +58,6 @@ def resolve(
         values |= {"face_set": False}
     per_photo, least, most = (step_rule(branch, key, values.pop(key, None)) for key in STEP_RULE)
     values["steps"] = steps if steps is not None else min(max(per_photo * photos, least), most)
-    asked |= {"seed": str(secrets.randbelow(SEEDS))} if asked.get("seed") in RANDOM_SEED else {}
     try:
         config = TrainConfig(**{**values, **asked})
     except ValidationError as error:
@@ -84,6 +83,11 @@ def resolve(
         raise InvalidRequest({field: [message for _, message in messages]})
     # A photo that is twice in a batch costs twice and teaches once.
     return config if "batch" in asked else config.model_copy(update={"batch": min(config.batch, photos)})
+
+
+def with_seed(asked: dict[str, str]) -> dict[str, str]:
+    """The words of `args`, with a drawn seed where a random one is asked for."""
+    return {**asked, "seed": str(secrets.randbelow(SEEDS))} if asked.get("seed") in RANDOM_SEED else asked
 
 
 def contradictions(config: TrainConfig, asked: Mapping[str, str], values: Table) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, PrivateAttr, model_validator
@@ -33,11 +34,23 @@ HOSTED_CONTROLS = (  # of the hosted service; accepted, not rendered
     "composition", "reference", "segroom", "ipadapter", "hed", "mlsd", "qr", "relight", "style", "blur", "gray",
     "low_quality",
 )  # fmt: skip
+RANDOM_SEED = -1  # or the word "random": a seed is drawn when the prompt is created
+SEEDS = 2**32
 DENOISING_STRENGTH = 0.8  # the hosted service's default
+
+
+def _seed(value: object) -> object:
+    return RANDOM_SEED if isinstance(value, str) and value.strip().lower() == "random" else value
+
+
+def drawn_seed(seed: int | None) -> int | None:
+    """The seed of a prompt's row: a random one for RANDOM_SEED."""
+    return secrets.randbelow(SEEDS) if seed == RANDOM_SEED else seed
+
 
 PromptText = OrNone[Annotated[Text, Field(max_length=10_000)]]
 NumImages = NumberOrNone[Annotated[int, Field(ge=1, le=8)]]
-Seed = NumberOrNone[Annotated[int, Field(ge=0, le=2**32 - 1)]]
+Seed = Annotated[NumberOrNone[Annotated[int, Field(ge=RANDOM_SEED, le=SEEDS - 1)]], BeforeValidator(_seed)]
 SamplingSteps = NumberOrNone[Annotated[int, Field(ge=1, le=100)]]
 CfgScale = NumberOrNone[Annotated[float, Field(ge=0, le=15, allow_inf_nan=False)]]
 Side = NumberOrNone[Annotated[int, Field(ge=64, le=2048)]]  # of a picture, in pixels

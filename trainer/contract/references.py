@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from trainer.contract.errors import InvalidRequest, nearest
 from trainer.names import FACE_REFERENCE, LORA_REFERENCE
 
-KINDS = {"lora": LORA_REFERENCE, "lyco": LORA_REFERENCE, "faceid": FACE_REFERENCE}
+KINDS = {LORA_REFERENCE: LORA_REFERENCE, "lyco": LORA_REFERENCE, FACE_REFERENCE: FACE_REFERENCE}
 OTHER_KINDS = ("hypernet",)  # of other programs
 # A tag of these kinds, closed or not. Of an unclosed one, the text up to the next tag or the end is taken.
 TAG = re.compile(rf"<+\s*({'|'.join((*KINDS, *OTHER_KINDS))})(?![\w'’])([^<>]*)(>+|)", re.IGNORECASE)

@@ -88,7 +88,7 @@ def make_plan(
     text, warnings = fill(request.parsed.text, characteristics)
     if asked.mask_prompt:
         asked = replace(asked, mask_prompt=fill(asked.mask_prompt, characteristics)[0])
-    negative = without(request.negative_prompt or "", lambda _: True)
+    negative: str | None = without(request.negative_prompt or "", lambda _: True)
     if request.style:
         style = looks.styles(presets)[request.style]
         text = style.prompt.replace("{prompt}", text)

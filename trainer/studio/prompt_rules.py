@@ -20,6 +20,7 @@ from trainer.contract.prompts import (
     PICTURES,
     PromptRequest,
     attributes_of,
+    drawn_seed,
 )
 from trainer.contract.references import references, tags
 from trainer.contract.rows import PromptRow
@@ -89,6 +90,7 @@ def prompt_values(request: PromptRequest, named: Sequence[Named]) -> dict[str, o
     """The columns of a prompt that come from its request."""
     return {
         **{name: getattr(request, name) for name in COLUMNS},
+        "seed": drawn_seed(request.seed),
         "num_images": request.num_images or API_NUM_IMAGES,
         "attributes": attributes_of(request),
         "named": as_row(named),

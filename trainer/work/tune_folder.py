@@ -19,7 +19,7 @@ from trainer.contract.fields import parse_request
 from trainer.contract.flags import Flags
 from trainer.contract.parsed_text import ParsedText
 from trainer.contract.photos import Photo
-from trainer.contract.prompts import COLUMNS, PICTURES, PromptRequest, attributes_of
+from trainer.contract.prompts import COLUMNS, PICTURES, RANDOM_SEED, PromptRequest, attributes_of, drawn_seed
 from trainer.contract.rows import TuneValues
 from trainer.contract.run_files import OBJECT, VERDICTS, read_log
 from trainer.contract.tunes import TuneRequest
@@ -243,6 +243,7 @@ def prompt_values(request: PromptRequest, of_inputs: Path) -> dict[str, object]:
     found = {name: inputs.find(of_inputs, name) for name in PICTURES}
     return {
         **{name: getattr(request, name) for name in COLUMNS},
+        "seed": drawn_seed(request.seed),
         "num_images": request.num_images or API_NUM_IMAGES,
         "attributes": attributes_of(request) | {name: path.name for name, path in found.items() if path},
         "parsed": parsed_text.as_row(parsed_or_plain(request)),
@@ -261,7 +262,7 @@ def parsed_or_plain(request: PromptRequest) -> ParsedText:
 
 def is_of(request: PromptRequest, facts: Mapping[str, object], count: int) -> bool:
     """Whether so many pictures may have been rendered from a request: characteristics and a style are in their text."""
-    if (request.num_images or API_NUM_IMAGES) != count or request.seed not in (None, facts.get("seed")):
+    if (request.num_images or API_NUM_IMAGES) != count or request.seed not in (None, RANDOM_SEED, facts.get("seed")):
         return False
     at, text = 0, str(facts["prompt"])
     for part in FIELD.split(parsed_or_plain(request).text):
