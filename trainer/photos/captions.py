@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import splitext
 from pathlib import PurePosixPath
 
 from trainer.contract.photos import Upload
@@ -30,10 +31,10 @@ def pair(
             mine[number] = left.pop(("", _place(photo)[1]), own)
             if own and mine[number] is not own:
                 replaced.append((own.full_name, "another caption was sent for its photo"))
-    others = {str(PurePosixPath(name).with_suffix("")) for name, _ in left_out}
+    others = {splitext(name)[0] for name, _ in left_out}
     homeless = []
     for caption in left.values():
-        if str(PurePosixPath(caption.full_name).with_suffix("")) in others:
+        if splitext(caption.full_name)[0] in others:
             replaced.append((caption.full_name, "the caption of a file that is left out"))
         else:
             homeless.append(caption)
