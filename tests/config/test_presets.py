@@ -227,7 +227,7 @@ def test_args_read_back_as_the_very_same_configuration(
 def test_a_branch_s_own_toml_has_no_unused_key(folder: Path, branch: str) -> None:
     table = branch_file.branch_table(folder, branch)
     plain = {"token", "model_type", "instead", "without", "warnings", "why_not", "render", "base", "control"}
-    plain |= {"detect", "face_adapter", "placeholder", "readers"}
+    plain |= {"detect", "face_adapter", "placeholder", "readers", "caption_tokens"}
     assert table.keys() <= plain | set(METHODS)
     kinds = {*KINDS, STYLE_KIND, OTHER_KIND}
     for method in METHODS:

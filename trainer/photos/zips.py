@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from trainer.photos.captions import MAX_CAPTION_BYTES
+from trainer.photos.caption_text import MAX_CAPTION_BYTES
 from trainer.photos.decode import Refused
 from trainer.photos.leftovers import HEAD_BYTES, leftover_of
 from trainer.photos.sorting import archive_of, is_zip
