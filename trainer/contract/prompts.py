@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, PrivateAttr, model_validator
@@ -121,6 +122,18 @@ class PromptRequest(Request):
         return self.mask_image is not None or self.mask_image_url is not None
 
 
+class PromptChange(Request):
+    """The parameters of an existing prompt that the hosted service changes: where it is filed. None has an effect."""
+
+    @classmethod
+    def accepted(cls) -> tuple[str, ...]:
+        return ("pack_id", "base_pack_id", "orig_prompt_id", "workspace_id")
+
+    @classmethod
+    def known_at(cls, _loc: Sequence[int | str]) -> list[str]:
+        return list(cls.accepted())
+
+
 PICTURES = ("input_image", "mask_image")  # files, in a request and in the prompt's folder
 DIGESTS = "picture_digests"  # in the attributes of a row: the sha256 of each of these files
 # The parameters that are columns of a prompt's row; the others are in its `attributes`.
@@ -205,3 +218,4 @@ class Prompt(BaseModel):
     user_error: str | None
     warnings: list[str]
     tunes: list[int]
+    liked: bool
