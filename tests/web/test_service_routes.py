@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.helpers.web import client_of
+from tests.helpers.api import PHOTO, create, post
+from tests.helpers.web import client_of, multipart
+from trainer.contract.tunes import Tune
 from trainer.studio.rows import Services
+from trainer.web import html
 
 pytest_plugins = ("tests.helpers.web",)
 
@@ -38,3 +41,115 @@ def test_there_are_no_themes(client: TestClient) -> None:
     assert (answer.status_code, answer.json()) == (200, [])
     refused: Any = client.post("/themes", json={"theme": "Corporate headshots", "tune_ids": [1]})
     assert refused.status_code == 422 and "GET /packs" in refused.json()["theme"][0]
+
+
+# Packs
+
+
+def test_the_packs_of_the_gallery(client: TestClient) -> None:
+    """headshots-starter asks for both lists; the documentation filters with public and listed."""
+    found = client.get("/gallery/packs", params={"public": "true", "listed": "true"}).raise_for_status().json()
+    assert {pack["slug"] for pack in found} == {"headshots", "pet-portraits", "product-shots"}
+    numbers = [pack["id"] for pack in found]
+    assert numbers == sorted(numbers, reverse=True) and len(set(numbers)) == 3
+    assert client.get("/gallery/packs.json", params={"limit": 1, "offset": 1}).json() == found[1:2]
+    assert client.get("/gallery/packs", params={"before_id": numbers[1]}).json() == found[2:]
+    assert client.get("/gallery/packs", params={"limit": 0}).status_code == 422
+
+
+def test_a_pack_has_the_keys_that_clients_read(client: TestClient) -> None:
+    """docs/api/2-pack/2-get.md, and `packs list` of astriaai/cli."""
+    pack = client.get("/p/headshots.json").json()
+    men = pack["prompts"]["man"]
+    assert (pack["main_class_name"], pack["cover_url"], pack["unlisted_at"]) == ("man", None, None)
+    assert pack["costs"].keys() == pack["prompts_per_class"].keys() == {"man", "woman", "person"}
+    assert pack["costs"]["man"] == {"cost": 0, "num_images": 4 * len(men)}
+    assert pack["prompts_per_class"]["man"] == [{"id": one["id"], "images": []} for one in men]
+    assert pack["created_at"] == pack["public_at"] and pack["created_at"].endswith("Z")
+    assert client.get("/p/product-shots").json()["main_class_name"] is None
+
+
+def test_a_pack_is_found_by_its_number_too(client: TestClient) -> None:
+    numbers = {pack["slug"]: pack["id"] for pack in client.get("/packs").json()}
+    assert numbers == {"headshots": 2043263479, "pet-portraits": 1703571531, "product-shots": 1891068731}  # for ever
+    for slug, number in numbers.items():
+        assert client.get(f"/p/{number}.json").json() == client.get(f"/p/{slug}").json()
+    fields = [("tune[title]", "Rex"), ("tune[name]", "dog"), ("tune[branch]", "fast"), PHOTO]
+    tune = post(client, fields, f"/p/{numbers['pet-portraits']}/tunes")
+    assert tune.status_code == 201 and len(tune.json()["prompts"]) > 7
+    assert client.get("/p/260").status_code == 404
+
+
+def test_a_saved_pack_is_not_of_the_gallery(client: TestClient, services: Services) -> None:
+    tune = create(client, "Rex", ("tune[prompts_attributes][][text]", "ohwx dog"))
+    saved = client.post(f"/tunes/{tune['id']}/pack").json()
+    assert (saved["slug"], saved["public_at"], saved["costs"]) == ("rex", None, {"dog": {"cost": 0, "num_images": 8}})
+    assert client.get(f"/p/{saved['id']}").json() == saved
+    assert saved["id"] in [pack["id"] for pack in client.get("/packs").json()]
+    assert saved["id"] not in [pack["id"] for pack in client.get("/gallery/packs").json()]
+    (services.settings.outputs / "packs" / "rex.toml").unlink()
+    assert client.get(f"/p/{saved['id']}").status_code == 404
+    again = client.post(f"/tunes/{tune['id']}/pack", params={"title": "Max"}).json()
+    assert again["id"] != saved["id"]  # the number of a deleted pack is not given to another
+
+
+# Likes
+
+
+@pytest.mark.parametrize("path", ["likes", "like", "likes.json"])
+def test_likes_are_kept(client: TestClient, services: Services, path: str) -> None:
+    """docs/api/3-like: 201 without a body; its samples write `/like`."""
+    prompt = create(client, "Rex", ("tune[prompts_attributes][][text]", "ohwx dog"))["prompts"][0]
+    assert prompt["liked"] is False
+    for method, liked in (("POST", True), ("POST", True), ("DELETE", False), ("DELETE", False), ("POST", True)):
+        answer = client.request(method, f"/prompts/{prompt['id']}/{path}")
+        assert (answer.status_code, answer.content) == (201, b"")
+        assert client.get(f"/prompts/{prompt['id']}").json() == prompt | {"liked": liked}
+    assert client_of(services).get("/tunes/1").json()["prompts"][0]["liked"] is True
+    assert client.request(method, "/prompts/99/" + path).status_code == 404
+
+
+def test_likes_are_on_the_page(client: TestClient, services: Services) -> None:
+    create(client, "Rex", ("tune[prompts_attributes][][text]", "ohwx dog"))
+    assert "/prompts/1/likes" not in page_of(client)  # there is no picture yet
+    services.store.update("prompts", 1, status="rendered")
+    assert "fetch('/prompts/1/likes',{method:'POST'})" in page_of(client)
+    client.post("/prompts/1/likes")
+    assert "fetch('/prompts/1/likes',{method:'DELETE'})" in page_of(client)
+
+
+def page_of(client: TestClient) -> str:
+    """The list of tunes as the page shows it."""
+    return html.earlier([Tune.model_validate(tune) for tune in client.get("/tunes").json()], {})
+
+
+# PATCH of a prompt
+
+
+@pytest.mark.parametrize("path", ["/prompts/1", "/tunes/1/prompts/1.json"])
+def test_filing_a_prompt_has_no_effect_and_says_so(client: TestClient, path: str) -> None:
+    """astriaai/cli, `prompts update`: a form; astriaai/skills: JSON with nulls."""
+    create(client, "Rex", ("tune[prompts_attributes][][text]", "ohwx dog"))
+    before = client.get("/prompts/1").json()
+    body, headers = multipart([("prompt[pack_id]", "88"), ("prompt[workspace_id]", "3")])
+    answer = client.patch(path, content=body, headers=headers)
+    assert answer.status_code == 200
+    assert answer.json() == before | {
+        "warnings": [
+            "pack_id is accepted and has no effect: a pack is made of all prompts of a tune, with POST /tunes/ID/pack",
+            "workspace_id is accepted and has no effect: there are no workspaces here",
+        ]
+    }
+    nulls = client.patch(path, json={"prompt": {"pack_id": None, "base_pack_id": 88, "orig_prompt_id": None}})
+    assert [line.split()[0] for line in nulls.json()["warnings"]] == ["pack_id", "base_pack_id", "orig_prompt_id"]
+    assert client.get("/prompts/1").json() == before
+
+
+def test_what_cannot_be_changed_of_a_prompt(client: TestClient) -> None:
+    create(client, "Rex", ("tune[prompts_attributes][][text]", "ohwx dog"))
+    refused = client.patch("/prompts/1", json={"prompt": {"pack": 88, "text": "a cat"}})
+    assert refused.status_code == 422 and refused.json().keys() == {"pack", "text"}
+    assert "'pack_id'" in refused.json()["pack"][0]
+    assert client.patch("/prompts/1", json={"prompt": {}}).status_code == 422
+    assert client.patch("/prompts/99", json={"prompt": {"pack_id": 88}}).status_code == 404
+    assert client.patch("/tunes/2/prompts/1", json={"prompt": {"pack_id": 88}}).status_code == 404

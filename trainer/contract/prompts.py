@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, PrivateAttr, model_validator
@@ -47,6 +46,7 @@ AspectRatio = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of
 OlderAspectRatio = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of(AR))]]
 Scheduler = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of(SCHEDULERS))]]
 ControlNet = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of((*CONTROLS, *HOSTED_CONTROLS)))]]
+FilingId = NumberOrNone[Annotated[int, Field(ge=0, lt=2**53)]]
 
 
 def _enlarged(value: object) -> object:
@@ -125,13 +125,10 @@ class PromptRequest(Request):
 class PromptChange(Request):
     """The parameters of an existing prompt that the hosted service changes: where it is filed. None has an effect."""
 
-    @classmethod
-    def accepted(cls) -> tuple[str, ...]:
-        return ("pack_id", "base_pack_id", "orig_prompt_id", "workspace_id")
-
-    @classmethod
-    def known_at(cls, _loc: Sequence[int | str]) -> list[str]:
-        return list(cls.accepted())
+    pack_id: FilingId = None
+    base_pack_id: FilingId = None
+    orig_prompt_id: FilingId = None
+    workspace_id: FilingId = None
 
 
 PICTURES = ("input_image", "mask_image")  # files, in a request and in the prompt's folder

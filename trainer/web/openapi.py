@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from trainer.contract.disk import DiskProblem
 from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
-from trainer.contract.prompts import PromptRequest
+from trainer.contract.prompts import PromptChange, PromptRequest
 from trainer.contract.tunes import CheckRequest, TuneChange, TuneRequest
 from trainer.names import DEMO_BRANCH
 from trainer.studio.packs import PackRequest
@@ -46,6 +46,7 @@ EXAMPLES: dict[type[BaseModel], dict[str, object]] = {  # of bodies, for readers
     TuneChange: {"title": "Rex, retired", "characteristics": {"colour": "grey"}},
     CheckRequest: {"name": "dog", "image_urls": PHOTO_URLS},
     PromptRequest: {"text": "ohwx dog in the snow", "num_images": 2, "seed": 7},
+    PromptChange: {"pack_id": 260},
     PackRequest: {"title": "Rex for the shop", "name": "dog", "branch": DEMO_BRANCH, "image_urls": PHOTO_URLS},
 }  # fmt: skip
 REFUSED = {

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from typing import Annotated
+
+from fastapi import FastAPI, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from pydantic import BaseModel
 
 from trainer.contract.errors import InvalidRequest
+from trainer.contract.prompts import Prompt, PromptChange
 from trainer.settings import Settings
+from trainer.studio import likes, pack_verbs, prompt_filing
 from trainer.studio.rows import Services
+from trainer.web.bodies import read_body
+from trainer.web.openapi import body_schema
 
 NO_THEMES = "needs a language model that writes prompts, and there is none here; take a pack, see GET /packs"
 
@@ -33,14 +40,12 @@ class User(BaseModel):
 
 def add_routes(app: FastAPI, services: Services) -> None:
     """All routes of this module."""
-    for add in (account_routes,):
+    for add in (account_routes, gallery_routes, like_routes, prompt_filing_routes):
         add(app, services)
 
 
 def user_of(settings: Settings) -> User:
-    return User(
-        idempotency=settings.idempotency, lifetime_days=settings.lifetime_days, face_crop=settings.face_crop
-    )
+    return User(idempotency=settings.idempotency, lifetime_days=settings.lifetime_days, face_crop=settings.face_crop)
 
 
 def account_routes(app: FastAPI, services: Services) -> None:
@@ -60,3 +65,52 @@ def account_routes(app: FastAPI, services: Services) -> None:
     def create_theme() -> Response:
         """Always refused, with 422."""
         raise InvalidRequest({"theme": [NO_THEMES]})
+
+
+def gallery_routes(app: FastAPI, services: Services) -> None:
+    """Packs that come with the program."""
+
+    @app.get("/gallery/packs")
+    def list_gallery_packs(
+        limit: Annotated[int, Query(ge=1, le=120)] = 20,
+        offset: Annotated[int, Query(ge=0, lt=2**63)] = 0,
+        before_id: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
+        public: Annotated[bool | None, Query(description="no effect: all are public")] = None,
+        listed: Annotated[bool | None, Query(description="no effect: all are listed")] = None,
+    ) -> list[dict[str, object]]:
+        """The packs that come with the program; those that users saved are in `/packs` alone."""
+        return pack_verbs.list_gallery_packs(services, limit, offset, before_id)
+
+
+def like_routes(app: FastAPI, services: Services) -> None:
+    """Likes of prompts. The hosted service documents both paths, and 201 without a body for both methods."""
+
+    @app.post("/prompts/{prompt_id}/likes", status_code=201)
+    @app.post("/prompts/{prompt_id}/like", status_code=201, include_in_schema=False)
+    def like_prompt(prompt_id: int) -> Response:
+        """Like a prompt's pictures. A second like changes nothing."""
+        likes.like(services, prompt_id)
+        return Response(status_code=201)
+
+    @app.delete("/prompts/{prompt_id}/likes", status_code=201)
+    @app.delete("/prompts/{prompt_id}/like", status_code=201, include_in_schema=False)
+    def unlike_prompt(prompt_id: int) -> Response:
+        """Take a like back."""
+        likes.unlike(services, prompt_id)
+        return Response(status_code=201)
+
+
+def prompt_filing_routes(app: FastAPI, services: Services) -> None:
+    """What the hosted service changes of a prompt: the pack and the workspace that it is filed under."""
+    body = {"requestBody": {"content": body_schema("prompt", PromptChange)}}
+
+    @app.patch("/prompts/{prompt_id}", openapi_extra=body)
+    async def change_prompt(prompt_id: int, request: Request) -> Prompt:
+        """File a prompt under a pack or workspace: accepted, without an effect; the answer's `warnings` say so."""
+        data = await read_body(request, "prompt", 0, None)
+        return await run_in_threadpool(prompt_filing.change_prompt, services, prompt_id, data)
+
+    @app.patch("/tunes/{tune_id}/prompts/{prompt_id}", openapi_extra=body)
+    async def change_tune_prompt(tune_id: int, prompt_id: int, request: Request) -> Prompt:
+        data = await read_body(request, "prompt", 0, None)
+        return await run_in_threadpool(prompt_filing.change_prompt, services, prompt_id, data, tune_id)
