@@ -5,14 +5,17 @@ The shapes are those of its documentation (astria-docs, docs/api) and what its c
 
 from __future__ import annotations
 
+from http.server import ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
 from tests.helpers.api import PHOTO, create, post
-from tests.helpers.web import client_of, multipart
+from tests.helpers.web import address, client_of, left_behind, multipart, photo
 from trainer.contract.tunes import Tune
+from trainer.photos.found import Found
 from trainer.studio.rows import Services
 from trainer.web import html
 
@@ -153,3 +156,71 @@ def test_what_cannot_be_changed_of_a_prompt(client: TestClient) -> None:
     assert client.patch("/prompts/1", json={"prompt": {}}).status_code == 422
     assert client.patch("/prompts/99", json={"prompt": {"pack_id": 88}}).status_code == 404
     assert client.patch("/tunes/2/prompts/1", json={"prompt": {"pack_id": 88}}).status_code == 404
+
+
+# The inspection of a photo
+
+
+CLIENT_KEYS = {"name", "blurry", "includes_multiple_people", "low_resolution"}
+
+
+def inspect(client: TestClient, name: str, content: bytes, **more: str) -> httpx.Response:
+    """As curl, requests and axios of docs/api/4-images/1-inspect.md send it: no root, one file."""
+    body, headers = multipart([("name", name), *more.items(), ("file", ("photo.jpg", content))])
+    return client.post("/images/inspect", content=body, headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("sides", "name", "several"),
+    [((), "", False), ((100,), "man", False), ((100, 90), "man", True), ((100, 40), "man", False)],
+)
+def test_what_is_seen_in_a_photo(
+    services: Services, monkeypatch: pytest.MonkeyPatch, sides: tuple[int, ...], name: str, several: bool
+) -> None:
+    """The sample's rule: a text that is not the asked name is a warning, and so is each true."""
+    found = [Found((0, 0, side, side), 0.9, (), 150.0) for side in sides]
+    monkeypatch.setattr(services.analyzer, "faces", lambda picture: found if picture.is_file() else None)
+    told = inspect(client_of(services), "man", photo(size=(500, 640))).raise_for_status().json()
+    assert (told["name"], told["includes_multiple_people"], told["low_resolution"]) == (name, several, False)
+    assert [face["box"] for face in told["faces"]] == [[0, 0, side, side] for side in sides]
+    assert [face["main"] for face in told["faces"]] == [True, False][: len(sides)]
+    texts = {key for key, value in told.items() if isinstance(value, str)}
+    flags = {key for key, value in told.items() if isinstance(value, bool)}
+    assert texts == {"name"} and texts | flags == CLIENT_KEYS  # ours are neither texts nor booleans
+
+
+def test_a_photo_of_anything_else(client: TestClient, services: Services) -> None:
+    told = inspect(client, "dog", photo(size=(640, 480)), authenticity_token="abc").json()
+    assert (told["name"], told["width"], told["height"], told["low_resolution"]) == ("dog", 640, 480, False)
+    assert "faces" not in told and "includes_multiple_people" not in told
+    assert told["blurry"] is True  # one colour
+    assert any("whether this is a dog is not known" in warning for warning in told["warnings"])
+    assert "authenticity_token is accepted and has no effect" in told["warnings"]
+    assert left_behind(services) == []
+
+
+def test_a_photo_of_a_person_without_a_detector(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
+    told = inspect(client, "man", photo()).json()
+    assert told["name"] == "man" and "faces" not in told
+    assert any("face detection is not available" in warning for warning in told["warnings"])
+
+
+def test_a_photo_by_its_address(services: Services, photo_server: ThreadingHTTPServer) -> None:
+    allowed = services.settings.model_copy(update={"private_urls": "allow"})
+    client = client_of(Services(allowed, services.store, services.decoder, services.analyzer))
+    told = client.post("/images/inspect", json={"name": "dog", "file_url": f"{address(photo_server)}/1.png"})
+    assert (told.json()["width"], told.json()["height"]) == (64, 48)
+    missing = client.post("/images/inspect.json", data={"name": "dog", "file_url": f"{address(photo_server)}/none"})
+    assert missing.status_code == 422 and missing.json().keys() == {"file_url"}
+
+
+def test_what_cannot_be_inspected(client: TestClient, services: Services) -> None:
+    assert inspect(client, "dog", b"no photo").json().keys() == {"file"}
+    assert client.post("/images/inspect", json={}).json().keys() == {"name", "file"}
+    assert client.post("/images/inspect", json={"name": "dog", "file": "a.jpg"}).json().keys() == {"file"}
+    both = inspect(client, "dog", photo(), file_url="https://example.com/a.jpg").json()
+    assert both == {"file": ["file and file_url are two photos; leave one of them out"]}
+    wrong = inspect(client, "dog", photo(), nmae="dog")
+    assert wrong.status_code == 422 and "'name'" in wrong.json()["nmae"][0]
+    assert left_behind(services) == []

@@ -10,12 +10,14 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from trainer.contract.errors import InvalidRequest
+from trainer.contract.inspection import Inspection, InspectRequest
 from trainer.contract.prompts import Prompt, PromptChange
 from trainer.settings import Settings
 from trainer.studio import likes, pack_verbs, prompt_filing
+from trainer.studio.inspection import inspect_image
 from trainer.studio.rows import Services
-from trainer.web.bodies import read_body
-from trainer.web.openapi import body_schema
+from trainer.web.bodies import read_body, sent
+from trainer.web.openapi import body_schema, flat_body
 
 NO_THEMES = "needs a language model that writes prompts, and there is none here; take a pack, see GET /packs"
 
@@ -40,7 +42,7 @@ class User(BaseModel):
 
 def add_routes(app: FastAPI, services: Services) -> None:
     """All routes of this module."""
-    for add in (account_routes, gallery_routes, like_routes, prompt_filing_routes):
+    for add in (account_routes, gallery_routes, like_routes, prompt_filing_routes, image_routes):
         add(app, services)
 
 
@@ -114,3 +116,14 @@ def prompt_filing_routes(app: FastAPI, services: Services) -> None:
     async def change_tune_prompt(tune_id: int, prompt_id: int, request: Request) -> Prompt:
         data = await read_body(request, "prompt", 0, None)
         return await run_in_threadpool(prompt_filing.change_prompt, services, prompt_id, data, tune_id)
+
+
+def image_routes(app: FastAPI, services: Services) -> None:
+    """The inspection of one photo."""
+    body = {"requestBody": {"content": flat_body(InspectRequest)}}
+
+    @app.post("/images/inspect", response_model_exclude_none=True, openapi_extra=body)
+    async def inspect(request: Request) -> Inspection:
+        """Say what is seen in one photo, before it is sent with a tune; nothing is kept."""
+        async with sent(request, services, None, 1) as data:
+            return await run_in_threadpool(inspect_image, services, data)
