@@ -6,6 +6,7 @@ The shapes are those of its documentation (astria-docs, docs/api) and what its c
 from __future__ import annotations
 
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from fastapi.testclient import TestClient
 
 from tests.helpers.api import PHOTO, create, post
 from tests.helpers.web import address, client_of, left_behind, multipart, photo
+from trainer.contract.errors import AnalysisUnavailable
 from trainer.contract.tunes import Tune
 from trainer.photos.found import Found
 from trainer.studio.rows import Services
@@ -223,4 +225,57 @@ def test_what_cannot_be_inspected(client: TestClient, services: Services) -> Non
     assert both == {"file": ["file and file_url are two photos; leave one of them out"]}
     wrong = inspect(client, "dog", photo(), nmae="dog")
     assert wrong.status_code == 422 and "'name'" in wrong.json()["nmae"][0]
+    assert left_behind(services) == []
+
+
+# The mock of the faceid flow
+
+
+def create_face(client: TestClient, title: str = "Jane", name: str = "woman") -> dict[str, Any]:
+    fields = [("tune[title]", title), ("tune[name]", name), ("tune[branch]", "fast"), ("tune[model_type]", "faceid")]
+    answer = post(client, [*fields, PHOTO])
+    assert answer.status_code == 201, answer.text
+    return dict(answer.json())
+
+
+def test_a_faceid_on_the_fast_branch_is_ready_at_once(client: TestClient, services: Services) -> None:
+    """The hosted service's faceid has no training, no token and needs no callback."""
+    tune = create_face(client)
+    assert (tune["status"], tune["token"], tune["model_type"], tune["branch"]) == ("trained", None, "faceid", "fast")
+    assert tune["trained_at"] == tune["started_training_at"] and tune["ckpt_url"] is None and tune["ckpt_urls"] == []
+    assert "a faceid on branch fast is a mock: its prompts are drawn without the face" in tune["warnings"]
+    assert "no face was looked for: the face detector is not here yet" in tune["warnings"]
+    assert services.store.queue_length() == 0
+    assert client.get(f"/tunes/{tune['id']}/model").json() == {"error": "tune 1 has no model files"}
+    assert "data-tune" in page_of(client)
+    base = client.get("/gallery/tunes", params={"branch": "fast"}).json()[0]["id"]
+    for place, text in ((base, "<faceid:1:1> woman on a beach"), (1, "woman on a beach")):
+        assert client.post(f"/tunes/{place}/prompts", json={"prompt": {"text": text}}).status_code == 201
+    assert client.delete("/tunes/1").status_code == 200
+
+
+def test_a_face_is_looked_for_in_the_mock(
+    client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    face = Found((8, 8, 40, 40), 0.9, (), 150.0)
+    monkeypatch.setattr("trainer.library.weights.find", lambda *_: Path("detector"))
+    monkeypatch.setattr(services.analyzer, "faces", lambda _: [face])
+    found = create_face(client)
+    assert found["photos"][0]["faces"][0]["box"] == [8, 8, 40, 40] and len(found["warnings"]) == 2  # few photos
+    monkeypatch.setattr(services.analyzer, "faces", lambda _: [])
+    none = create_face(client, "nobody")
+    assert none["status"] == "trained" and none["photos"][0]["faces"] == []
+    assert any(warning.startswith("no face was found in any photo") for warning in none["warnings"])
+
+    def unavailable(_: Path) -> None:
+        raise AnalysisUnavailable("face detection is not available: it takes too long")
+
+    monkeypatch.setattr(services.analyzer, "faces", unavailable)
+    assert "no face was looked for: face detection is not" in " ".join(create_face(client, "slow")["warnings"])
+
+
+def test_a_faceid_is_of_one_person_in_the_mock_too(client: TestClient, services: Services) -> None:
+    fields = [("tune[title]", "Rex"), ("tune[name]", "dog"), ("tune[branch]", "fast"), ("tune[model_type]", "faceid")]
+    refused = post(client, [*fields, PHOTO])
+    assert refused.status_code == 422 and refused.json().keys() == {"name"}
     assert left_behind(services) == []
