@@ -19,12 +19,15 @@ from trainer.studio import models, pack_verbs, prompts, settle, tunes
 from trainer.studio.pack_file import SLUG
 from trainer.studio.packs import PackRequest
 from trainer.studio.rows import Services
+from trainer.web import service_routes
 from trainer.web.bodies import read_body, read_idempotency_key, sent, sent_tune
 from trainer.web.openapi import REFUSALS, Done, add_error_answers, body_schema
 
 Slug = Annotated[str, UrlPath(pattern=f"^{SLUG.pattern}$")]
 SqlInteger = Annotated[int, Query(ge=0, lt=2**63)]
-CALLS = ("/tunes", "/prompts", "/photos/", "/gallery/", "/presets", "/packs", "/p/")  # the paths of the API
+CALLS = (  # the paths of the API
+    "/tunes", "/prompts", "/photos/", "/images/", "/gallery/", "/presets", "/packs", "/p/", "/users", "/themes",
+)  # fmt: skip
 
 
 PROMPT_BODY = {"requestBody": {"content": body_schema("prompt", PromptRequest)}}
@@ -36,7 +39,8 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(JsonSuffix)
     add_error_answers(app)
     for add_routes in (
-        tune_routes, change_routes, file_routes, prompt_routes, prompt_change_routes, pack_routes, list_routes
+        tune_routes, change_routes, file_routes, prompt_routes, prompt_change_routes, pack_routes, list_routes,
+        service_routes.add_routes,
     ):  # fmt: skip
         add_routes(app, services)
     return app
