@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import splitext
 from pathlib import PurePosixPath
 
 from trainer.contract.photos import Upload
@@ -31,10 +30,10 @@ def pair(
             mine[number] = left.pop(("", _place(photo)[1]), own)
             if own and mine[number] is not own:
                 replaced.append((own.full_name, "another caption was sent for its photo"))
-    others = {splitext(name)[0] for name, _ in left_out}
+    others = {_without_suffix(name) for name, _ in left_out}
     homeless = []
     for caption in left.values():
-        if splitext(caption.full_name)[0] in others:
+        if _without_suffix(caption.full_name) in others:
             replaced.append((caption.full_name, "the caption of a file that is left out"))
         else:
             homeless.append(caption)
@@ -43,6 +42,12 @@ def pair(
 
 def _place(upload: Upload) -> Place:
     return upload.within, PurePosixPath(upload.name).stem
+
+
+def _without_suffix(full_name: str) -> tuple[PurePosixPath, str]:
+    """Folder and name; a leftover may have no name."""
+    path = PurePosixPath(full_name)
+    return path.parent, path.stem
 
 
 def read_caption(upload: Upload) -> str:
