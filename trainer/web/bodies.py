@@ -85,7 +85,8 @@ def _sha256(path: Path) -> bytes:
 
 
 async def read_body(request: Request, root: str, max_files: int, work: Path | None) -> dict[str, object]:
-    """The object under `root` in a JSON, multipart or urlencoded body; files are written into `work`.
+    """The object under `root` in a JSON, multipart or urlencoded body; files are written into `work`. JSON may be the
+    object itself, as Rails allows.
 
     work None: only the names of files are kept. Raises Malformed for an unreadable body, InvalidRequest if the object
     is missing.
@@ -100,6 +101,8 @@ async def read_body(request: Request, root: str, max_files: int, work: Path | No
         data = await _read_form(request, max_files, work)
     else:
         raise HTTPException(415, "send application/json, multipart/form-data or application/x-www-form-urlencoded")
+    if kind == "application/json" and data and root not in data:
+        data = {root: data}
     unknown = [name for name in data if name != root]
     if unknown:
         raise InvalidRequest({name: [f"unknown parameter; everything goes under {root}"] for name in unknown})

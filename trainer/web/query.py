@@ -9,17 +9,21 @@ from fastapi import Query, Request
 from pydantic import BeforeValidator
 
 from trainer.contract.errors import InvalidRequest, nearest
-from trainer.contract.fields import blank_is_none
 
 MOST = 120  # rows in one answer
+T = TypeVar("T")
+
+
+def blank_is_none(value: object) -> object:
+    return None if value == "" else value
+
+
 SQL_INTEGERS = Query(ge=0, lt=2**63)
 Limit = Annotated[int, Query(ge=1, le=MOST)]
 OptionalLimit = Annotated[int | None, BeforeValidator(blank_is_none), Query(ge=1, le=MOST)]
 Offset = Annotated[int, SQL_INTEGERS]
 BeforeId = Annotated[int | None, BeforeValidator(blank_is_none), SQL_INTEGERS]
 Filter = Annotated[str | None, BeforeValidator(blank_is_none)]  # an empty value filters nothing
-
-T = TypeVar("T")
 
 
 def check_query(request: Request) -> None:

@@ -8,7 +8,6 @@ from fastapi import Depends, FastAPI, Query, Request
 from fastapi import Path as UrlPath
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trainer import __version__
 from trainer.contract.photos import Check, no_progress
@@ -22,6 +21,7 @@ from trainer.studio.rows import Services
 from trainer.studio.store import Query as Wanted
 from trainer.web.bodies import read_body, read_idempotency_key, sent, sent_tune
 from trainer.web.openapi import REFUSALS, Done, add_error_answers, body_schema
+from trainer.web.paths import AsRails, add_unrouted
 from trainer.web.query import BeforeId, Filter, Limit, Offset, OptionalLimit, check_query, page_of, row_id
 
 Slug = Annotated[str, UrlPath(pattern=f"^{SLUG.pattern}$")]
@@ -40,12 +40,13 @@ def create_app(services: Services) -> FastAPI:
         responses=REFUSALS,
         dependencies=[Depends(check_query)],
     )
-    app.add_middleware(JsonSuffix)
+    app.add_middleware(AsRails, prefixes=CALLS)
     add_error_answers(app)
     for add_routes in (
         tune_routes, change_routes, file_routes, prompt_routes, prompt_change_routes, pack_routes, list_routes
     ):  # fmt: skip
         add_routes(app, services)
+    add_unrouted(app, CALLS)
     return app
 
 
@@ -267,16 +268,3 @@ def list_routes(app: FastAPI, services: Services) -> None:
     @app.get("/presets")
     def list_presets(limit: OptionalLimit = None, offset: Offset = 0) -> list[str]:
         return page_of(settle.list_presets(services), None, limit, offset)
-
-
-class JsonSuffix:
-    """`/tunes/1.json` is `/tunes/1`; paths of files stay unchanged."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        if path.endswith(".json") and path.startswith(CALLS):
-            scope = {**scope, "path": path.removesuffix(".json")}
-        await self._app(scope, receive, send)
