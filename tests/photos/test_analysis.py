@@ -684,7 +684,7 @@ def test_weights_that_cannot_be_fetched_are_reported_with_what_to_do(
     with pytest.raises(Unavailable, match=r"HF_HUB_OFFLINE is set; put detection_\S+ into the weights folder, from"):
         weights.obtain(mine, weights.DETECTOR)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(Unavailable, match=r"could not be fetched \(ConnectError\); put"):
+    with pytest.raises(Unavailable, match=r"could not be fetched: no connection; put"):
         weights.obtain(mine, replace(weights.DETECTOR, url="http://127.0.0.1:9/nobody"))
 
 

@@ -14,6 +14,7 @@ from trainer.contract.fields import (
     OrNone,
     Request,
     Share,
+    StepsOrNone,
     Text,
     Word,
     blank_is_none,
@@ -38,7 +39,7 @@ DENOISING_STRENGTH = 0.8  # the hosted service's default
 PromptText = OrNone[Annotated[Text, Field(max_length=10_000)]]
 NumImages = NumberOrNone[Annotated[int, Field(ge=1, le=8)]]
 Seed = NumberOrNone[Annotated[int, Field(ge=0, le=2**32 - 1)]]
-SamplingSteps = NumberOrNone[Annotated[int, Field(ge=1, le=100)]]
+SamplingSteps = StepsOrNone[Annotated[int, Field(ge=1, le=100)]]
 CfgScale = NumberOrNone[Annotated[float, Field(ge=0, le=15, allow_inf_nan=False)]]
 Side = NumberOrNone[Annotated[int, Field(ge=64, le=2048)]]  # of a picture, in pixels
 LoraScale = NumberOrNone[Annotated[float, Field(ge=-5, le=5, allow_inf_nan=False)]]

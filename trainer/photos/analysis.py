@@ -131,7 +131,7 @@ class PhotoAnalyzer:
         try:
             self._worker_process.run(FIND_SECONDS, "save_identity", identity, folder / "model" / IDENTITY_FILE, facts)
         except (TimeoutError, WorkerCrashed, NotStarted, OSError, ValueError) as problem:
-            message = str(problem) or type(problem).__name__
+            message = str(problem) or "the process gave no reason"
             raise AnalysisUnavailable(f"the identity could not be written: {message}") from problem
         return photos, warnings
 
@@ -321,5 +321,5 @@ def naming(photo: Photo) -> Iterator[None]:
         raise
     except Exception as problem:  # the edge of a process: the child may raise anything
         raise AnalysisUnavailable(
-            f"{photo.name} could not be analyzed: {str(problem) or type(problem).__name__}"
+            f"{photo.name} could not be analyzed: {str(problem) or 'the process gave no reason'}"
         ) from problem

@@ -87,7 +87,8 @@ def _sha256(path: Path) -> bytes:
 
 
 async def read_body(request: Request, root: str | None, max_files: int, work: Path | None) -> dict[str, object]:
-    """The object under `root` in a JSON, multipart or urlencoded body; files are written into `work`.
+    """The object under `root` in a JSON, multipart or urlencoded body; files are written into `work`. JSON may be the
+    object itself, as Rails allows.
 
     root None: the whole body. work None: only the names of files are kept. Raises Malformed for an unreadable body,
     InvalidRequest if the object is missing.
@@ -104,6 +105,8 @@ async def read_body(request: Request, root: str | None, max_files: int, work: Pa
         raise HTTPException(415, "send application/json, multipart/form-data or application/x-www-form-urlencoded")
     if root is None:
         return data
+    if kind == "application/json" and data and root not in data:
+        data = {root: data}
     unknown = [name for name in data if name != root]
     if unknown:
         raise InvalidRequest({name: [f"unknown parameter; everything goes under {root}"] for name in unknown})
