@@ -28,6 +28,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from pydantic import SecretStr
 
+from tests.helpers.marks import long_but
 from tests.helpers.samples import DOCUMENT, KEY, SAMPLES, mended, run, to_us
 from tests.helpers.snapshot import SAME_MACHINE, as_json, kept, shape, steady, without_prose
 from tests.helpers.web import address, client_of, multipart, photo
@@ -107,11 +108,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory, decoder: Decoder, photos: l
     opened.close()
 
 
-IN_DEFAULT = ("sd15", "fast")
-LONG_TOO = [name if name in IN_DEFAULT else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
-
-
-@pytest.fixture(scope="module", params=LONG_TOO)
+@pytest.fixture(scope="module", params=long_but(["fast"], FAMILIES))
 def trained(request: pytest.FixtureRequest, studio: Studio) -> Trained:
     """A tune of each family, through the doors and the worker as in the app."""
     return Trained(request.param, studio, studio.ended(queue(studio, request.param)))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks import train_speed
+from tests.helpers.marks import long_but
 from trainer.contract.errors import InvalidRequest
 from trainer.names import BRANCHES
 
@@ -25,7 +26,6 @@ KEYS = {
     "weights_gib", "forward_tflop", "attention_tflop", "step_tflop", "peak_tflops", "bandwidth_tb", "floor",
     "times_floor", "operators", "kernels", "host_sync", "host_sync_at", "loss",
 }  # fmt: skip
-LARGER = [name for name in train_speed.CONFIGS if name != "sd15"]
 SERVING = [
     "gradio", "fastapi", "starlette", "uvicorn", "httpx", "ssrfguard", "facexlib", "gfpgan", "pydantic_settings",
     "tensorboard", "torchvision", "multipart",
@@ -60,7 +60,7 @@ def test_it_knows_every_family() -> None:
     assert train_speed.CONFIGS.keys() == train_speed.TINY.keys()
 
 
-@pytest.mark.parametrize("branch", ["sd15", *(pytest.param(name, marks=pytest.mark.long) for name in LARGER)])
+@pytest.mark.parametrize("branch", long_but(["sd15"], list(train_speed.CONFIGS)))
 def test_a_tiny_model_of_each_family_is_measured(run, branch: str) -> None:
     facts = run(branch)
     assert facts.keys() == KEYS

@@ -20,6 +20,7 @@ from torch import Tensor
 from tests.helpers import tiny
 from tests.helpers.analyzer import SharedAnalyzer
 from tests.helpers.fast import fast_base
+from tests.helpers.marks import long_but
 from tests.helpers.shared import SHARED
 from trainer.branches.protocol import load_branch
 from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
@@ -338,7 +339,7 @@ def test_several_pictures_and_pictures_without_guidance(branch: Any, adapter: Pa
     assert distance(picture(branch, people[0], cfg_scale=1.0), picture(branch, people[1], cfg_scale=1.0)) > 0.01
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("scale", long_but([0.5], [1.0, 0.5]))
 def test_another_lora_stays_as_it_is(branch: Any, adapter: Path, people: list[Path], scale: float) -> None:
     """A tune's LoRA in the denoiser and the text encoder, at a scale of its own."""
     base, pipeline = picture(branch), branch.pipeline

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.helpers.marks import long_but
 from tests.helpers.tiny import BFL_DOUBLE_NAMES, BFL_NAMES, BFL_SINGLE_NAMES, SGM_UNET_NAMES, ldm_unet_key
 from tests.helpers.training import RecordedReport, Run, TrainingSetup, config_of
 from trainer.methods import lora
@@ -29,6 +30,9 @@ METADATA = {"modelspec.title": "my dog"}
 KOHYA, DIFFUSERS = FILES = ["lora.safetensors", "lora_diffusers.safetensors"]
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl1": StableDiffusionXLPipeline, "flux1": FluxPipeline}
 ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+TRAINED = ["sd15", "sd15 and encoder", "sdxl1", "sdxl1 and encoders", "flux1", "flux1 of attention"]
 
 
 @dataclass
@@ -51,7 +55,7 @@ class Trained:
 
 @pytest.fixture(
     scope="module",
-    params=["sd15", "sd15 and encoder", "sdxl1", "sdxl1 and encoders", "flux1", "flux1 of attention"],
+    params=long_but(("sd15", "sdxl1 and encoders", "flux1"), TRAINED),
 )
 def trained(request: pytest.FixtureRequest, photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Adapters of scale 2, trained at a high rate so that pictures change a lot."""

@@ -20,6 +20,7 @@ from diffusers import (
 from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
+from tests.helpers.marks import long_but
 from tests.helpers.tiny import BFL_DOUBLE_NAMES, BFL_NAMES, BFL_SINGLE_NAMES, SGM_UNET_NAMES, ldm_unet_key
 from tests.helpers.training import config_of
 from trainer.branches import flux1, sd15, sdxl1
@@ -74,10 +75,9 @@ def test_the_full_size_model_gets_as_many_adapters_as_is_known(
     assert attached(family, targets).count == count
 
 
-def test_kohya_s_names_of_the_full_size_sdxl(attached: Callable[[str, str], Any]) -> None:
-    layers = [name for name, module in attached("sdxl1", "all").denoiser.named_modules() if hasattr(module, "lora_A")]
-    names = {f"lora_unet_{sdxl1.original_name(name).replace('.', '_')}" for name in layers}
-    assert len(names) == len(layers) == 722
+def test_kohya_s_names_of_the_full_size_sdxl(written: Callable[[str, str, int], Files]) -> None:
+    names = {key.partition(".")[0] for key in written("sdxl1", "all", 2)[1]}
+    assert len(names) == 722
     assert names > {
         "lora_unet_input_blocks_4_1_proj_in",
         "lora_unet_input_blocks_5_1_transformer_blocks_1_attn2_to_k",
@@ -96,6 +96,7 @@ def test_kohya_s_names_of_the_full_size_sdxl(attached: Callable[[str, str], Any]
 
 Files = tuple[Any, dict[str, Tensor], dict[str, Tensor]]  # the branch, and the tensors of both files
 FAMILIES, SETS = ("sd15", "sdxl1", "flux1"), ("cross_attention", "attention", "all")
+SOME = [("sd15", "cross_attention"), ("sdxl1", "cross_attention"), ("flux1", "attention"), ("flux1", "all")]
 TARGETS = [(family, targets) for family in FAMILIES for targets in SETS]
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl1": StableDiffusionXLPipeline, "flux1": FluxPipeline}
 
@@ -139,7 +140,7 @@ def original_layers(family: str, denoiser: nn.Module) -> Iterator[tuple[str, lis
 
 
 @pytest.mark.parametrize("rank", [2, pytest.param(1, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
-@pytest.mark.parametrize(("family", "targets"), TARGETS)
+@pytest.mark.parametrize(("family", "targets"), long_but(SOME, TARGETS))
 def test_kohya_and_comfyui_find_a_layer_of_the_right_size_for_every_key(
     written: Any, family: str, targets: str, rank: int
 ) -> None:
@@ -166,7 +167,7 @@ def test_kohya_and_comfyui_find_a_layer_of_the_right_size_for_every_key(
     assert len(trained) == branch.count
 
 
-@pytest.mark.parametrize(("family", "targets"), TARGETS)
+@pytest.mark.parametrize(("family", "targets"), long_but(SOME, TARGETS))
 def test_diffusers_reads_every_key_of_both_files(written: Any, family: str, targets: str) -> None:
     branch, kohya, diffusers = written(family, targets, 2)
     layers = {name for name, module in branch.denoiser.named_modules() if hasattr(module, "lora_A")}

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.helpers.marks import long_but
 from tests.helpers.methods import FAMILIES, ROUNDING, SOME, distance, picture
 from tests.helpers.training import RecordedReport, Run, TrainingSetup, config_of, same
 from trainer.branches.protocol import load_branch
@@ -411,7 +412,7 @@ def test_a_checkpoint_in_bfloat16_moves_although_each_step_is_below_its_spacing(
 
 
 @pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("on_top", ["continue", "merge"])
+@pytest.mark.parametrize("on_top", long_but(["continue"], ["continue", "merge"]))
 def test_a_lora_on_a_lora_begins_where_that_ended_and_is_whole_by_itself(
     shop: Callable[..., Shop], family: str, on_top: str
 ) -> None:
@@ -474,7 +475,7 @@ def test_adapters_of_a_text_encoder_that_is_not_trained_on_stay(shop: Callable[.
 
 
 @pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("model_type", ["pti", "lora"])
+@pytest.mark.parametrize("model_type", long_but(["pti"], ["pti", "lora"]))
 def test_a_tune_on_a_pti_tune_has_its_tokens(shop: Callable[..., Shop], family: str, model_type: str) -> None:
     _, model, _ = shop().trained(family, "pti")
     rows = load_file(model / FORMATS["embeddings"])
@@ -516,7 +517,7 @@ def test_a_checkpoint_on_a_pti_is_refused_in_words(shop: Callable[..., Shop]) ->
         shop().bench("sd15", "checkpoint", model).start()
 
 
-@pytest.mark.parametrize("file", [lora.KOHYA_FILE, lora.DIFFUSERS_FILE])
+@pytest.mark.parametrize("file", long_but([lora.KOHYA_FILE], [lora.KOHYA_FILE, lora.DIFFUSERS_FILE]))
 def test_training_continues_from_a_lora_file_from_elsewhere(
     shop: Callable[..., Shop], tmp_path: Path, file: str
 ) -> None:

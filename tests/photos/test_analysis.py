@@ -338,6 +338,7 @@ def test_only_photos_of_people_are_analyzed(seeing: Services) -> None:
 
 
 @needs_shared
+@pytest.mark.long
 def test_photos_are_checked_while_a_tune_trains(studio: Studio) -> None:
     tune_id = studio.create("busy", name="man", steps=48, prompts_attributes=[])
     checks: list[Check] = []
@@ -793,6 +794,7 @@ def test_closing_ends_a_child_in_the_middle_of_its_work(tmp_path: Path) -> None:
 
 
 @needs_shared
+@pytest.mark.long
 def test_a_photo_that_breaks_the_child_is_named(
     seeing: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.marks import long_but
 from tests.helpers.pictures import apart, pixels
 from tests.helpers.rendering import CLOSE, CPU, FAMILIES, ROUNDING, Room, far, outside, unlike
 from tests.helpers.shared import SHARED
@@ -653,7 +654,7 @@ def tiny_decoder(tmp_path: Path, room: Room, monkeypatch: pytest.MonkeyPatch) ->
         room.renderer(branch).release()
 
 
-@pytest.mark.parametrize("branch", FAMILIES)
+@pytest.mark.parametrize("branch", long_but(["flux1"], FAMILIES))
 def test_a_preview_is_there_while_it_renders(
     room: Room, tunes: dict[str, int], tiny_decoder: Any, branch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -756,7 +757,7 @@ def test_a_prompt_is_put_back_when_the_app_stops_and_is_rendered_afterwards(
 # As others render
 
 
-@pytest.mark.parametrize("branch", FAMILIES)
+@pytest.mark.parametrize("branch", long_but(["sd15", "flux1"], FAMILIES))
 def test_stock_diffusers_renders_the_same_pixels(room: Room, tunes: dict[str, int], branch: str) -> None:
     more = {} if branch == "flux1" else {"negative_prompt": "fog and rain"}
     ours = room.render(tunes[branch], "a photo of ohwx dog", num_images=2, steps=4, cfg_scale=5, **more)

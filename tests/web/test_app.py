@@ -340,6 +340,7 @@ def published_endpoints(app: App) -> list[str]:
     return [name.removeprefix("/") for name in info["named_endpoints"]]
 
 
+@pytest.mark.long
 def test_the_page_says_what_is_wrong_at_the_field(
     app: App, browser_page: Page, dog_photos: Callable[[int], list[Path]]
 ) -> None:

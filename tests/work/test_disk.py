@@ -101,6 +101,7 @@ def test_a_prompt_waits_for_room_for_its_pictures(studio: Studio) -> None:
     assert studio.ended(tune_id).prompts[-1].status == "rendered"
 
 
+@pytest.mark.long
 def test_a_database_in_use_by_another_program_makes_the_queue_wait(
     studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_database_in_use_by_another_program_makes_the_queue_wait(
     other.close()
 
 
+@pytest.mark.long
 def test_a_tune_whose_folder_of_outputs_is_gone_waits_and_nothing_is_written_there(studio: Studio) -> None:
     outputs = studio.settings.outputs
     database = outputs / "tunebooth.db"

@@ -286,6 +286,7 @@ def rendered(app: App, tune_id: int) -> list[dict[str, Any]]:
     return list(tune["prompts"])
 
 
+@pytest.mark.long
 def test_an_empty_database_beside_folders_does_not_start_without_a_word(outputs: Path, tmp_path: Path) -> None:
     (outputs / "tunebooth.db").touch()
     before = content(outputs / "tunes")

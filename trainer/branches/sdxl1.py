@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,14 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from trainer.branches import loading, single_file, unet
 from trainer.branches.objectives import noise_and_timesteps, noise_loss
 from trainer.branches.protocol import Cond, Task
-from trainer.branches.single_file_keys import clip_weights, joined, open_clip_names, open_clip_weights
+from trainer.branches.single_file_keys import (
+    clip_weights,
+    joined,
+    open_clip_names,
+    open_clip_weights,
+    renamed,
+    unet_names,
+)
 from trainer.config.train_config import TrainConfig
 from trainer.library.bases import Base
 from trainer.library.models_folder import sidecar
@@ -46,13 +52,6 @@ UNION_PIPELINES: dict[Task, Any] = {
 }
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 HOME = "stabilityai/stable-diffusion-xl-base-1.0"  # source of the tokenizers for a single file without a sidecar
-# Names in the original release of the attentions of diffusers' blocks; kohya's names are derived from them. Blocks have
-# two layers each (three on the way up); a downsampler is a separate entry.
-SGM_BLOCKS = (
-    (re.compile(r"^down_blocks\.(\d)\.attentions\.(\d)"), lambda b, i: f"input_blocks.{3 * b + i + 1}.1"),
-    (re.compile(r"^mid_block\.attentions\.(\d)"), lambda _: "middle_block.1"),
-    (re.compile(r"^up_blocks\.(\d)\.attentions\.(\d)"), lambda b, i: f"output_blocks.{3 * b + i}.1"),
-)
 
 
 def load(base: Base, device: torch.device, cache: Path, dtype: torch.dtype | None = None) -> SDXL1:
@@ -187,20 +186,11 @@ class SDXL1:
 
     def kohya_layers(self, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, int]]:
         """kohya's trainer for SDXL uses the original release's names."""
-        return {
-            f"lora_unet_{original_name(name).replace('.', '_')}": (down, up, 1) for name, (down, up) in adapters.items()
-        }
+        original = renamed(adapters, unet_names(self.denoiser))
+        return {f"lora_unet_{name.replace('.', '_')}": (down, up, 1) for name, (down, up) in original.items()}
 
     def load_weights(self, file: Path, cache: Path) -> None:
         loading.copy_weights(read_file(file, None, self.dtype, cache), self.pipeline)
 
     def keep_text_encoders(self, names: Collection[str]) -> None:
         self.text_encoders = loading.keep_parts(self.parts, self.text_encoders, names)
-
-
-def original_name(name: str) -> str:
-    """`down_blocks.1.attentions.0.proj_in` -> `input_blocks.4.1.proj_in`."""
-    for pattern, original in SGM_BLOCKS:
-        if found := pattern.match(name):
-            return original(*map(int, found.groups())) + name[found.end() :]
-    return name

@@ -92,7 +92,7 @@ class PromptRequest(Request):
 
     @property
     def parsed(self) -> ParsedText:
-        """Its text, parsed at the first call. Raises InvalidRequest if a weight is not a number or is out of range."""
+        """Its text, parsed at the first call. Raises InvalidRequest for a model that cannot be read."""
         if self._parsed is None:
             self._parsed = parse_text(self.text)
         return self._parsed

@@ -85,6 +85,7 @@ class CheckRequest(Request):
     model_type: Word = None
     preset: Word = None
     args: Args = None
+    token: Token = None
 
     @classmethod
     def accepted(cls) -> tuple[str, ...]:

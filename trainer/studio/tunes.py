@@ -42,7 +42,7 @@ from trainer.studio.models import base_answer
 from trainer.studio.prompt_rules import check_prompt, keep_pictures, numbered, prompt_values
 from trainer.studio.references import NamedTune, resolve
 from trainer.studio.rows import STOP_SECONDS, Services, row_of, tune_folder, tune_row, tunes_by_id, tunes_of
-from trainer.studio.settle import settle
+from trainer.studio.settle import caption_warnings, settle
 from trainer.studio.store import Query
 
 R = TypeVar("R", bound=Request)
@@ -95,7 +95,8 @@ def create_tune(
         ):
             if problems or values is None:
                 raise InvalidRequest({})
-            work, photos, messages = taken.folder, taken.photos, taken.warnings
+            work, photos, messages = taken.folder, taken.photos, [*taken.warnings]
+            messages += caption_warnings(services, values, taken)
             different = sum(not photo.dropped for photo in photos)
             if not MODEL_TYPES[values["method"]].trains:
                 photos, more = find_identity(services, values["branch"], request.name, work, photos, progress)
@@ -133,6 +134,7 @@ def check_photos(
     config = TrainConfig(**train_config.parse_args(values["args"]))
     with intake(services.settings, services.decoder, uploads, request.image_urls, progress) as taken:
         work, photos, warnings = taken.folder, taken.photos, [*values["warnings"], *taken.warnings]
+        warnings += caption_warnings(services, values, taken)
         if request.name:
             restore = bool(request.training_face_correct)
             photos, messages = services.analyzer.prepare(

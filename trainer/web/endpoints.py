@@ -114,6 +114,7 @@ def check_endpoint(services: Services) -> Endpoint:
         base_tune_id: int | None = None,
         model_type: str | None = None,
         args: str | None = None,
+        token: str | None = None,
     ) -> Answer:
         """Check photos for a tune with these parameters: a verdict for each photo; nothing is kept."""
         given = locals()
