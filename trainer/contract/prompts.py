@@ -15,6 +15,7 @@ from trainer.contract.fields import (
     OrNone,
     Request,
     Share,
+    StepsOrNone,
     Text,
     Word,
     blank_is_none,
@@ -51,7 +52,7 @@ def drawn_seed(seed: int | None) -> int | None:
 PromptText = OrNone[Annotated[Text, Field(max_length=10_000)]]
 NumImages = NumberOrNone[Annotated[int, Field(ge=1, le=8)]]
 Seed = Annotated[NumberOrNone[Annotated[int, Field(ge=RANDOM_SEED, le=SEEDS - 1)]], BeforeValidator(_seed)]
-SamplingSteps = NumberOrNone[Annotated[int, Field(ge=1, le=100)]]
+SamplingSteps = StepsOrNone[Annotated[int, Field(ge=1, le=100)]]
 CfgScale = NumberOrNone[Annotated[float, Field(ge=0, le=15, allow_inf_nan=False)]]
 Side = NumberOrNone[Annotated[int, Field(ge=64, le=2048)]]  # of a picture, in pixels
 LoraScale = NumberOrNone[Annotated[float, Field(ge=-5, le=5, allow_inf_nan=False)]]
@@ -59,6 +60,7 @@ AspectRatio = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of
 OlderAspectRatio = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of(AR))]]
 Scheduler = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of(SCHEDULERS))]]
 ControlNet = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of((*CONTROLS, *HOSTED_CONTROLS)))]]
+FilingId = NumberOrNone[Annotated[int, Field(ge=0, lt=2**53)]]
 
 
 def _enlarged(value: object) -> object:
@@ -132,6 +134,15 @@ class PromptRequest(Request):
     @property
     def has_mask(self) -> bool:
         return self.mask_image is not None or self.mask_image_url is not None
+
+
+class PromptChange(Request):
+    """The parameters of an existing prompt that the hosted service changes: where it is filed. None has an effect."""
+
+    pack_id: FilingId = None
+    base_pack_id: FilingId = None
+    orig_prompt_id: FilingId = None
+    workspace_id: FilingId = None
 
 
 PICTURES = ("input_image", "mask_image")  # files, in a request and in the prompt's folder
@@ -218,3 +229,4 @@ class Prompt(BaseModel):
     user_error: str | None
     warnings: list[str]
     tunes: list[int]
+    liked: bool
