@@ -41,11 +41,10 @@ def decode_caption(data: bytes, name: str) -> CaptionText:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError:
-        probable = _as_cp1252(data) if encoding == "utf-8" else None
-        if probable is None:
+        if encoding != "utf-8" or not (text := _as_cp1252(data)):
             what = encoding.removesuffix("-sig").upper()
             raise ValueError(f"has a caption that is not {what} text; {help_}") from None
-        text, guessed = probable, CP1252
+        guessed = CP1252
     if bad := sorted({one for one in text if unicodedata.category(one) == "Cc" and one not in "\t\r\n"}):
         codes = ", ".join(f"U+{ord(one):04X}" for one in bad)
         raise ValueError(f"has a caption with control characters ({codes}); remove them from {name}, or {help_}")
