@@ -15,7 +15,6 @@ from trainer.contract.fields import (
     Characteristics,
     ClassName,
     ImageUrls,
-    NumberOrNone,
     OptionalBool,
     OrNone,
     Request,
