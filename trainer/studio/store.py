@@ -179,7 +179,10 @@ class Store:
         """Rows whose columns equal the given values (None: any), newest first."""
         limit, offset, before_id = query.get("limit", -1), query.get("offset", 0), query.get("before_id")
         wanted = {key: value for key, value in query.items() if key not in PAGE and value is not None}
-        choices = {key: [value] if isinstance(value, str | int) else list(value) for key, value in wanted.items()}
+        choices = {
+            key: [value] if isinstance(value, str | int) else list(cast(Sequence[object], value))
+            for key, value in wanted.items()
+        }
         conditions = [f"{key} IN ({', '.join('?' * len(values))})" for key, values in choices.items()]
         conditions += ["id < ?"] if before_id is not None else []
         where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
