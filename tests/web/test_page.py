@@ -51,7 +51,7 @@ def prompt(**values: Any) -> Prompt:
     given: dict[str, Any] = dict.fromkeys(Prompt.model_fields)
     given |= {
         "id": 3, "tune_id": 1, "text": "ohwx dog", "num_images": 2, "created_at": MOMENT, "updated_at": MOMENT,
-        "super_resolution": False, "ar": "1:1", "controlnet_txt2img": False, "url": "", "images": [],
+        "super_resolution": False, "liked": False, "ar": "1:1", "controlnet_txt2img": False, "url": "", "images": [],
         "status": "queued", "warnings": [], "tunes": [1], "progress": Progress(),
     }  # fmt: skip
     given |= dict.fromkeys(FLAGS, False) | {"thumbnails": values.get("images", [])}

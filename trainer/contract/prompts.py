@@ -47,6 +47,7 @@ AspectRatio = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of
 OlderAspectRatio = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of(AR))]]
 Scheduler = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of(SCHEDULERS))]]
 ControlNet = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of((*CONTROLS, *HOSTED_CONTROLS)))]]
+FilingId = NumberOrNone[Annotated[int, Field(ge=0, lt=2**53)]]
 
 
 def _enlarged(value: object) -> object:
@@ -120,6 +121,15 @@ class PromptRequest(Request):
     @property
     def has_mask(self) -> bool:
         return self.mask_image is not None or self.mask_image_url is not None
+
+
+class PromptChange(Request):
+    """The parameters of an existing prompt that the hosted service changes: where it is filed. None has an effect."""
+
+    pack_id: FilingId = None
+    base_pack_id: FilingId = None
+    orig_prompt_id: FilingId = None
+    workspace_id: FilingId = None
 
 
 PICTURES = ("input_image", "mask_image")  # files, in a request and in the prompt's folder
@@ -206,3 +216,4 @@ class Prompt(BaseModel):
     user_error: str | None
     warnings: list[str]
     tunes: list[int]
+    liked: bool

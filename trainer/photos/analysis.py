@@ -14,7 +14,7 @@ from pathlib import Path
 from trainer.config.kinds import kind_of
 from trainer.config.train_config import TrainConfig
 from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
-from trainer.contract.photos import Face, Photo, ProgressCallback, no_progress
+from trainer.contract.photos import Photo, ProgressCallback, no_progress
 from trainer.library import weights
 from trainer.library.weights import Unavailable, Weights
 from trainer.names import IDENTITY_FILE
@@ -234,15 +234,7 @@ class PhotoAnalyzer:
         seen = [photo for photo in photos if photo.file in found]
         subjects, known = choose(seen, [found[photo.file] for photo in seen], name, same)
         for photo, faces, is_same in zip(seen, subjects, known, strict=True):
-            photo.faces = [
-                Face(
-                    box=tuple(round(side) for side in face.box),  # type: ignore[arg-type]
-                    score=round(face.score, 3),
-                    sharpness=round(face.sharpness, 1),
-                    main=face in faces and is_same is not False,
-                )
-                for face in found[photo.file]
-            ]
+            photo.faces = [face.in_verdict(main=face in faces and is_same is not False) for face in found[photo.file]]
             photo.same_person = is_same
         return {
             photo.file: [] if is_same is False else faces

@@ -59,12 +59,12 @@ def _what_has_nul(data: bytes) -> str:
     return "with NUL characters"
 
 
-def _as_cp1252(data: bytes) -> str | None:
-    """The text in Windows-1252; None: it is probably in another encoding."""
+def _as_cp1252(data: bytes) -> str:
+    """The text in Windows-1252; empty: it is probably in another encoding."""
     try:
         text = data.decode("cp1252")
     except UnicodeDecodeError:
-        return None
+        return ""
     letters = [one for one in text if one.isalpha()]
     others = sum(not one.isascii() for one in letters)
-    return text if letters and others <= MOST_OTHER_LETTERS * len(letters) else None
+    return text if letters and others <= MOST_OTHER_LETTERS * len(letters) else ""

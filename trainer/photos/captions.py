@@ -54,12 +54,12 @@ def pair(photos: Sequence[Upload], captions: Sequence[Upload], left_out: Sequenc
             replaced |= dict.fromkeys(known[1:])
     for place, names in used.items():
         _check_place(given[place], names, found)
-    others = {splitext(name)[0] for name, _ in left_out}
+    others = {splitext(name)[0] for name, _ in left_out}  # noqa: PTH122 - Path has no suffix for a name of dots
     for place, rest in given.items():
         for caption in rest if place not in used else ():
             if place in replaced:
                 found.left_out.append((caption.full_name, "another caption was sent for its photo"))
-            elif splitext(caption.full_name)[0] in others:
+            elif splitext(caption.full_name)[0] in others:  # noqa: PTH122 - likewise
                 found.left_out.append((caption.full_name, "the caption of a file that is left out"))
             else:
                 found.homeless.append(caption)

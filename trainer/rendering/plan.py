@@ -96,7 +96,7 @@ def make_plan(
     if not defaults.negative_prompt:
         if request.negative_prompt:
             warnings.append(f"negative_prompt has no effect on {branch}")
-        negative = None
+        negative = ""
     if request.scheduler and not defaults.schedulers:
         warnings.append(f"scheduler has no effect on {branch}, which has a sampler of its own")
     picture = read(inputs.find(folder, "input_image"), "RGB")

@@ -19,13 +19,16 @@ from trainer.studio.pack_file import SLUG
 from trainer.studio.packs import PackRequest
 from trainer.studio.rows import Services
 from trainer.studio.store import Query as Wanted
+from trainer.web import service_routes
 from trainer.web.bodies import read_body, read_idempotency_key, sent, sent_tune
 from trainer.web.openapi import REFUSALS, Done, add_error_answers, body_schema
 from trainer.web.paths import AsRails, add_unrouted
 from trainer.web.query import BeforeId, Filter, Limit, Offset, OptionalLimit, check_query, page_of, row_id
 
 Slug = Annotated[str, UrlPath(pattern=f"^{SLUG.pattern}$")]
-CALLS = ("/tunes", "/prompts", "/photos/", "/gallery/", "/presets", "/packs", "/p/")  # the paths of the API
+CALLS = (  # the paths of the API
+    "/tunes", "/prompts", "/photos/", "/images/", "/gallery/", "/presets", "/packs", "/p/", "/users", "/themes",
+)  # fmt: skip
 
 
 PROMPT_BODY = {"requestBody": {"content": body_schema("prompt", PromptRequest)}}
@@ -43,7 +46,8 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(AsRails, prefixes=CALLS)
     add_error_answers(app)
     for add_routes in (
-        tune_routes, change_routes, file_routes, prompt_routes, prompt_change_routes, pack_routes, list_routes
+        tune_routes, change_routes, file_routes, prompt_routes, prompt_change_routes, pack_routes, list_routes,
+        service_routes.add_routes,
     ):  # fmt: skip
         add_routes(app, services)
     add_unrouted(app, CALLS)
@@ -80,8 +84,9 @@ def tune_routes(app: FastAPI, services: Services) -> None:
         model_type: Filter = None,
     ) -> list[Tune]:
         """Tunes, newest first. `name`: of the class; several as `name[]`."""
-        wanted: Wanted = {"title": title, "name": names or name, "branch": branch, "model_type": model_type}
-        return tunes.list_tunes(services, limit=limit, offset=offset, before_id=before_id, **wanted)
+        page: Wanted = {"limit": limit, "offset": offset, "before_id": before_id}
+        columns: Wanted = {"title": title, "name": names or name, "branch": branch, "model_type": model_type}
+        return tunes.list_tunes(services, **page | columns)
 
     @app.get("/tunes/{tune_id}")
     def get_tune(tune_id: int) -> Tune:
