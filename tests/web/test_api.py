@@ -420,7 +420,7 @@ BAD_PARAMETERS: dict[str, tuple[Fields, str, str]] = {
     "no title": ([("tune[title]", "")], "title", "must not be empty"),
     "a long title": ([("tune[title]", "x" * 256)], "title", "must have at most 255 characters"),
     "a title with a bell": ([("tune[title]", "a\x07b")], "title", "must not contain control characters"),
-    "steps 0": ([("tune[steps]", "0")], "steps", "must be at least 1, got 0"),
+    "steps -1": ([("tune[steps]", "-1")], "steps", "must be at least 1, got -1"),
     "steps 1e9": ([("tune[steps]", "1000000000")], "steps", "must be at most 10000"),
     "steps in words": ([("tune[steps]", "many")], "steps", "must be a whole number"),
     "half a step": ([("tune[steps]", "1.5")], "steps", "must be a whole number"),
@@ -462,12 +462,12 @@ def test_a_bad_parameter_is_named_and_nothing_is_kept(client: TestClient, servic
 
 
 def test_what_is_missing_is_named_at_once(client: TestClient, services: Services) -> None:
-    problems = refusal(post(client, [("tune[steps]", "0"), ("tune[branch]", "fast")]), services)
+    problems = refusal(post(client, [("tune[steps]", "-1"), ("tune[branch]", "fast")]), services)
     assert problems == {
         "images": ["must contain at least one image"],
         "name": ["is required"],
         "title": ["is required"],
-        "steps": ["must be at least 1, got 0"],
+        "steps": ["must be at least 1, got -1"],
     }
 
 
