@@ -256,7 +256,7 @@ class JsonSuffix:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        if path.endswith(".json") and path.startswith(CALLS):
+        path, prefix = scope.get("path", ""), scope.get("root_path", "")
+        if path.endswith(".json") and path.removeprefix(prefix).startswith(CALLS):
             scope = {**scope, "path": path.removesuffix(".json")}
         await self._app(scope, receive, send)
