@@ -113,6 +113,7 @@ def test_the_page_trains_and_shows_pictures_through_a_proxy_and_straight(
             page.wait_for_selector(f"{shown} .tb-pictures a img")
             with page.context.expect_page() as opened:
                 page.click(f"{shown} .tb-pictures a")
+            opened.value.wait_for_load_state()
             assert opened.value.evaluate("document.images[0].naturalWidth") == 64
             opened.value.close()
             app.finished(number)
