@@ -132,12 +132,12 @@ class Unreadable(ValueError):
 def reason(problem: Exception) -> str:
     """The message of a library's error, in one line and without the path of the file."""
     if isinstance(problem, OSError):
-        why = problem.strerror or type(problem).__name__
+        why = problem.strerror or str(problem) or "the system gave no reason"
     elif isinstance(problem, ValidationError):
         first = problem.errors()[0]
         why = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
     else:
-        why = str(problem) or type(problem).__name__
+        why = str(problem) or "the library gave no reason"
     return why[:MOST_MESSAGE]
 
 

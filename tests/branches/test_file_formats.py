@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.helpers.families import FAMILIES, Family
 from tests.helpers.training import config_of
-from trainer.branches import unet
+from trainer.branches import loading, unet
 from trainer.library.models_folder import sidecar
 from trainer.library.prediction import yaml_of
 from trainer.methods import checkpoint
@@ -291,3 +291,11 @@ def test_a_folder_in_plain_fp8_is_read_and_one_with_scales_is_refused(
     save_file(tensors | {f"{layer}.weight.absmax": torch.ones(1)}, weights, {"format": "pt"})
     with pytest.raises(ValueError, match="quantized as bitsandbytes"):
         family.load(folder, tmp_path)
+
+
+@pytest.mark.parametrize("part", ["safety_checker", "image_encoder"])
+def test_a_part_of_a_folder_that_is_not_loaded_may_be_a_pointer_of_git_lfs(tmp_path: Path, part: str) -> None:
+    """`git lfs pull --include "unet/*"` leaves them; diffusers reads the folder with `safety_checker=None`."""
+    (tmp_path / part).mkdir()
+    (tmp_path / part / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert loading.folder_source(tmp_path, None)["pretrained_model_name_or_path"] == tmp_path

@@ -5,14 +5,18 @@ The keys and shapes are those of the published files. What is expected is what t
 
 from __future__ import annotations
 
+import json
 import re
+import struct
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from trainer.config.branch_file import detections
 from trainer.library.detect import branch_of_file
-from trainer.library.header import Header
+from trainer.library.header import Header, read_header
+from trainer.library.leftovers import refuse_unknown
 from trainer.library.prediction import Prediction, prediction_of
 from trainer.library.weight_format import scales_of
 from trainer.settings import Settings
@@ -247,3 +251,25 @@ def test_what_is_not_read_is_refused_by_its_name(settings: Settings, name: str) 
     file = NOT_READ[name]
     with pytest.raises(ValueError, match=re.escape(file.says or "")):
         branch_of_file(file.header, detections(settings.presets))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [  # transformers, CLIPModel; open_clip, CLIP; both have an encoder of pictures beside the one of texts
+        "cond_stage_model.transformer.vision_model.pre_layrnorm.weight",
+        "cond_stage_model.transformer.visual_projection.weight",
+        "conditioner.embedders.0.transformer.vision_model.encoder.layers.0.mlp.fc1.bias",
+        "conditioner.embedders.1.model.visual.conv1.weight",
+    ],
+)
+def test_the_encoder_of_pictures_in_a_whole_clip_is_not_needed(key: str) -> None:
+    refuse_unknown([key])
+
+
+def test_a_name_of_endless_length_is_refused_before_it_is_searched(tmp_path: Path) -> None:
+    """The time of a search grows with the square of the length."""
+    name = "lora.oft_a" * 100_000
+    entries = json.dumps({name: {"dtype": "F0", "shape": [], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "long.safetensors").write_bytes(struct.pack("<Q", len(entries)) + entries)
+    with pytest.raises(ValueError, match="has 1000000 characters"):
+        read_header(tmp_path / "long.safetensors")

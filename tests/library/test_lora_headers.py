@@ -154,6 +154,10 @@ ROWS: list[tuple[str, Shapes, dict[str, str], str, str]] = [
      "LoRA"),
     ("sd-scripts --v2, self-attention only", kohya(under("lora_unet_", SD15_SELF)), V2,
      "it is a LoRA for Stable Diffusion 2", "LoRA"),
+    ("guoyww/animatediff v2_lora_ZoomIn: it must not be offered as a LoRA of version 1",
+     pairs({f"down_blocks.{block}.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0"
+            ".processor.to_q": (width, width) for block, width in ((0, 320), (3, 1280))}, "_lora.down.weight",
+           "_lora.up.weight"), {}, "it is a LoRA for AnimateDiff's motion modules", "LoRA"),
     ("SDXL's refiner", kohya(under("lora_unet_", REFINER)), {}, "it is a LoRA for the refiner", "LoRA"),
     ("Kolors", peft(dotted(under("unet.", XL_K))), {"modelspec.architecture": "kolors/lora"}, "it is a LoRA for Kolors",
      "LoRA"),

@@ -7,11 +7,11 @@ import json
 import os
 import struct
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
-from trainer.library import bases, models_tree
+from trainer.library import bases, models_folder, models_tree
 from trainer.settings import Settings, read_settings
 
 # Names and shapes of the original release of SD 1.5, at its widths
@@ -286,3 +286,22 @@ def test_a_folder_that_cannot_be_read_is_named(settings: Settings, monkeypatch: 
 
     monkeypatch.setattr(models_tree.os, "scandir", scan_others)
     assert listed(settings) == {"secret": "it cannot be read: Permission denied", "two.safetensors": None}
+
+
+def test_the_work_of_a_scan_grows_with_the_files_and_not_with_their_square(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(60):
+        put(settings.models / f"{number}.safetensors", checkpoint())
+        put(settings.models / f"{number}.png")
+        (settings.models / f"folder {number}").mkdir()
+    compared, equal = [0], PurePath.__eq__
+
+    def counted(one: PurePath, other: object) -> bool:
+        compared[0] += 1
+        return equal(one, other)
+
+    models_folder.scan(settings)
+    monkeypatch.setattr(PurePath, "__eq__", counted)
+    assert len(models_folder.scan(settings)) == 60
+    assert compared[0] < 60 * 60

@@ -517,6 +517,20 @@ def test_the_alpha_in_the_metadata_of_diffusers_counts(sd15: Any, loaded: Callab
         assert_near(change(sd15.unet, layer), scale * product(*weight_of(sd15.unet, layer).shape))
 
 
+def test_the_patterns_of_alphas_are_read_as_peft_reads_them(sd15: Any, loaded: Callable[..., list[str]]) -> None:
+    # peft utils/other.py, get_pattern_key: regular expressions up to the end of the name, of which the first counts.
+    # diffusers loaders/peft.py writes the beginning of the name, too: `^`.
+    facts = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {f"^{MIDDLE}": 6, ".*": 4, LINEAR: 10}}
+    tensors = {}
+    for layer in (MIDDLE, LINEAR):
+        tensors |= pair(f"unet.{layer}", *weight_of(sd15.unet, layer).shape)
+    loaded(sd15, tensors, {"lora_adapter_metadata": json.dumps(facts)})
+    for layer, scale in ((MIDDLE, 3), (LINEAR, 2)):
+        assert_near(change(sd15.unet, layer), scale * product(*weight_of(sd15.unet, layer).shape))
+    with pytest.raises(ValueError, match="alpha_pattern has"):
+        loaded(sd15, tensors, {"lora_adapter_metadata": json.dumps(facts | {"unet.alpha_pattern": {"(": 6}})})
+
+
 def test_the_alpha_in_peft_s_configuration_counts(sd15: Any, loaded: Callable[..., list[str]], tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "use_rslora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))

@@ -44,6 +44,7 @@ from trainer.photos.subprocess_worker import Closed, SubprocessWorker
 from trainer.photos.unfinished import remove_unfinished
 from trainer.settings import Settings, read_settings
 from trainer.studio import answers
+from trainer.studio.inspection import inspect_image
 from trainer.studio.rows import Services, tune_folder
 from trainer.studio.store import Store
 from trainer.studio.tunes import check_photos, create_tune, resume_tune
@@ -683,7 +684,7 @@ def test_weights_that_cannot_be_fetched_are_reported_with_what_to_do(
     with pytest.raises(Unavailable, match=r"HF_HUB_OFFLINE is set; put detection_\S+ into the weights folder, from"):
         weights.obtain(mine, weights.DETECTOR)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(Unavailable, match=r"could not be fetched \(ConnectError\); put"):
+    with pytest.raises(Unavailable, match=r"could not be fetched: no connection; put"):
         weights.obtain(mine, replace(weights.DETECTOR, url="http://127.0.0.1:9/nobody"))
 
 
@@ -855,3 +856,19 @@ def test_a_photo_that_came_twice_is_trained_once(services: Services, tmp_path: P
     assert kept == ["000.png", "000.txt", "001.png", "001.txt"]  # the caption stays with the picture
     alone, _ = create_tune(services, {"title": "once", "name": "dog", "branch": "fast"}, sent[:2])
     assert tune.args == alone.args  # as many steps as for two photos
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("file", "name", "several", "low"),
+    [
+        ("person_a/01.jpg", "man", False, False),
+        ("group/market_two.jpg", "man", True, False),
+        ("noface/coffee.jpg", "", False, False),
+        ("lowres/astronaut_96.jpg", "man", False, True),
+    ],
+)
+def test_the_inspection_of_one_photo(seeing: Services, file: str, name: str, several: bool, low: bool) -> None:
+    told = inspect_image(seeing, {"name": "man", "file": of(file)[0]})
+    assert (told.name, told.includes_multiple_people, told.low_resolution) == (name, several, low)
+    assert bool(told.faces) == bool(name) and left_behind(seeing) == []

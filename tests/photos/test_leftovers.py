@@ -174,3 +174,15 @@ def test_a_folder_from_a_mac_is_checked(client: TestClient) -> None:
     assert answer.status_code == 200, answer.text
     assert [one["name"] for one in answer.json()["photos"]] == ["p0.png"]
     assert "left out (a file of macOS): .DS_Store" in answer.json()["warnings"]
+
+
+def test_a_leftover_may_have_no_name(client: TestClient) -> None:
+    """Its name is `/` or `.` in the form."""
+    fields = [("tune[name]", "dog"), ("tune[branch]", "fast"), ("tune[title]", "Rex")]
+    for name in ("/", "."):
+        files = [("tune[images][]", ("rex.png", photo())), ("tune[images][]", (name, LEFTOVERS["IMG_1.MOV"][0]))]
+        body, headers = multipart([*fields, *files])
+        answer = client.post("/tunes", content=body, headers=headers)
+        assert answer.status_code in (200, 201), answer.text
+        assert [one["name"] for one in answer.json()["photos"]] == ["rex.png"]
+        assert any(warning.startswith("left out (a video)") for warning in answer.json()["warnings"])

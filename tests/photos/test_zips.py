@@ -197,6 +197,25 @@ def lies_about_size() -> bytes:
     return bytes(content)
 
 
+def other_name_inside() -> bytes:
+    """The entry's own header has a name that is no UTF-8, and says that it is."""
+    content = zipped(("Zoë.png", photo()))
+    return content.replace("Zoë".encode(), b"Zo\xff\xff", 1)
+
+
+def at(offset: int) -> Callable[[], bytes]:
+    """A zip whose entry begins at another place, which is in the field for zips of more than 4 GB (4.5.3)."""
+
+    def make() -> bytes:
+        whole = zipped(*photos("1.png"))
+        start, end = whole.index(b"PK\1\2"), whole.index(b"PK\5\6")
+        entry, extra = whole[start:end], struct.pack("<HHQ", 1, 8, offset)
+        entry = entry[:30] + struct.pack("<H", len(extra)) + entry[32:42] + b"\xff" * 4 + entry[46:] + extra
+        return whole[:start] + entry + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(entry), start, 0)
+
+    return make
+
+
 def long_list() -> bytes:
     """A list of 3 MB of entries, which are the same file."""
     whole = zipped(("1.png", b""))
@@ -228,6 +247,10 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "half of it": (lambda: zipped(*photos("1.png"))[:-30], "photos.zip is a damaged zip, or was not transferred as"),
     "no zip": (lambda: b"<html>", "photos.zip is a damaged zip, or was not transferred as a whole"),
+    "other name inside": (other_name_inside, "photos.zip/Zoë.png is damaged in the zip and cannot be unpacked"),
+    "behind its end": (at(2**40), "photos.zip is a damaged zip, or was not transferred as a whole"),
+    "where no file reaches": (at(2**63 - 1), "photos.zip is a damaged zip, or was not transferred as a whole"),
+    "at no number": (at(2**64 - 1), "photos.zip is a damaged zip, or was not transferred as a whole"),
     "wrong size": (lies_about_size, "photos.zip/1.png is damaged in the zip and cannot be unpacked"),
     "long list": (long_list, "photos.zip has too many files; send the photos alone"),
     "large photo": (
@@ -304,10 +327,17 @@ def test_a_bomb_costs_neither_time_nor_memory(services: Services, tmp_path: Path
     assert left_behind(services) == []
 
 
-def test_the_number_of_captions_is_limited(send: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_captions_is_limited(send: Callable[..., Any]) -> None:
     texts = ((f"{number}.txt", b"") for number in range(zips.MOST_CAPTIONS + 1))
     (told,) = refused(send, ("photos.zip", zipped(*texts)))
     assert told == "photos.zip has more than 1000 text files; at most one for each photo is allowed"
+
+
+def test_the_captions_of_all_zips_are_limited(send: Callable[..., Any]) -> None:
+    """Each text is small when it is packed, and all are in memory."""
+    half = zipped(*((f"{number}.txt", b"") for number in range(zips.MOST_CAPTIONS // 2 + 1)), *photos("1.png"))
+    (told,) = refused(send, ("a.zip", half), ("b.zip", half))
+    assert told == "have more than 1000 text files in zips; at most one for each photo is allowed"
 
 
 # The page

@@ -36,8 +36,9 @@ def old_database(file: Path, version: int) -> None:
             insert(db, "tunes", **TUNE, status=status)
         for tune, status in ((1, "rendered"), (1, "queued"), (2, "queued"), (2, "queued")):
             insert(db, "prompts", **PROMPT, tune_id=tune, status=status)
-        for tune, prompt in ((2, None), (2, None), (2, None), (2, 3), (2, 3), (3, None), (1, 2), (1, None), (2, 4)):
-            insert(db, "jobs", tune_id=tune, prompt_id=prompt)
+        doubled = ((2, None), (2, None), (2, None), (2, 3), (2, 3), (3, None), (1, 2), (1, None), (2, 4))
+        for tune, prompt in doubled if version < 6 else ((2, None), (2, 3), (3, None), (1, 2), (2, 4)):
+            insert(db, "jobs", tune_id=tune, prompt_id=prompt)  # from version 6 on, the schema allows no doubled one
         db.execute("DELETE FROM jobs WHERE prompt_id = 4")
         db.execute("DELETE FROM prompts WHERE id = 4")  # the newest number, which does not come again
         if version >= 2:
@@ -49,6 +50,8 @@ def old_database(file: Path, version: int) -> None:
             insert(db, "exports", tune_id=1, format="kohya", status="queued", created_at="", updated_at="")
             insert(db, "jobs", tune_id=1, export_id=1)
             insert(db, "prompts", **PROMPT, tune_id=1, status="rendered", base_id=666678)
+        if version >= 6:
+            insert(db, "checksums", tune_id=1, path="model/lora.safetensors", sha256="0" * 64)
         db.commit()
 
 
@@ -113,4 +116,13 @@ def test_a_migration_that_fails_changes_nothing(settings: Settings, monkeypatch:
     monkeypatch.undo()
     store = Store(settings.outputs)
     assert store.queue_length() == 5
+    store.close()
+
+
+def test_no_prompt_of_an_earlier_version_is_liked(settings: Settings) -> None:
+    old_database(settings.outputs / "tunebooth.db", 6)
+    store = Store(settings.outputs)
+    assert [row["liked_at"] for row in store.find("prompts")] == [None] * 4
+    with store.transaction() as db:
+        assert [row["path"] for row in db.execute("SELECT * FROM checksums")] == ["model/lora.safetensors"]
     store.close()

@@ -129,7 +129,7 @@ def test_the_prompts_of_a_tune_that_is_not_trained_end_with_it(store: Store, end
     add(store, prompts=1)
     assert work(store, ending) == [(1, None), (2, None)]
     assert statuses(store, 1) == [ending] * 3
-    assert all(prompt["error"] == "the tune was not trained" for prompt in store.find("prompts"))
+    assert all(str(prompt["error"]).startswith("the tune was not trained: ") for prompt in store.find("prompts"))
 
 
 def test_a_waiting_tune_is_taken_off_the_queue_and_a_running_one_is_not(store: Store) -> None:

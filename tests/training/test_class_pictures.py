@@ -55,6 +55,20 @@ def test_a_base_that_was_moved_keeps_its_class_pictures(base: Base, tmp_path: Pa
     assert folder_of(Base(8, "other", "sd15", path=moved), WHAT, tmp_path / "class") == first
 
 
+def test_a_part_that_is_a_link_to_a_folder_elsewhere_counts(tmp_path: Path) -> None:
+    """People link a UNet or a text encoder of several GB into the folders of several models."""
+    folder, elsewhere = tmp_path / "models" / "mine", tmp_path / "drive" / "unet"
+    folder.mkdir(parents=True)
+    elsewhere.mkdir(parents=True)
+    (folder / "unet").symlink_to(elsewhere)
+    base = Base(7, "mine", "sd15", path=folder)
+    seen = set()
+    for number in (1, 2):
+        write(elsewhere / "diffusion_pytorch_model.safetensors", number)
+        seen.add((folder_of(base, WHAT, tmp_path / "class"), base.weights))
+    assert len({pictures for pictures, _ in seen}) == len({weights for _, weights in seen}) == 2
+
+
 def earlier_cache(base: Base, cache: Path, drawn: float) -> Path:
     """Class pictures of version 0.2, which named them by the number of the base. drawn: at this time."""
     folder = cache / f"{base.id}-{WHAT}"

@@ -389,7 +389,7 @@ SD15: Fields = [("tune[branch]", "sd15"), ("tune[model_type]", "lora")]
 BAD_PARAMETERS: dict[str, tuple[Fields, str, str]] = {
     "an unknown branch": ([("tune[branch]", "sd16")], "branch", "unknown branch 'sd16' (did you mean 'sd15'?)"),
     "flux1 faceid": ([("tune[branch]", "flux1"), ("tune[model_type]", "faceid")], "model_type", "its adapter is PuLID"),
-    "fast faceid": ([("tune[model_type]", "faceid")], "model_type", "its base has no FaceID adapter"),
+    "fast faceid of a dog": ([("tune[model_type]", "faceid")], "name", "faceid is of one person"),
     "faceid of a dog": ([("tune[branch]", "sd15"), ("tune[model_type]", "faceid")], "name", "faceid is of one person"),
     "faceid with args": (
         [("tune[branch]", "sd15"), ("tune[model_type]", "faceid"), ("tune[name]", "man"), ("tune[args]", "lr=1")],
@@ -473,7 +473,7 @@ def test_what_is_missing_is_named_at_once(client: TestClient, services: Services
 
 def test_bad_parameters_and_bad_photos_are_reported_together(client: TestClient, services: Services) -> None:
     fields = [*GOOD, ("tune[model_type]", "faceid"), ("tune[images][]", ("bad.png", b"no"))]
-    assert list(refusal(post(client, fields), services)) == ["model_type", "images"]
+    assert list(refusal(post(client, fields), services)) == ["name", "images"]
 
 
 def test_a_broken_file_in_the_models_folder_is_refused_by_name(client: TestClient, services: Services) -> None:

@@ -23,8 +23,9 @@ from trainer.studio.rows import Services
 from trainer.studio.tunes import create_tune
 from trainer.web import html as page_html
 from trainer.web import page
+from trainer.web.caption_table import with_captions
 from trainer.web.choices import usual_tokens
-from trainer.web.form import Form, with_captions
+from trainer.web.form import Form
 from trainer.web.html import (
     TuneDetails,
     cards,
@@ -50,7 +51,7 @@ def prompt(**values: Any) -> Prompt:
     given: dict[str, Any] = dict.fromkeys(Prompt.model_fields)
     given |= {
         "id": 3, "tune_id": 1, "text": "ohwx dog", "num_images": 2, "created_at": MOMENT, "updated_at": MOMENT,
-        "super_resolution": False, "ar": "1:1", "controlnet_txt2img": False, "url": "", "images": [],
+        "super_resolution": False, "liked": False, "ar": "1:1", "controlnet_txt2img": False, "url": "", "images": [],
         "status": "queued", "warnings": [], "tunes": [1], "progress": Progress(),
     }  # fmt: skip
     given |= dict.fromkeys(FLAGS, False) | {"thumbnails": values.get("images", [])}
@@ -392,8 +393,9 @@ def test_written_captions_are_sent_along_and_automatic_ones_are_not(tmp_path: Pa
     came = upload(tmp_path, "b.txt", b"old")
     uploads = [Upload("a.jpg", tmp_path), Upload("b.jpg", tmp_path), Upload("c.jpg", tmp_path), came]
     rows = [["a.jpg", "A photo of x dog"], ["b.jpg", "a new text"], ["c.jpg", ""]]
-    sent = with_captions(uploads, rows, "A photo of x dog", tmp_path)
+    found = [(uploads[0], None), (uploads[1], "old"), (uploads[2], None)]
+    sent = with_captions(uploads, rows, "A photo of x dog", tmp_path, found)
     texts = {one.name: one.path.read_text() for one in sent if one.name.endswith(".txt")}
     assert texts == {"b.txt": "a new text"}
     assert [one.name for one in sent[:3]] == ["a.jpg", "b.jpg", "c.jpg"]
-    assert with_captions(uploads, [], "", tmp_path) == uploads
+    assert with_captions(uploads, [], "", tmp_path, found) == uploads

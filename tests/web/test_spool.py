@@ -23,7 +23,7 @@ from playwright.sync_api import sync_playwright
 from tests.helpers.app import App, running, wait_for
 from tests.helpers.web import photo
 from trainer.contract.photos import Upload
-from trainer.web.form import with_captions
+from trainer.web.caption_table import with_captions
 from trainer.web.spool import forget_unused
 
 CHROMIUM = "/usr/bin/chromium"

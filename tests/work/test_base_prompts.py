@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from tests.helpers.studio import Studio
 from tests.helpers.web import client_of
@@ -110,3 +112,21 @@ def test_gallery_rows_have_the_keys_of_a_tune(client: TestClient) -> None:
         answer = client.get(f"/tunes/{row['id']}.json")
         assert answer.status_code == 200 and answer.json()["title"] == row["title"], row
     assert client.delete(f"/tunes/{found[0]['id']}").status_code == 404
+
+
+def test_a_face_on_the_fast_branch_is_a_mock(studio: Studio) -> None:
+    client = client_of(studio.services)
+    base = next(row["id"] for row in client.get("/gallery/tunes", params={"branch": "fast"}).json())
+    face = studio.create("Jane", name="woman", model_type="faceid", steps=None, prompts_attributes=[])
+    ask = {"num_images": 1, "steps": 2, "seed": 7}
+    texts = {base: f"<faceid:{face}:1> woman in the snow", face: "woman in the snow"}
+    posted = [client.post(f"/tunes/{place}/prompts", json={"prompt": ask | {"text": t}}) for place, t in texts.items()]
+    plain = client.post(f"/tunes/{base}/prompts", json={"prompt": ask | {"text": "woman in the snow"}})
+    studio.worker.start()
+    done = [wait_for_prompt(studio, client, answer.json()["id"]) for answer in (*posted, plain)]
+    assert [prompt["status"] for prompt in done] == ["rendered"] * 3, [prompt["error"] for prompt in done]
+    warning = f"<faceid:{face}> is not drawn: a face on branch fast is a mock"
+    assert [warning in prompt["warnings"] for prompt in done] == [True, True, False]
+    files = [client.get(prompt["images"][0].removeprefix(studio.settings.base_url)).content for prompt in done]
+    pixels = {Image.open(io.BytesIO(file)).tobytes() for file in files}  # the files' metadata have the texts
+    assert len(pixels) == 1  # the plain prompt's

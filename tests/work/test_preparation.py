@@ -245,6 +245,7 @@ def test_a_tune_goes_on_and_says_what_was_lost_or_changed(
     assert [message[: len(begin)] for message, begin in zip(found, warnings, strict=True)] == warnings
     assert (tune.analyzer.runs, tune.trained()) == (runs, trained)
     assert not any(word in message for word in PYTHON for message in found)
+    assert not any("if it is deleted" in message for message in found)  # it is already
     assert all(photo["notes"] in ([], ["looked at"]) for photo in tune.rows.row["photos"])
     assert all(photo.keys() == set(Photo.model_fields) for photo in tune.rows.row["photos"])
     again = tune.prepare()
@@ -284,6 +285,8 @@ def test_a_tune_is_refused_and_says_what_to_do(tune: Tune, spoil: Callable[[Path
         tune.prepare()
     assert str(refused.value).startswith(message)
     assert not any(word in str(refused.value) for word in PYTHON)
+    # What is missing is deleted already, and nothing can be trained without it.
+    assert ("if it is deleted" in str(refused.value)) == ("a broken one" in message)
     assert set(before) <= set(tune.folder.rglob("*"))  # nothing is lost by it
 
 

@@ -96,7 +96,13 @@ def folder_source(folder: Path, variant: str | None) -> dict[str, Any]:
     """
     wanted = re.compile(WEIGHTS_NAME.format(variant=rf"(\.{re.escape(variant)})?" if variant else ""))
     for file in sorted(folder.glob("*/*.safetensors")):
-        if wanted.fullmatch(file.name) and (scales := scales_of(read_header(file))):
+        if not wanted.fullmatch(file.name):
+            continue
+        try:
+            header = read_header(file)
+        except ValueError:  # perhaps of a part that is not needed; else the loader refuses it
+            continue
+        if scales := scales_of(header):
             raise ValueError(
                 f"{file.parent.name}/{file.name} has scales ({next(iter(scales.values()))}), which are read in single"
                 " files only; use a folder with fp16, bf16 or plain fp8 weights"

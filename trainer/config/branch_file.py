@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from trainer.config.detection import Detection, detection
@@ -18,7 +18,7 @@ from trainer.names import BRANCHES, DEFAULT_METHOD, METHODS
 PROGRAM = Path(__file__).parents[2] / "presets"  # the setting `presets` may name another folder
 MOST_GIB = 1e6
 # Tables that describe a family, and that no user changes.
-FACTS = ("detect", "placeholder", "face_adapter", "readers", "base")
+FACTS = ("detect", "placeholder", "face_adapter", "readers", "base", "caption_tokens")
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -58,6 +58,7 @@ class BranchFile(BaseModel):
     token: str
     model_type: str
     placeholder: bool = False
+    caption_tokens: int | None = Field(None, gt=0)
     warnings: list[str] = []
     without: list[str] = []
     why_not: dict[str, str] = {}
@@ -193,6 +194,12 @@ def control_row(folder: Path, branch: str, kind: str) -> ControlRow | None:
 
 def default_token(folder: Path, branch: str) -> str:
     return str(branch_table(folder, branch)["token"])
+
+
+def caption_tokens(folder: Path, branch: str) -> int | None:
+    """How many tokens of a caption the text encoder reads, without the marks at both ends; None: not known."""
+    number = branch_table(folder, branch).get("caption_tokens")
+    return None if number is None else int(number)
 
 
 def default_model_type(folder: Path, branch: str) -> str:

@@ -105,7 +105,7 @@ def detection(table: Table) -> Detection:
     try:
         return _detection(table)
     except (AttributeError, LookupError, TypeError, ValueError, re.error) as problem:
-        raise ValueError(f"[detect] cannot be used ({type(problem).__name__}: {problem})") from None
+        raise ValueError(f"[detect] cannot be used ({problem})") from None
 
 
 def _detection(table: Table) -> Detection:

@@ -58,7 +58,7 @@ def _film_look(name: str, row: Table) -> FilmLook:
             matrix=tuple((red, green, blue) for red, green, blue in row["matrix"]),
         )
     except (LookupError, TypeError) as problem:
-        raise ValueError(f"[{name}] is no film look ({type(problem).__name__}: {problem})") from None
+        raise ValueError(f"[{name}] is no film look ({problem})") from None
 
 
 def _row(name: str, row: object) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -9,13 +11,15 @@ from pydantic import ValidationError
 from trainer.config.branch_file import branch_table
 from trainer.config.kinds import KINDS, OTHER_KIND, STYLE_KIND, kind_of
 from trainer.config.toml_file import Table, read_toml
-from trainer.config.train_config import TrainConfig, parse_args
+from trainer.config.train_config import TrainConfig, parse_args, value_problem
 from trainer.contract.errors import InvalidRequest, nearest, words
 from trainer.files import Unreadable
 from trainer.names import DEFAULT_METHOD, METHODS, MODEL_TYPES, WORDS
 
 STEP_RULE = ("steps_per_photo", "min_steps", "max_steps")  # the keys of a TOML that decide `steps`
 KEYS = {*TrainConfig.model_fields, *STEP_RULE} - {"steps"}
+RANDOM_SEED = ("-1", "random")  # a seed is drawn; the answer's `args` have it
+SEEDS = 2**32
 PRESET_KEYS = {"branches", *METHODS}  # the top level of a preset
 
 
@@ -54,6 +58,7 @@ def resolve(
         values |= {"face_set": False}
     per_photo, least, most = (step_rule(branch, key, values.pop(key, None)) for key in STEP_RULE)
     values["steps"] = steps if steps is not None else min(max(per_photo * photos, least), most)
+    asked |= {"seed": str(secrets.randbelow(SEEDS))} if asked.get("seed") in RANDOM_SEED else {}
     try:
         config = TrainConfig(**{**values, **asked})
     except ValidationError as error:
@@ -62,7 +67,7 @@ def resolve(
             word = str(problem["loc"][0])
             field = "args" if word in asked else "steps" if word == "steps" and steps is not None else "preset"
             where = "" if preset or field != "preset" else f"{branch}.toml: "
-            problems.setdefault(field, []).append(f"{where}{word}: {problem['msg']}")
+            problems.setdefault(field, []).append(f"{where}{value_problem(word, problem)}")
         raise InvalidRequest(problems) from None
     meaningless = [(word, f"on {branch}") for word in table.get("without", []) if getattr(config, word)]
     meaningless += [
@@ -73,11 +78,24 @@ def resolve(
     messages += [(word, f"{word} must not be 0") for word in lacking]
     if config.trained_dtype == "bfloat16" and config.optimizer != "adafactor":
         messages.append(("trained_dtype", "trained_dtype=bfloat16 needs optimizer=adafactor, which rounds at random"))
+    messages += contradictions(config, asked, values)
     if messages:
         field = "args" if asked.keys() & {word for word, _ in messages} else "preset"
         raise InvalidRequest({field: [message for _, message in messages]})
     # A photo that is twice in a batch costs twice and teaches once.
     return config if "batch" in asked else config.model_copy(update={"batch": min(config.batch, photos)})
+
+
+def contradictions(config: TrainConfig, asked: Mapping[str, str], values: Table) -> list[tuple[str, str]]:
+    """(word, message) for each word of `args` that contradicts the run.
+
+    values: those that hold without `args`. A word that repeats them is not meant as a change: the `args` of an answer
+    can be sent again.
+    """
+    warmup = config.warmup_steps
+    if "warmup_steps" not in asked or warmup <= config.steps or warmup == values["warmup_steps"]:
+        return []
+    return [("warmup_steps", f"warmup_steps={warmup} is longer than the run of {config.steps} steps")]
 
 
 def step_rule(branch: str, key: str, value: object) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import ErrorDetails
 
+from trainer.config.args_text import SEPARATORS, our_value, our_word, spellings, split_args
 from trainer.contract.errors import InvalidRequest, nearest, words
 
 
@@ -94,22 +97,58 @@ class TrainConfig(BaseModel):
 
 
 def parse_args(args: str | None) -> dict[str, str]:
-    """`rank=32 lr=2e-4` -> {"rank": "32", "lr": "2e-4"}. Raises InvalidRequest for unknown words."""
+    """`rank=32 learning_rate=2e-4` -> {"rank": "32", "lr": "2e-4"}. Raises InvalidRequest for unknown words."""
     asked: dict[str, str] = {}
-    problems = []
-    for word in (args or "").split():
-        key, equals, value = word.partition("=")
-        if not equals or not value:
-            problems.append(f"{word!r} is not key=value")
+    pairs, strange = split_args(args or "")
+    problems = [f"{word!r} is not key=value" for word in strange]
+    for written, value in pairs:
+        key, not_here = our_word(written), spellings()["not_here"]
+        if key in not_here:
+            problems.append(f"{written!r} cannot be set here; {not_here[key]}")
         elif key not in TrainConfig.model_fields:
-            problems.append(f"unknown word {key!r}{nearest(key, TrainConfig.model_fields)}")
+            problems.append(
+                f"unknown word {written!r}{nearest(key, [*TrainConfig.model_fields, *spellings()['words']])}"
+            )
+        elif not value:
+            problems.append(f"{written}= has no value")
         elif key in asked:
-            problems.append(f"{key} is given twice")
+            problems.append(f"{key} is given twice" if written == key else f"{key} is given twice: as {written}, too")
         else:
-            asked[key] = value
+            try:
+                asked[key] = our_value(key, value, decimal=TrainConfig.model_fields[key].annotation is float)
+            except ValueError as problem:
+                problems.append(f"{key}: {problem}")
     if problems:
-        raise InvalidRequest({"args": [*problems, f"known words: {words(TrainConfig.model_fields)}"]})
+        known = f"known words: {words(TrainConfig.model_fields)}"
+        raise InvalidRequest({"args": [*problems, *([SEPARATORS] if strange else []), known]})
     return asked
+
+
+def value_problem(word: str, problem: ErrorDetails) -> str:
+    """One of pydantic's errors on a word, in our words, with the value."""
+    kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
+    bounds = {"greater_than_equal": "at least", "less_than_equal": "at most", "greater_than": "more than"}
+    bounds |= {"less_than": "less than"}
+    if kind in bounds:
+        needs = f"{bounds[kind]} {next(context[name] for name in ('ge', 'le', 'gt', 'lt') if name in context):g}"
+    elif kind == "multiple_of":
+        needs = f"a multiple of {context['multiple_of']}"
+    elif kind == "literal_error":
+        return f"{word} must be {context['expected']}, got {value!r}{nearest(str(value), _choices(word))}"
+    elif kind in ("too_short", "too_long"):
+        return f"{word} takes one to four numbers, separated by commas, got {len(value)}"
+    elif kind.startswith("bool"):
+        needs = "true or false"
+    elif kind.startswith("int"):
+        needs = "a whole number"
+    else:
+        needs = "a number"
+    hint = f"; {SEPARATORS}" if isinstance(value, str) and re.search("[,;:=]", value) else ""
+    return f"{word} must be {needs}, got {value!r}{hint}"
+
+
+def _choices(word: str) -> tuple[str, ...]:
+    return get_args(TrainConfig.model_fields[word].annotation)
 
 
 def as_args(config: TrainConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Self, TypeVar
@@ -23,8 +24,8 @@ from trainer.contract.errors import InvalidRequest, nearest
 
 
 def blank_is_none(value: object) -> object:
-    """An empty text becomes None: forms cannot send null."""
-    return None if isinstance(value, str) and not value.strip() else value
+    """An empty text and the word `null` become None: forms cannot send null."""
+    return None if isinstance(value, str) and value.strip() in ("", "null") else value
 
 
 def _no_control_characters(value: object) -> object:
@@ -68,9 +69,22 @@ def _number_or_none(value: object) -> object:
     return value
 
 
+def _zero_is_none(value: object) -> object:
+    """Clients of the hosted service send 0 for a number of steps that is not set."""
+    return None if not isinstance(value, bool) and value in (0, "0") else _number_or_none(value)
+
+
+def _as_text(value: object) -> object:
+    """Numbers, booleans and null as the texts that they are in JSON; null is empty."""
+    if value is None:
+        return ""
+    return json.dumps(value) if isinstance(value, bool | int | float) else value
+
+
 # Optional values: null and an empty form field become None. Forms send numbers as strings.
 OrNone = Annotated[T | None, BeforeValidator(blank_is_none)]
 NumberOrNone = Annotated[T | None, BeforeValidator(_number_or_none)]
+StepsOrNone = Annotated[T | None, BeforeValidator(_zero_is_none)]
 
 Word = OrNone[Annotated[Text, Field(max_length=64)]]
 Args = OrNone[Annotated[Text, Field(max_length=1000)]]
@@ -137,7 +151,11 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
 ClassName = Annotated[Text, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 ]*[A-Za-z0-9][A-Za-z0-9 ]*$")]
 Title = Annotated[Text, Field(min_length=1, max_length=255), AfterValidator(_in_one_line)]
 Characteristics = Annotated[
-    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=1000)]], Field(max_length=1000)
+    dict[
+        Annotated[Text, Field(max_length=64)],
+        Annotated[Annotated[Text, Field(max_length=1000)], BeforeValidator(_as_text)],
+    ],
+    Field(max_length=1000),
 ]
 ImageUrls = list[Annotated[Text, Field(min_length=1, max_length=2048)]]
 MESSAGES = {  # pydantic's own messages name its types; these name what the API accepts

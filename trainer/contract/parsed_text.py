@@ -14,7 +14,7 @@ from trainer.contract.references import references
 class ParsedText:
     """text: the text without models and flags. models: (lora or faceid, name, weight) of each model in it.
 
-    warnings: about removed flags; they are for the request, and are not kept.
+    warnings: about removed flags and tags; they are for the request, and are not kept.
     """
 
     text: str
@@ -24,10 +24,10 @@ class ParsedText:
 
 
 def parse_text(text: str) -> ParsedText:
-    """Raises InvalidRequest if a model's weight is not a number or is out of range."""
-    without_models, models = references(text)
-    plain, flags, warnings = split(without_models)
-    return ParsedText(plain, tuple(models), flags, tuple(warnings))
+    """Raises InvalidRequest if a tag names a model and cannot be read."""
+    without_models, models, about_tags = references(text)
+    plain, flags, about_flags = split(without_models)
+    return ParsedText(plain, tuple(models), flags, (*about_tags, *about_flags))
 
 
 def as_row(parsed: ParsedText) -> dict[str, object]:

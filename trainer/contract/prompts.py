@@ -14,6 +14,7 @@ from trainer.contract.fields import (
     OrNone,
     Request,
     Share,
+    StepsOrNone,
     Text,
     Word,
     blank_is_none,
@@ -38,7 +39,7 @@ DENOISING_STRENGTH = 0.8  # the hosted service's default
 PromptText = OrNone[Annotated[Text, Field(max_length=10_000)]]
 NumImages = NumberOrNone[Annotated[int, Field(ge=1, le=8)]]
 Seed = NumberOrNone[Annotated[int, Field(ge=0, le=2**32 - 1)]]
-SamplingSteps = NumberOrNone[Annotated[int, Field(ge=1, le=100)]]
+SamplingSteps = StepsOrNone[Annotated[int, Field(ge=1, le=100)]]
 CfgScale = NumberOrNone[Annotated[float, Field(ge=0, le=15, allow_inf_nan=False)]]
 Side = NumberOrNone[Annotated[int, Field(ge=64, le=2048)]]  # of a picture, in pixels
 LoraScale = NumberOrNone[Annotated[float, Field(ge=-5, le=5, allow_inf_nan=False)]]
@@ -46,6 +47,7 @@ AspectRatio = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of
 OlderAspectRatio = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of(AR))]]
 Scheduler = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of(SCHEDULERS))]]
 ControlNet = OrNone[Annotated[Text, Field(max_length=64), AfterValidator(one_of((*CONTROLS, *HOSTED_CONTROLS)))]]
+FilingId = NumberOrNone[Annotated[int, Field(ge=0, lt=2**53)]]
 
 
 def _enlarged(value: object) -> object:
@@ -91,7 +93,7 @@ class PromptRequest(Request):
 
     @property
     def parsed(self) -> ParsedText:
-        """Its text, parsed at the first call. Raises InvalidRequest if a weight is not a number or is out of range."""
+        """Its text, parsed at the first call. Raises InvalidRequest for a model that cannot be read."""
         if self._parsed is None:
             self._parsed = parse_text(self.text)
         return self._parsed
@@ -119,6 +121,15 @@ class PromptRequest(Request):
     @property
     def has_mask(self) -> bool:
         return self.mask_image is not None or self.mask_image_url is not None
+
+
+class PromptChange(Request):
+    """The parameters of an existing prompt that the hosted service changes: where it is filed. None has an effect."""
+
+    pack_id: FilingId = None
+    base_pack_id: FilingId = None
+    orig_prompt_id: FilingId = None
+    workspace_id: FilingId = None
 
 
 PICTURES = ("input_image", "mask_image")  # files, in a request and in the prompt's folder
@@ -205,3 +216,4 @@ class Prompt(BaseModel):
     user_error: str | None
     warnings: list[str]
     tunes: list[int]
+    liked: bool

@@ -105,6 +105,7 @@ class PromptRow(PromptToRender):
     tune_id: int | None
     base_id: int | None
     lora_id: int | None
+    liked_at: str | None
     files: list[str]
     status: PromptStatus
     cancel: int

@@ -15,10 +15,10 @@ from trainer.contract.fields import (
     Characteristics,
     ClassName,
     ImageUrls,
-    NumberOrNone,
     OptionalBool,
     OrNone,
     Request,
+    StepsOrNone,
     Text,
     Title,
     Word,
@@ -28,7 +28,7 @@ from trainer.contract.prompts import Prompt, PromptRequest
 from trainer.contract.states import Progress, TuneStatus
 from trainer.names import BRANCHES, DEFAULT_METHOD, METHODS, MODEL_TYPES
 
-TrainingSteps = NumberOrNone[Annotated[int, Field(ge=1, le=10_000)]]
+TrainingSteps = StepsOrNone[Annotated[int, Field(ge=1, le=10_000)]]
 Token = OrNone[Annotated[Text, Field(max_length=32)]]
 
 
@@ -85,6 +85,7 @@ class CheckRequest(Request):
     model_type: Word = None
     preset: Word = None
     args: Args = None
+    token: Token = None
 
     @classmethod
     def accepted(cls) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+LONGEST_NAME = 1000  # of a tensor; the models here have some 100 characters
 # Bits of a number of each type. Types that are not listed are not checked here.
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32,
@@ -76,6 +77,8 @@ def read_header(file: Path) -> Header:
         short = f": {UNFINISHED}" if size < expected else ""
         raise ValueError(f"it is broken: its header speaks of {expected} bytes, it has {size}{short}")
     for name, entry in entries.items():
+        if len(name) > LONGEST_NAME:
+            raise ValueError(f"the name of one of its tensors has {len(name)} characters; no model has such names")
         begin, end = entry.data_offsets
         if entry.dtype in BITS and math.prod(entry.shape) * BITS[entry.dtype] != (end - begin) * 8:
             raise ValueError(f"it is broken: {name[:80]} of shape {entry.shape[:8]} cannot have {end - begin} bytes")

@@ -303,9 +303,9 @@ def _clear_errors(repository: str, title: str) -> Iterator[None]:
         status = error.response.status_code
         hint = f" The token may have expired, or lack the right to read it: {give}." if status in (401, 403) else ""
         raise OSError(f"{host} answers {status} for {repository}.{hint}") from error
-    except (httpx2.HTTPError, LocalEntryNotFoundError) as error:  # the second: the connection broke
+    except (httpx2.HTTPError, LocalEntryNotFoundError):  # the second: the connection broke
         raise OSError(
-            f"{host} cannot be reached for {repository} ({type(error).__name__}). Check the network; HF_HUB_OFFLINE=1"
+            f"{host} cannot be reached for {repository}. Check the network; HF_HUB_OFFLINE=1"
             " uses only what is in the cache."
         ) from None
     except json.JSONDecodeError:

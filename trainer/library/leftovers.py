@@ -21,7 +21,9 @@ HARMLESS: dict[str, str] = {
     r"(cond_stage_model|conditioner\.embedders\.0|text_encoders\.clip_l)\..*text_projection(\.weight)?$": (
         "a projection of CLIP ViT-L/14, whose output these families do not use"
     ),
-    r"(cond_stage_model|conditioner|text_encoders)\..*\.?visual\.": "CLIP's image encoder",
+    r"(cond_stage_model|conditioner|text_encoders)\..*\.(visual|vision_model|visual_projection)\.": (
+        "CLIP's image encoder, in OpenCLIP's names and in those of transformers"
+    ),
     r"text_encoders\.t5xxl\..*embed_tokens\.weight$": "T5's embedding a second time, under its other name",
     r"text_encoders\..*spiece_model$": "a vocabulary, which is read from a tokenizer's own files",
     r"first_stage_model\.(loss|discriminator|model_ema)\b": "what trained the VAE",

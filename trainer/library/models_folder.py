@@ -76,7 +76,7 @@ def _is_sidecar(folder: Path, tree: Tree) -> bool:
 
 def _is_part(file: Path, sidecars: set[Path], tree: Tree) -> bool:
     """Whether a file has the weights of a part of the model that the sidecar belongs to."""
-    return file.parent / "config.json" in tree.files[file.parent] and bool(set(file.parent.parents) & sidecars)
+    return bool(set(file.parent.parents) & sidecars) and file.parent / "config.json" in tree.files[file.parent]
 
 
 def _is_in_place_of_file(folder: Path, tree: Tree) -> bool:

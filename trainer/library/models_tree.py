@@ -21,7 +21,8 @@ class Tree:
     @property
     def model_folders(self) -> list[Path]:
         """The diffusers folders; the index of a broken one may be a folder itself."""
-        return sorted(folder for folder, files in self.files.items() if folder / INDEX in (*files, *self.files))
+        found = {path.parent for path in (*self.all_files(), *self.files) if path.name == INDEX}
+        return sorted(found & self.files.keys())
 
     def all_files(self) -> list[Path]:
         return sorted(file for files in self.files.values() for file in files)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.library.models_folder import sidecar
+from trainer.library.models_tree import walk
 from trainer.library.prediction import yaml_of
 
 READ = {".safetensors", ".json", ".txt", ".model", ".bin"}  # of weights, configurations and vocabularies
@@ -26,7 +27,8 @@ def version_of(base: Path) -> Version:
 def files_of(base: Path) -> list[Path]:
     """The files that are read of a base: a single file, its sidecar and its YAML, or a diffusers folder."""
     folder = sidecar(base) if base.is_file() else base
-    inside = [file for file in sorted(folder.rglob("*")) if file.suffix in READ] if folder.is_dir() else []
+    # Parts may be links to folders elsewhere, which rglob does not enter.
+    inside = [file for file in walk(folder).all_files() if file.suffix in READ] if folder.is_dir() else []
     if not base.is_file():
         return inside
     beside = yaml_of(base)

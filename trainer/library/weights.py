@@ -194,8 +194,8 @@ def _fetch(settings: Settings, one: Weights, progress: ProgressCallback) -> None
         fsync(partial)
         _note_of(target).unlink(missing_ok=True)  # of an earlier file
         partial.rename(target)
-    except httpx.HTTPError as problem:
-        raise Unavailable(f"{one.what} could not be fetched ({type(problem).__name__}); {by_hand}") from None
+    except httpx.HTTPError:
+        raise Unavailable(f"{one.what} could not be fetched: no connection; {by_hand}") from None
     except OSError as problem:
         why = problem.strerror if settings.weights.is_dir() else why_no_folder("weights", settings.weights, problem)
         raise Unavailable(f"{one.what} could not be stored ({why}); {by_hand}") from None

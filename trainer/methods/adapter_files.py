@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from trainer.library.lora_keys import format_of, parsed, why_not_read
@@ -291,10 +293,11 @@ def configs(facts: Mapping[str, str], folder: Path) -> Configs:
 def told_alpha(configs: Configs, target: Target, down: Tensor) -> dict[str, Tensor]:
     """The alpha of a layer from peft's configuration, as a part; empty: there is none."""
     config = configs.get(target.part) or configs.get("") or {}
-    alpha = config.get("lora_alpha")
-    for end, value in (config.get("alpha_pattern") or {}).items():
-        if target.modules[0] == end or target.modules[0].endswith(f".{end}"):
-            alpha = value
+    patterns = config.get("alpha_pattern") or {}
+    try:
+        alpha = patterns.get(get_pattern_key(patterns, target.modules[0]), config.get("lora_alpha"))
+    except re.error as problem:
+        raise ValueError(f"the configuration of its adapters cannot be read: alpha_pattern has {problem}") from None
     if alpha is None:
         return {}
     return {"alpha": torch.tensor(alpha * (math.sqrt(len(down)) if config.get("use_rslora") else 1.0))}

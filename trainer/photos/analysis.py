@@ -14,7 +14,7 @@ from pathlib import Path
 from trainer.config.kinds import kind_of
 from trainer.config.train_config import TrainConfig
 from trainer.contract.errors import AnalysisUnavailable, InvalidRequest
-from trainer.contract.photos import Face, Photo, ProgressCallback, no_progress
+from trainer.contract.photos import Photo, ProgressCallback, no_progress
 from trainer.library import weights
 from trainer.library.weights import Unavailable, Weights
 from trainer.names import IDENTITY_FILE
@@ -131,7 +131,7 @@ class PhotoAnalyzer:
         try:
             self._worker_process.run(FIND_SECONDS, "save_identity", identity, folder / "model" / IDENTITY_FILE, facts)
         except (TimeoutError, WorkerCrashed, NotStarted, OSError, ValueError) as problem:
-            message = str(problem) or type(problem).__name__
+            message = str(problem) or "the process gave no reason"
             raise AnalysisUnavailable(f"the identity could not be written: {message}") from problem
         return photos, warnings
 
@@ -234,15 +234,7 @@ class PhotoAnalyzer:
         seen = [photo for photo in photos if photo.file in found]
         subjects, known = choose(seen, [found[photo.file] for photo in seen], name, same)
         for photo, faces, is_same in zip(seen, subjects, known, strict=True):
-            photo.faces = [
-                Face(
-                    box=tuple(round(side) for side in face.box),  # type: ignore[arg-type]
-                    score=round(face.score, 3),
-                    sharpness=round(face.sharpness, 1),
-                    main=face in faces and is_same is not False,
-                )
-                for face in found[photo.file]
-            ]
+            photo.faces = [face.in_verdict(main=face in faces and is_same is not False) for face in found[photo.file]]
             photo.same_person = is_same
         return {
             photo.file: [] if is_same is False else faces
@@ -329,5 +321,5 @@ def naming(photo: Photo) -> Iterator[None]:
         raise
     except Exception as problem:  # the edge of a process: the child may raise anything
         raise AnalysisUnavailable(
-            f"{photo.name} could not be analyzed: {str(problem) or type(problem).__name__}"
+            f"{photo.name} could not be analyzed: {str(problem) or 'the process gave no reason'}"
         ) from problem

@@ -116,7 +116,7 @@ def decode(source: Path, target: Path, name: str, max_pixels: int) -> Decoded:
         raise Refused(why_unidentified(source)) from None
     except Exception as error:  # noqa: BLE001  # the edge of a process, with untrusted files: decoders raise anything
         message = " ".join(str(error).split())[:REASON_CHARS]  # some decoders write several lines
-        raise Refused(f"is damaged and cannot be decoded ({type(error).__name__}: {message})") from None
+        raise Refused(f"is damaged and cannot be decoded ({message or 'the decoder gave no reason'})") from None
     image.info.clear()  # else comments and profiles would be saved too
     lossy = stored.form in LOSSY or (stored.form == "WEBP" and not is_lossless_webp(source))
     file = target.with_suffix(".jpg" if lossy else ".png")

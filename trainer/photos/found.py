@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.config.train_config import TrainConfig
-from trainer.contract.photos import Photo
+from trainer.contract.photos import Face, Photo
 
 Box = tuple[float, float, float, float]
 
@@ -28,6 +28,12 @@ class Found:
     def area(self) -> float:
         left, top, right, bottom = self.box
         return (right - left) * (bottom - top)
+
+    def in_verdict(self, main: bool) -> Face:
+        """The face as a verdict has it. main: whether it is the subject."""
+        left, top, right, bottom = map(round, self.box)
+        box = (left, top, right, bottom)
+        return Face(box=box, score=round(self.score, 3), sharpness=round(self.sharpness, 1), main=main)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from trainer.contract.disk import as_problems, check_room
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import Photo, ProgressCallback, Upload, no_progress
 from trainer.files import PARTIAL
-from trainer.photos.captions import pair, read_caption
+from trainer.photos.captions import OTHER_NOTE, caption_warnings, pair, write_caption
 from trainer.photos.decode import Decoded, alike
 from trainer.photos.decoder import CHILDREN, Decoder
-from trainer.photos.sorting import LeftOut, Sorted, left_out_notes, sort_uploads
+from trainer.photos.sorting import Sorted, left_out_notes, sort_uploads
 from trainer.photos.unpacking import unpack_zips
 from trainer.photos.urls import fetch_all
 from trainer.settings import Settings
@@ -30,7 +30,7 @@ SAME_PICTURE = "the very same picture as"  # first words of the reason why a dup
 
 @dataclass(frozen=True)
 class Taken:
-    """The photos of a request. folder: `images/` is in it. warnings: what was left out."""
+    """The photos of a request. folder: `images/` is in it. warnings: what was left out, and how captions were read."""
 
     folder: Path
     photos: list[Photo]
@@ -61,25 +61,25 @@ def intake(
             if image_urls:
                 uploads = [*uploads, *fetch_all(settings, image_urls, fetched, progress, zips=True)]
             found = unpack_zips(settings, decoder, sort_uploads(uploads), unpacked, progress)
-            photos, captions_left_out = _convert(settings, decoder, found, images, progress)
+            photos, warnings = _convert(settings, decoder, found, images, progress)
             for folder in (fetched, unpacked):
                 shutil.rmtree(folder, ignore_errors=True)
-            yield Taken(work, photos, left_out_notes([*found.left_out, *captions_left_out]))
+            yield Taken(work, photos, warnings)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _convert(
     settings: Settings, decoder: Decoder, found: Sorted, folder: Path, progress: ProgressCallback
-) -> tuple[list[Photo], list[LeftOut]]:
-    """The verdicts on the photos, and the captions that are left out. Raises InvalidRequest."""
+) -> tuple[list[Photo], list[str]]:
+    """The verdicts on the photos, and warnings. Raises InvalidRequest."""
     pictures = found.photos
-    mine, left_out, homeless = pair(pictures, found.captions, found.left_out)
+    paired = pair(pictures, found.captions, found.left_out)
 
     def convert(number: int) -> Decoded | str:
         """The photo of this number, or why it is refused."""
         try:
-            return _take(settings, decoder, pictures[number], mine[number], folder / f"{number:03d}")
+            return _take(settings, decoder, pictures[number], paired.mine[number], folder / f"{number:03d}")
         except ValueError as problem:
             return f"{pictures[number].full_name} {problem}"
 
@@ -89,10 +89,12 @@ def _convert(
             answers.append(answer)
             progress("photos are decoded", len(answers), len(pictures))
     problems = [answer for answer in answers if isinstance(answer, str)]
-    problems += [f"{upload.full_name} is a caption without an image of the same name" for upload in homeless]
-    if problems := [*found.refused, *problems]:
+    problems += [f"{upload.full_name} is a caption without an image of the same name" for upload in paired.homeless]
+    if problems := [*found.refused, *problems, *paired.refused]:
         raise InvalidRequest({"images": problems})
-    return _name_duplicates([answer for answer in answers if isinstance(answer, Decoded)], folder), left_out
+    photos = _name_duplicates([answer for answer in answers if isinstance(answer, Decoded)], folder)
+    warnings = left_out_notes([*found.left_out, *paired.left_out])
+    return photos, [*warnings, *caption_warnings(photos, paired.shared)]
 
 
 def _take(settings: Settings, decoder: Decoder, upload: Upload, caption: Upload | None, target: Path) -> Decoded:
@@ -103,7 +105,7 @@ def _take(settings: Settings, decoder: Decoder, upload: Upload, caption: Upload 
         raise ValueError(f"has {size / 2**20:.1f} MB; at most {settings.max_image_mb} MB are allowed")
     decoded = decoder.decode(upload.path, target, upload.name)
     if caption:
-        target.with_suffix(".txt").write_text(read_caption(caption), "utf-8")
+        write_caption(caption, decoded.photo, target.with_suffix(".txt"))
     return decoded
 
 
@@ -119,6 +121,8 @@ def _name_duplicates(decoded: list[Decoded], folder: Path) -> list[Photo]:
             caption, of_twin = ((folder / file).with_suffix(".txt") for file in (photo.file, twin.photo.file))
             if caption.exists() and not of_twin.exists():
                 caption.rename(of_twin)
+            elif caption.exists() and caption.read_bytes() != of_twin.read_bytes():
+                photo.notes.append(f"{OTHER_NOTE} {twin.photo.name}")
             caption.unlink(missing_ok=True)
             continue
         if near := next((other for other in kept if alike(other.look, one.look)), None):

@@ -82,7 +82,7 @@ def left_out_notes(left_out: Sequence[LeftOut]) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for name, what in left_out:
         kinds.setdefault(what, []).append(name)
-    return [f"left out ({what}): {_listed(names)}" for what, names in kinds.items()]
+    return [f"left out ({what}): {listed(names)}" for what, names in kinds.items()]
 
 
 def no_photos(left_out: Sequence[LeftOut]) -> str:
@@ -90,6 +90,7 @@ def no_photos(left_out: Sequence[LeftOut]) -> str:
     return "; ".join(["must contain at least one image", *left_out_notes(left_out)])
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names in a message; at most NAMED, the others are counted."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -11,7 +11,7 @@ from trainer.contract.errors import InvalidRequest
 from trainer.contract.photos import ProgressCallback, Upload
 from trainer.photos.decoder import Decoder
 from trainer.photos.sorting import Sorted, no_photos
-from trainer.photos.zips import Contents, Entry
+from trainer.photos.zips import MOST_CAPTIONS, ONE_EACH, Contents, Entry
 from trainer.settings import Settings
 
 
@@ -43,6 +43,8 @@ def unpack_zips(settings: Settings, decoder: Decoder, sent: Sorted, folder: Path
             found.refused.append(f"{archive.full_name} {problem}")
         else:
             packed += _taken(settings, archive, contents, found)
+        if sum(not one.is_photo for one in packed) > MOST_CAPTIONS:  # their texts are in memory
+            raise InvalidRequest({"images": [f"have more than {MOST_CAPTIONS} text files in zips; {ONE_EACH}"]})
     _check(settings, packed, found)
     for number, one in enumerate(packed):
         upload = one.unpacked(folder / f"{number:05d}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from trainer.photos.captions import MAX_CAPTION_BYTES
+from trainer.photos.caption_text import MAX_CAPTION_BYTES
 from trainer.photos.decode import Refused
 from trainer.photos.leftovers import HEAD_BYTES, leftover_of
 from trainer.photos.sorting import archive_of, is_zip
@@ -23,7 +23,8 @@ from trainer.photos.sorting import archive_of, is_zip
 # Of the list of entries, which `zipfile` keeps in memory as a whole: about 15,000 entries.
 MAX_DIRECTORY_BYTES = 2 * 2**20
 CHUNK_BYTES = 2**20
-MOST_CAPTIONS = 1000
+MOST_CAPTIONS = 1000  # of all zips of a request
+ONE_EACH = "at most one for each photo is allowed"
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of the others, one chunk may expand without limit
 OTHER_METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "xz", 98: "PPMd"}  # 4.4.5
 ENCRYPTED, UTF_8 = 0x1, 0x800  # flags of an entry
@@ -34,6 +35,9 @@ END_MARK, END_64_MARK, LOCATOR_MARK = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07
 MOST_COMMENT = 2**16
 IN_64_BITS = 0xFFFFFFFF  # the number is in the other record
 DAMAGED = "is a damaged zip, or was not transferred as a whole; make it again"
+# What `zipfile` raises for a broken entry. RuntimeError: one that `list_zip` refuses, in a zip that has changed since.
+# UnicodeDecodeError: its name is another one in its own header than in the list.
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def list_zip(source: Path) -> Contents:
             if name:
                 _sort(archive, info, Entry(number, folder, name, info.file_size), found)
             if len(found.captions) > MOST_CAPTIONS:
-                raise Refused(f"has more than {MOST_CAPTIONS} text files; at most one for each photo is allowed")
+                raise Refused(f"has more than {MOST_CAPTIONS} text files; {ONE_EACH}")
     return found
 
 
@@ -110,7 +114,7 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, count: int) -> bytes:
     try:
         with archive.open(info) as stream:
             return stream.read(count)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
+    except BROKEN:
         return b""
 
 
@@ -122,14 +126,13 @@ def unpack(source: Path, number: int, target: Path) -> None:
             with archive.open(info) as stream, target.open("wb") as file:
                 while chunk := stream.read(CHUNK_BYTES):
                     file.write(chunk)
-        # RuntimeError and NotImplementedError: of entries that `list_zip` refuses, in a zip that has changed since
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
+        except BROKEN:
             raise Refused("is damaged in the zip and cannot be unpacked") from None
 
 
 @contextmanager
 def _opened(source: Path) -> Iterator[zipfile.ZipFile]:
-    """A zip whose list of entries is not too long. Raises Refused."""
+    """A zip whose list of entries is not too long, and names places in the file. Raises Refused."""
     _check_directory(source)
     try:
         archive = zipfile.ZipFile(source)
@@ -138,6 +141,8 @@ def _opened(source: Path) -> Iterator[zipfile.ZipFile]:
     except (zipfile.BadZipFile, struct.error, NotImplementedError, ValueError, OverflowError, EOFError):
         raise Refused(DAMAGED) from None
     with archive:
+        if not all(0 <= info.header_offset < source.stat().st_size for info in archive.infolist()):
+            raise Refused(DAMAGED)
         yield archive
 
 

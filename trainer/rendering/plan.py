@@ -15,6 +15,7 @@ from trainer.config.branch_file import ControlRow, RenderConfig
 from trainer.config.looks import FilmLook
 from trainer.contract.flags import Flags
 from trainer.contract.prompts import AR, CONTROLS, DENOISING_STRENGTH, PromptRequest, prompt_of
+from trainer.contract.references import without
 from trainer.contract.rows import PromptToRender
 from trainer.photos import inputs
 from trainer.photos.picture_file import open_picture
@@ -87,7 +88,7 @@ def make_plan(
     text, warnings = fill(request.parsed.text, characteristics)
     if asked.mask_prompt:
         asked = replace(asked, mask_prompt=fill(asked.mask_prompt, characteristics)[0])
-    negative = request.negative_prompt
+    negative = without(request.negative_prompt or "", lambda _: True)
     if request.style:
         style = looks.styles(presets)[request.style]
         text = style.prompt.replace("{prompt}", text)
@@ -95,7 +96,7 @@ def make_plan(
     if not defaults.negative_prompt:
         if request.negative_prompt:
             warnings.append(f"negative_prompt has no effect on {branch}")
-        negative = None
+        negative = ""
     if request.scheduler and not defaults.schedulers:
         warnings.append(f"scheduler has no effect on {branch}, which has a sampler of its own")
     picture = read(inputs.find(folder, "input_image"), "RGB")

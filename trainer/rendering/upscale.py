@@ -62,7 +62,7 @@ def upscaler(file: Path, device: torch.device) -> Upscaler:
     except UnsupportedModelError as problem:
         raise ValueError(f"{file.name} is no upscaler: its weights are of no model that spandrel knows") from problem
     except UNREADABLE as problem:
-        raise ValueError(f"{file.name} cannot be read as an upscaler: {type(problem).__name__}: {problem}") from problem
+        raise ValueError(f"{file.name} cannot be read as an upscaler: {problem}") from problem
     channels = (network.input_channels, network.output_channels)
     if not isinstance(network, ImageModelDescriptor) or network.purpose != "SR" or network.scale < 2:
         raise ValueError(

@@ -145,6 +145,7 @@ def _prompt_answer(services: Services, row: PromptRow) -> Prompt:
         "user_error": row["error"],
         "warnings": row["warnings"] + broken_warnings(row),
         "tunes": list(dict.fromkeys([*filter(None, [row["tune_id"]]), *(one[1] for one in row["named"] or [])])),
+        "liked": row["liked_at"] is not None,
     }
     echo = Echo.model_validate(row["kept"] | wanted).model_dump()
     return Prompt.model_validate({**row, **echo, **attributes, **inputs, **computed})

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from trainer.contract.errors import AnalysisUnavailable
 from trainer.contract.photos import Upload
+from trainer.photos.caption_text import MAX_CAPTION_BYTES, decode_caption
+from trainer.photos.captions import pair
 from trainer.photos.sorting import left_out_notes, sort_uploads
 from trainer.studio.rows import Services
 
@@ -26,8 +28,8 @@ def chosen(services: Services, paths: Sequence[str] | None) -> Chosen:
     files = [Upload(path.name, path) for path in map(Path, paths or [])]
     found = sort_uploads([file for file in files if file.path.exists()])
     gone = [file for file in files if not file.path.exists() and file.path.suffix.lower() != ".txt"]
-    texts = {Path(one.name).stem: one.path.read_text("utf-8", errors="replace").strip() for one in found.captions}
-    photos = [(photo, texts.get(Path(photo.name).stem)) for photo in files if photo in found.photos + gone]
+    photos, captions = [photo for photo in files if photo in found.photos + gone], [*found.captions]
+    texts = {one.full_name: _read(one.path) for one in found.captions}
     notes, left_out = [], [*found.left_out]
     for archive in found.zips:
         try:
@@ -37,11 +39,28 @@ def chosen(services: Services, paths: Sequence[str] | None) -> Chosen:
             continue
         notes.append(f"{archive.name}: {len(contents.photos)} photos")
         left_out += [(f"{archive.name}/{path}", what) for path, what in contents.left_out]
-        own = {(one.folder, Path(one.name).stem): one.text.decode("utf-8-sig", "replace") for one in contents.captions}
-        for entry in contents.photos:
-            stem = Path(entry.name).stem
-            within = "/".join(filter(None, (archive.name, entry.folder)))
-            text = texts.get(stem, own.get((entry.folder, stem)))
-            photos.append((Upload(entry.name, archive.path, within), text and text.strip()))
+        for entry in [*contents.photos, *contents.captions]:
+            one = Upload(entry.name, archive.path, "/".join(filter(None, (archive.name, entry.folder))))
+            if entry in contents.photos:
+                photos.append(one)
+            else:
+                captions.append(one)
+                texts[one.full_name] = entry.text
+    with_text: list[tuple[Upload, str | None]] = []
+    for photo, caption in zip(photos, pair(photos, captions, []).mine, strict=True):
+        text = None
+        if caption:
+            try:
+                text = decode_caption(texts[caption.full_name], caption.name).text
+            except ValueError as problem:  # it is refused when the form is sent
+                notes.append(f"{photo.full_name} {problem}")
+                text = ""
+        with_text.append((photo, text))
     single = [str(photo.path) for photo in found.photos]
-    return Chosen(photos, single, [*notes, *found.refused, *left_out_notes(left_out)])
+    return Chosen(with_text, single, [*notes, *found.refused, *left_out_notes(left_out)])
+
+
+def _read(path: Path) -> bytes:
+    """A caption file, as far as captions may be long, and one byte more."""
+    with path.open("rb") as file:
+        return file.read(MAX_CAPTION_BYTES + 1)

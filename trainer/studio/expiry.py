@@ -65,7 +65,7 @@ def expire(settings: Settings, store: Store, tune: TuneRow) -> None:
         rendering = any(tune["id"] in tunes_of(prompt) for prompt in store.find("prompts", status="rendering"))
         if rendering or store.find("exports", tune_id=tune["id"], status="exporting") or store.dependents(tune["id"]):
             return
-        store.end_prompts(tune["id"], "canceled")
+        store.end_prompts(tune["id"], "canceled", "it has expired")
         for prompt in store.find("prompts", tune_id=tune["id"]):
             store.update("prompts", prompt["id"], files=[])
         store.update("tunes", tune["id"], status="expired", files=[])

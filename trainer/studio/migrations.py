@@ -205,6 +205,9 @@ MIGRATIONS = [
     CREATE INDEX callbacks_tune ON callbacks (tune_id);
     """
     + TRIGGERS,
+    """
+    ALTER TABLE prompts ADD COLUMN liked_at TEXT;  -- NULL: no user likes its pictures
+    """,
 ]
 
 

@@ -72,6 +72,8 @@ def model_link(services: Services, tune_id: int, format_: str | None = None) -> 
         if row["status"] != "trained":
             raise NotFound(f"tune {tune_id} has no model: it is {row['status']}")
         paths = here(row)
+        if not row["files"]:
+            raise NotFound(f"tune {tune_id} has no model files")
         if format_ in (None, ""):
             return model_file_link(services, tune_id, f"model/{row['files'][0]}")
         if format_ in paths:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from trainer.contract.errors import InvalidRequest, nearest, words
 from trainer.contract.fields import parse_request
 from trainer.contract.prompts import PICTURES, PromptRequest
-from trainer.contract.references import REFERENCE, references
+from trainer.contract.references import references, without
 from trainer.contract.rows import TuneRow
 from trainer.contract.tunes import TuneRequest, check_branch
 from trainer.names import LORA_REFERENCE, METHODS, MODEL_TYPES
@@ -245,8 +245,7 @@ def general_prompt(prompt: Mapping[str, object], tune: TuneRow) -> dict[str, obj
     text = str(prompt["text"])
     own = [weight for kind_, name, weight in references(text)[1] if kind_ == kind and name in names]
     if own:
-        text = REFERENCE.sub(lambda found: "" if found[1] == kind and found[2].strip() in names else found[0], text)
-        text = re.sub(r" {2,}", " ", text).strip()  # as in `references`
+        text = without(text, lambda tag: tag.kind == kind and tag.name in names)
     if own and kind == LORA_REFERENCE:  # the weight in the text overrides lora_scale
         attributes = {name: value for name, value in attributes.items() if name != "lora_scale"}
         attributes |= {"lora_scale": own[0]} if own[0] != 1 else {}

@@ -15,6 +15,7 @@ from trainer.files import Unreadable, read_json, write_whole
 from trainer.library import bases
 from trainer.studio import pack_file, packs
 from trainer.studio.idempotency import IdempotencyKey
+from trainer.studio.pack_answers import own_folder, pack_answer, pack_id
 from trainer.studio.pack_file import Pack
 from trainer.studio.prompt_rules import check_prompt
 from trainer.studio.prompts import create_prompt, delete_prompt
@@ -30,16 +31,29 @@ def list_packs(services: Services) -> list[dict[str, object]]:
     for slug, table in all_pack_tables(services).items():
         try:
             pack = read_pack(slug, table)
-            described.append(packs.describe(pack, branch_file.default_token(services.settings.presets, pack.branch)))
+            described.append(pack_answer(services, pack))
         except (Conflict, InvalidRequest) as problem:  # of its branch, the second
-            described.append({"slug": slug, "error": str(problem)})
+            described.append({"id": pack_id(slug), "slug": slug, "error": str(problem)})
     return described
 
 
+def list_gallery_packs(
+    services: Services, limit: int | None = None, offset: int = 0, before_id: int | None = None
+) -> list[dict[str, object]]:
+    """The packs that come with the program, the largest number first. before_id: only those with smaller numbers."""
+    public = [pack for pack in list_packs(services) if pack.get("public_at")]
+    public.sort(key=_number, reverse=True)
+    found = [pack for pack in public if before_id is None or _number(pack) < before_id]
+    return found[offset:][:limit]
+
+
+def _number(pack: Mapping[str, object]) -> int:
+    return pack_id(str(pack["slug"]))
+
+
 def get_pack(services: Services, slug: str) -> dict[str, object]:
-    """Raises NotFound, Conflict."""
-    pack = pack_of(services, slug)
-    return packs.describe(pack, branch_file.default_token(services.settings.presets, pack.branch))
+    """slug: of the pack, or its number. Raises NotFound, Conflict."""
+    return pack_answer(services, pack_of(services, slug))
 
 
 def create_pack_tune(
@@ -101,7 +115,7 @@ def save_pack(services: Services, tune_id: int, title: str | None = None) -> dic
     requests = [prompt.model_dump(exclude_none=True) for prompt in prompts]
     placeholder = branch_file.is_placeholder(services.settings.presets, tune["branch"])
     toml = pack_file.to_toml(title, tune, requests, asked, placeholder=placeholder)
-    folder = services.settings.outputs / "packs"
+    folder = own_folder(services)
     if folder.exists() and not folder.is_dir():
         raise Conflict("packs in the outputs folder is a file, where the folder of the packs should be; move it away")
     folder.mkdir(exist_ok=True)
@@ -113,11 +127,17 @@ def save_pack(services: Services, tune_id: int, title: str | None = None) -> dic
 
 def all_pack_tables(services: Services) -> dict[str, dict[str, object] | str]:
     """The program's packs, and the packs that users saved."""
-    return looks.pack_tables(services.settings.presets / "packs", services.settings.outputs / "packs")
+    return looks.pack_tables(services.settings.presets / "packs", own_folder(services))
 
 
 def pack_of(services: Services, slug: str) -> Pack:
+    """The pack of a slug or number. Raises NotFound, Conflict."""
     tables = all_pack_tables(services)
+    if slug not in tables and slug.isdecimal():
+        numbered = [one for one in tables if str(pack_id(one)) == slug]
+        if len(numbered) > 1:  # one chance in a thousand million
+            raise Conflict(f"the packs {words(numbered)} have the number {slug}; write the name of one")
+        slug = next(iter(numbered), slug)
     if slug not in tables:
         raise NotFound(f"there is no pack {slug!r}{nearest(slug, tables)}; known: {words(tables)}")
     return read_pack(slug, tables[slug])

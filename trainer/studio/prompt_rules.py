@@ -21,6 +21,7 @@ from trainer.contract.prompts import (
     PromptRequest,
     attributes_of,
 )
+from trainer.contract.references import references, tags
 from trainer.contract.rows import PromptRow
 from trainer.files import UNCOMMITTED, Unreadable
 from trainer.names import LORA_REFERENCE
@@ -52,6 +53,10 @@ def check_prompt(services: Services, request: PromptRequest) -> None:
         if not isinstance(getattr(request, field), Upload | None):
             message = f"must be a file in multipart/form-data; an address goes into {field}_url"
             problems[field] = [message]
+    try:
+        references(request.negative_prompt or "")
+    except InvalidRequest as invalid:
+        problems["negative_prompt"] = invalid.problems["text"]
     if not request.has_input:
         for field, given in (("mask_image", request.has_mask), ("controlnet", request.controlnet)):
             if given:
@@ -103,6 +108,10 @@ def prompt_warnings(request: PromptRequest) -> list[str]:
     messages = [f"{name} is accepted and has no effect" for name in request.ignored]
     asked = request.parsed.flags
     messages += request.parsed.warnings
+    messages += [
+        f"<{tag.kind}:{tag.name}> in negative_prompt has no effect and was left out; a model is named in text"
+        for tag in tags(request.negative_prompt or "")
+    ]
     if request.face_swap:
         messages.append("face_swap is accepted and not done: there is no model for it whose licence allows its use")
     if request.controlnet in HOSTED_CONTROLS:

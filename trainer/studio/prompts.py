@@ -159,14 +159,22 @@ def get_prompt(services: Services, prompt_id: int, place_id: int | None = None) 
     return prompt_answer(services, _listed_under(row_of(services, "prompts", prompt_id), place_id))
 
 
-def list_prompts(services: Services, place_id: int | None = None, limit: int = 20, offset: int = 0) -> list[Prompt]:
-    """Newest first. place_id: only those of a tune or base. Raises NotFound for an unknown one."""
-    if place_id is None:
-        rows = services.store.find("prompts", limit=limit, offset=offset)
-    else:
-        if tune_row(services, place_id) is None and not bases.by_id(bases.listed_once(services.settings), place_id):
-            raise NotFound(f"there is no tune {place_id}")
-        rows = services.store.prompts_under(place_id, limit, offset)
+def list_prompts(
+    services: Services,
+    place_id: int | None = None,
+    limit: int = 20,
+    offset: int = 0,
+    before_id: int | None = None,
+    text: str | None = None,
+) -> list[Prompt]:
+    """Newest first. place_id: only those of a tune or base. Raises NotFound for an unknown one.
+
+    text: only prompts that have it in their text, in upper or lower case.
+    """
+    tune = place_id is None or tune_row(services, place_id)
+    if not tune and not bases.by_id(bases.listed_once(services.settings), place_id or 0):
+        raise NotFound(f"there is no tune {place_id}")
+    rows = services.store.prompts_under(place_id, limit, offset, before_id, text)
     return [prompt_answer(services, row) for row in rows]
 
 

@@ -9,6 +9,7 @@ from typing import TypedDict
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.parsed_text import ParsedText
 from trainer.contract.prompts import prompt_of
+from trainer.contract.references import one_weight
 from trainer.contract.rows import PromptRow, TuneRow
 from trainer.library.bases import Base, Bases
 from trainer.names import FACE_REFERENCE, LORA_REFERENCE, MODEL_TYPES
@@ -50,7 +51,7 @@ def resolve(store: Store, listed: Bases, parsed: ParsedText, branch: str | None,
                 raise ValueError("it is named twice; once is enough")
             found.append(Named(kind, row, weight))
         except ValueError as problem:
-            problems.append(f"<{kind}:{name}>: {problem}")
+            problems.append(f"<{kind}:{name}>: {problem}{one_weight(kind, name, weight)}")
     faces = sum(one.kind == FACE_REFERENCE for one in found)
     if faces > 1:
         problems.append(f"names {faces} faces; one is possible")

@@ -9,6 +9,8 @@ from trainer.contract.tunes import TuneRequest, check_model_type
 from trainer.library import bases
 from trainer.library.bases import Base, Bases
 from trainer.names import FORMATS, MODEL_TYPES, ModelType
+from trainer.photos.caption_rules import CaptionRules, check_captions
+from trainer.photos.intake import Taken
 from trainer.photos.subject import not_people, of_one_person
 from trainer.studio.rows import Services, tune_row, tunes_by_id
 
@@ -129,6 +131,14 @@ def request_warnings(services: Services, request: TuneRequest, photos: int, base
     if request.auto_extend and not services.settings.lifetime_days:
         messages.append("auto_extend has no effect: tunes do not expire here")
     return messages
+
+
+def caption_warnings(services: Services, values: TuneValues, taken: Taken) -> list[str]:
+    """Warnings about captions, and notes of the photos; none for a tune that trains nothing, which has no token."""
+    if values["token"] is None:
+        return []
+    most = branch_file.caption_tokens(services.settings.presets, values["branch"])
+    return check_captions(taken.folder / "images", taken.photos, CaptionRules(values["token"], most))
 
 
 def untrained_problems(request: TuneRequest, model_type: ModelType) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, cast, overload
 
@@ -27,7 +28,10 @@ PAGE = ("limit", "offset", "before_id", "oldest_first")  # parameters of `Query`
 
 
 class Query(TypedDict, total=False):
-    """The parameters of `find`: the page of the result, and values that columns must have (None: any)."""
+    """The parameters of `find`: the page of the result, and values that columns must have (None: any).
+
+    name: one class name, or several of which one must match.
+    """
 
     limit: int
     offset: int
@@ -35,6 +39,7 @@ class Query(TypedDict, total=False):
     oldest_first: bool
     tune_id: int | None
     title: str | None
+    name: str | Sequence[str] | None
     token: str | None
     branch: str | None
     model_type: str | None
@@ -174,9 +179,14 @@ class Store:
         """Rows whose columns equal the given values (None: any), newest first."""
         limit, offset, before_id = query.get("limit", -1), query.get("offset", 0), query.get("before_id")
         wanted = {key: value for key, value in query.items() if key not in PAGE and value is not None}
-        conditions = [f"{key} = ?" for key in wanted] + (["id < ?"] if before_id is not None else [])
+        choices = {
+            key: [value] if isinstance(value, str | int) else list(cast(Sequence[object], value))
+            for key, value in wanted.items()
+        }
+        conditions = [f"{key} IN ({', '.join('?' * len(values))})" for key, values in choices.items()]
+        conditions += ["id < ?"] if before_id is not None else []
         where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
-        values = [*wanted.values(), *([before_id] if before_id is not None else []), limit, offset]
+        values = [*chain(*choices.values()), *([before_id] if before_id is not None else []), limit, offset]
         order = "ASC" if query.get("oldest_first") else "DESC"
         rows = self._db.execute(f"SELECT * FROM {table} {where} ORDER BY id {order} LIMIT ? OFFSET ?", values)
         return [decode(row) for row in rows]
@@ -236,14 +246,16 @@ class Store:
             self.update(table, row_id, status=status, cancel=0, **values)
             db.execute("DELETE FROM jobs WHERE id = ?", (job.id,))
             if table == "tunes" and status != "trained":
-                self.end_prompts(row_id, "canceled" if status == "canceled" else "failed")
+                why = str(values.get("error") or f"it is {status}")
+                self.end_prompts(row_id, "canceled" if status == "canceled" else "failed", why)
 
-    def end_prompts(self, tune_id: int, status: str) -> None:
+    def end_prompts(self, tune_id: int, status: str, why: str) -> None:
+        """End the queued prompts of a tune that was not trained. why: as words after a colon."""
         with self.transaction() as db:
             db.execute("DELETE FROM jobs WHERE tune_id = ? AND prompt_id IS NOT NULL", (tune_id,))
             db.execute(
                 "UPDATE prompts SET status = ?, error = ?, updated_at = ? WHERE tune_id = ? AND status = 'queued'",
-                (status, "the tune was not trained", now(), tune_id),
+                (status, f"the tune was not trained: {why}", now(), tune_id),
             )
 
     def take_off_queue(self, tune_id: int) -> bool:
@@ -253,7 +265,7 @@ class Store:
             if queued:
                 db.execute("DELETE FROM jobs WHERE tune_id = ? AND prompt_id IS NULL AND export_id IS NULL", (tune_id,))
                 self.update("tunes", tune_id, status="canceled")
-                self.end_prompts(tune_id, "canceled")
+                self.end_prompts(tune_id, "canceled", "it is canceled")
             return queued is not None
 
     def requeue_tune(self, tune_id: int) -> None:
@@ -290,11 +302,23 @@ class Store:
         found = self._db.execute("SELECT * FROM callbacks WHERE due_at IS NOT NULL ORDER BY due_at, id")
         return [cast(CallbackRow, dict(row)) for row in found]
 
-    def prompts_under(self, place_id: int, limit: int = -1, offset: int = 0) -> list[PromptRow]:
-        """The prompts of a tune (and those on bases that name it first), or of a base; newest first."""
+    def prompts_under(
+        self,
+        place_id: int | None,
+        limit: int = -1,
+        offset: int = 0,
+        before_id: int | None = None,
+        text: str | None = None,
+    ) -> list[PromptRow]:
+        """The prompts of a tune (and those on bases that name it first), or of a base; newest first.
+
+        place_id None: all prompts. text: must be in the prompt's text, in upper or lower case.
+        """
         found = self._db.execute(
-            "SELECT * FROM prompts WHERE ?1 IN (tune_id, base_id, lora_id) ORDER BY id DESC LIMIT ?2 OFFSET ?3",
-            (place_id, limit, offset),
+            "SELECT * FROM prompts WHERE (?1 IS NULL OR ?1 IN (tune_id, base_id, lora_id))"
+            " AND (?2 IS NULL OR id < ?2) AND (?3 IS NULL OR instr(lower(text), lower(?3)))"
+            " ORDER BY id DESC LIMIT ?4 OFFSET ?5",
+            (place_id, before_id, text, limit, offset),
         )
         return [cast(PromptRow, decode(row)) for row in found]
 

@@ -20,7 +20,7 @@ from trainer.contract.tunes import CheckRequest, Tune, TuneChange, TuneRequest
 from trainer.files import UNCOMMITTED, fsync, move_folder
 from trainer.library import bases
 from trainer.library.bases import Bases
-from trainer.names import FORMATS, MODEL_TYPES
+from trainer.names import MODEL_TYPES
 from trainer.photos import inputs
 from trainer.photos.intake import intake
 from trainer.photos.sorting import no_photos, sort_uploads
@@ -37,11 +37,12 @@ from trainer.studio.idempotency import (
     idempotency_columns,
     title_warnings,
 )
+from trainer.studio.identity import find_identity, made_files
 from trainer.studio.models import base_answer
 from trainer.studio.prompt_rules import check_prompt, keep_pictures, numbered, prompt_values
 from trainer.studio.references import NamedTune, resolve
 from trainer.studio.rows import STOP_SECONDS, Services, row_of, tune_folder, tune_row, tunes_by_id, tunes_of
-from trainer.studio.settle import settle
+from trainer.studio.settle import caption_warnings, settle
 from trainer.studio.store import Query
 
 R = TypeVar("R", bound=Request)
@@ -94,10 +95,11 @@ def create_tune(
         ):
             if problems or values is None:
                 raise InvalidRequest({})
-            work, photos, messages = taken.folder, taken.photos, taken.warnings
+            work, photos, messages = taken.folder, taken.photos, [*taken.warnings]
+            messages += caption_warnings(services, values, taken)
             different = sum(not photo.dropped for photo in photos)
             if not MODEL_TYPES[values["method"]].trains:
-                photos, more = services.analyzer.identify(work, photos, request.name, progress)
+                photos, more = find_identity(services, values["branch"], request.name, work, photos, progress)
                 messages = [*messages, *more]
             elif different != count:  # a duplicate photo is trained once, and a zip has many
                 values = settle(services, request, different, listed)
@@ -132,6 +134,7 @@ def check_photos(
     config = TrainConfig(**train_config.parse_args(values["args"]))
     with intake(services.settings, services.decoder, uploads, request.image_urls, progress) as taken:
         work, photos, warnings = taken.folder, taken.photos, [*values["warnings"], *taken.warnings]
+        warnings += caption_warnings(services, values, taken)
         if request.name:
             restore = bool(request.training_face_correct)
             photos, messages = services.analyzer.prepare(
@@ -309,7 +312,7 @@ def _insert(
             ready = datetime.now(UTC)
             tune_id = services.store.add_ready_tune(
                 row,
-                files=[FORMATS[name] for name in MODEL_TYPES[values["method"]].formats],
+                files=made_files(work, MODEL_TYPES[values["method"]]),
                 started_training_at=stamp(ready),
                 trained_at=stamp(ready),
                 expires_at=expiry(services.settings, ready),

@@ -226,7 +226,7 @@ def find_pictures(
 
 
 def captions_for(photos: list[Path], token: str, class_name: str) -> list[str]:
-    """The text of `NAME.txt` next to a photo, else the hosted service's caption: `A photo of TOKEN CLASS`.
+    """The text of `NAME.txt` next to a photo; without it, or if it is empty, the default: `A photo of TOKEN CLASS`.
 
     Raises Unreadable for a text that is broken: another caption would train another model.
     """
@@ -237,7 +237,7 @@ def captions_for(photos: list[Path], token: str, class_name: str) -> list[str]:
 
 def _caption(file: Path, otherwise: str) -> str:
     try:
-        return read_text(file).strip()
+        return read_text(file).strip() or otherwise
     except FileNotFoundError:
         return otherwise
     except Unreadable as problem:

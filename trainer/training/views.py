@@ -18,8 +18,9 @@ from trainer.photos.geometry import DIMMED, bucket, crops, cut, load_mask, squar
 from trainer.photos.picture_file import open_picture
 from trainer.training.seeds import derive
 
-# What a user can do about a photo that is missing or broken.
-PUT_BACK = "Put a copy in its place and resume the tune; if it is deleted, training goes on without it"
+# What a user can do about a photo that is missing, and about one that is there and broken.
+PUT_COPY = "Put a copy in its place and resume the tune"
+PUT_BACK = f"{PUT_COPY}; if it is deleted, training goes on without it"
 MASKS = ("face", "subject")
 Kind = Literal["photo", "face", "class"]
 

@@ -36,10 +36,12 @@ class Malformed(Exception):
 
 
 @asynccontextmanager
-async def sent(request: Request, services: Services, root: str, max_files: int) -> AsyncIterator[dict[str, object]]:
+async def sent(
+    request: Request, services: Services, root: str | None, max_files: int
+) -> AsyncIterator[dict[str, object]]:
     """The object under `root` of a request; its files are Uploads in it, and are deleted at the end.
 
-    Raises DiskProblem where there is no room for them.
+    root None: the whole body. Raises DiskProblem where there is no room for them.
     """
     outputs, length = services.settings.outputs, request.headers.get("content-length", "0")
     if length.isdigit():  # the uploaded file, and the decoded photo
@@ -84,11 +86,12 @@ def _sha256(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-async def read_body(request: Request, root: str, max_files: int, work: Path | None) -> dict[str, object]:
-    """The object under `root` in a JSON, multipart or urlencoded body; files are written into `work`.
+async def read_body(request: Request, root: str | None, max_files: int, work: Path | None) -> dict[str, object]:
+    """The object under `root` in a JSON, multipart or urlencoded body; files are written into `work`. JSON may be the
+    object itself, as Rails allows.
 
-    work None: only the names of files are kept. Raises Malformed for an unreadable body, InvalidRequest if the object
-    is missing.
+    root None: the whole body. work None: only the names of files are kept. Raises Malformed for an unreadable body,
+    InvalidRequest if the object is missing.
     """
     packed = request.headers.get("content-encoding", "identity")
     if packed != "identity":
@@ -100,6 +103,10 @@ async def read_body(request: Request, root: str, max_files: int, work: Path | No
         data = await _read_form(request, max_files, work)
     else:
         raise HTTPException(415, "send application/json, multipart/form-data or application/x-www-form-urlencoded")
+    if root is None:
+        return data
+    if kind == "application/json" and data and root not in data:
+        data = {root: data}
     unknown = [name for name in data if name != root]
     if unknown:
         raise InvalidRequest({name: [f"unknown parameter; everything goes under {root}"] for name in unknown})

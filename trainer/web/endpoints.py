@@ -114,6 +114,7 @@ def check_endpoint(services: Services) -> Endpoint:
         base_tune_id: int | None = None,
         model_type: str | None = None,
         args: str | None = None,
+        token: str | None = None,
     ) -> Answer:
         """Check photos for a tune with these parameters: a verdict for each photo; nothing is kept."""
         given = locals()
@@ -141,9 +142,12 @@ def tune_endpoints(services: Services) -> list[Endpoint]:
         title: str | None = None,
         branch: str | None = None,
         model_type: str | None = None,
+        before_id: int | None = None,
+        name: str | None = None,
     ) -> list[Answer]:
-        """Tunes, newest first."""
-        wanted: Query = {"limit": limit, "offset": offset, "title": title, "branch": branch, "model_type": model_type}
+        """Tunes, newest first; before_id: only those with smaller ids."""
+        wanted: Query = {"limit": limit, "offset": offset, "before_id": before_id, "title": title, "name": name}
+        wanted |= {"branch": branch, "model_type": model_type}
         tunes = await run_in_threadpool(functools.partial(tune_verbs.list_tunes, services, **wanted))
         return [tune.model_dump() for tune in tunes]
 
@@ -173,9 +177,15 @@ def prompt_endpoints(services: Services) -> list[Endpoint]:
         return (await run_in_threadpool(prompt_verbs.get_prompt, services, prompt_id)).model_dump()
 
     @as_gradio_errors
-    async def list_prompts(tune_id: int | None = None, limit: int = 20, offset: int = 0) -> list[Answer]:
-        """Prompts, newest first."""
-        prompts = await run_in_threadpool(prompt_verbs.list_prompts, services, tune_id, limit, offset)
+    async def list_prompts(
+        tune_id: int | None = None,
+        limit: int = 20,
+        offset: int = 0,
+        before_id: int | None = None,
+        text: str | None = None,
+    ) -> list[Answer]:
+        """Prompts, newest first; before_id: only those with smaller ids; text: only those that contain it."""
+        prompts = await run_in_threadpool(prompt_verbs.list_prompts, services, tune_id, limit, offset, before_id, text)
         return [prompt.model_dump() for prompt in prompts]
 
     @as_gradio_errors

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from trainer.studio import models, pack_verbs, settle, tunes
 from trainer.studio.chosen import chosen
 from trainer.studio.rows import Services
 from trainer.web import html, spool
+from trainer.web.caption_table import Rows, table, with_captions
 from trainer.web.choices import look_names, token_of, usual_tokens
 from trainer.web.html import note, thumbnails
 from trainer.web.progress import progress_callback
@@ -199,17 +201,28 @@ class Form:
     def check(self, *values: Any) -> list[object]:
         """Show a verdict for each photo; then the errors, as in `submit`."""
         data, uploads = self._read(values)
+        *_, rows, automatic, _ = values
         asked = {name: data[name] for name in CheckRequest.parameters() if name in data}
         try:
             spool.check_uploads("images", uploads)
-            verdicts = html.verdicts(
-                tunes.check_photos(self._services, asked, uploads, progress_callback(gr.Progress()))
-            )
+            with self._with_captions(uploads, rows, automatic) as sent:
+                verdicts = html.verdicts(
+                    tunes.check_photos(self._services, asked, sent, progress_callback(gr.Progress()))
+                )
             return [verdicts, *self._show_errors({})]
         except InvalidRequest as invalid:
             return [gr.skip(), *self._show_errors(invalid.problems)]
         except (AnalysisUnavailable, DiskProblem) as problem:
             return [gr.skip(), *self._show_errors({"images": [str(problem)]})]
+
+    @contextmanager
+    def _with_captions(self, uploads: list[Upload], rows: Rows, automatic: str) -> Iterator[list[Upload]]:
+        """The uploads with the captions that were edited in the table."""
+        incoming = self._services.settings.outputs / "incoming"
+        incoming.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=incoming) as folder:
+            found = chosen(self._services, [str(upload.path) for upload in uploads]).photos
+            yield with_captions(uploads, rows, automatic, Path(folder), found)
 
     def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], list[Upload]]:
         """The values of the fields, and the files."""
@@ -235,11 +248,7 @@ class Form:
         problems: dict[str, list[str]] = {}
         try:
             spool.check_uploads("images", uploads)
-            incoming = self._services.settings.outputs / "incoming"
-            incoming.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=incoming) as folder:
-                zipped = [one for one in chosen(self._services, [str(path) for path in sent]).photos if one[0].within]
-                uploads = with_captions(uploads, rows, automatic, Path(folder), zipped)
+            with self._with_captions(uploads, rows, automatic) as uploads:
                 if pack:
                     usual = {"num_images": PAGE_NUM_IMAGES}
                     changed = {name: value for name, value in shared.items() if value and value != usual.get(name)}
@@ -273,13 +282,8 @@ class Form:
         """A caption for each photo: the edited one, else that of the uploaded text file, else the automatic one."""
         token = (token or "").strip() or token_of(self._services.settings.presets, branch) or ""
         now = default_caption(token, name.strip()) if (name or "").strip() else ""
-        written = {photo: caption for photo, caption in rows or [] if caption and caption != automatic}
         spool.note_use(paths or [])
-        table = [
-            [photo.name, written.get(photo.name, now if caption is None else caption)]
-            for photo, caption in chosen(self._services, paths).photos
-        ]
-        return table, now
+        return table(rows, chosen(self._services, paths).photos, automatic, now), now
 
     def _unique_title(self, title: str, name: str) -> str:
         title = title or f"{name or 'tune'} {datetime.now(UTC):%Y-%m-%d %H:%M}"
@@ -288,25 +292,3 @@ class Form:
             number += 1
             unique = f"{title} ({number})"
         return unique
-
-
-def with_captions(
-    uploads: list[Upload],
-    rows: list[list[str]],
-    automatic: str,
-    folder: Path,
-    zipped: Sequence[tuple[Upload, str | None]] = (),
-) -> list[Upload]:
-    """The uploads with a text file for each edited caption; it replaces an uploaded text file.
-
-    zipped: the photos in zips, with the captions that the zips have.
-    """
-    written = {Path(photo).stem: caption for photo, caption in rows or [] if caption and caption.strip() != automatic}
-    in_zips = {Path(photo.name).stem: caption for photo, caption in zipped}
-    written = {stem: caption for stem, caption in written.items() if in_zips.get(stem) != caption}
-    kept = [one for one in uploads if not (one.name.lower().endswith(".txt") and Path(one.name).stem in written)]
-    for stem in ({Path(one.name).stem for one in kept} | in_zips.keys()) & written.keys():
-        file = folder / f"{stem}.txt"
-        file.write_text(written[stem], "utf-8")
-        kept.append(Upload(file.name, file))
-    return kept

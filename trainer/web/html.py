@@ -204,6 +204,11 @@ def path(tune: Tune) -> str:
     return urlsplit(tune.url).path.removesuffix(".json")
 
 
+def likes_path(prompt: Prompt) -> str:
+    """The path of the call for likes, with the prefix of the public address."""
+    return f"{urlsplit(prompt.url).path.rpartition('/tunes/')[0]}/prompts/{prompt.id}/likes"
+
+
 def small(tune: Tune) -> str:
     """The CSS class of small pictures, which are enlarged without blur."""
     return " tb-small" if tune.branch == DEMO_BRANCH else ""
@@ -253,6 +258,7 @@ def duration(seconds: float) -> str:
 
 ENVIRONMENT.globals |= {"ENDED": ENDED, "ANY": ANY}
 ENVIRONMENT.filters |= {
-    "relative": relative, "path": path, "small": small, "badges": badges, "outcome": outcome, "when": when,
-    "where": where, "first_picture": first_picture, "prompt_counts": prompt_counts, "setting_rows": setting_rows,
+    "relative": relative, "path": path, "likes_path": likes_path, "small": small, "badges": badges,
+    "outcome": outcome, "when": when, "where": where, "first_picture": first_picture, "prompt_counts": prompt_counts,
+    "setting_rows": setting_rows,
 }  # fmt: skip

@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 
 from trainer.contract.disk import DiskProblem
 from trainer.contract.errors import AnalysisUnavailable, Conflict, InvalidRequest, NotFound
-from trainer.contract.prompts import PromptRequest
+from trainer.contract.inspection import InspectRequest
+from trainer.contract.prompts import PromptChange, PromptRequest
 from trainer.contract.tunes import CheckRequest, TuneChange, TuneRequest
 from trainer.names import DEMO_BRANCH
 from trainer.studio.packs import PackRequest
@@ -46,6 +47,8 @@ EXAMPLES: dict[type[BaseModel], dict[str, object]] = {  # of bodies, for readers
     TuneChange: {"title": "Rex, retired", "characteristics": {"colour": "grey"}},
     CheckRequest: {"name": "dog", "image_urls": PHOTO_URLS},
     PromptRequest: {"text": "ohwx dog in the snow", "num_images": 2, "seed": 7},
+    PromptChange: {"pack_id": 260},
+    InspectRequest: {"name": "man", "file_url": "https://example.com/john-1.jpg"},
     PackRequest: {"title": "Rex for the shop", "name": "dog", "branch": DEMO_BRANCH, "image_urls": PHOTO_URLS},
 }  # fmt: skip
 REFUSED = {
@@ -117,4 +120,13 @@ def body_schema(root: str, model: type[BaseModel]) -> dict[str, dict[str, object
         kind: {"schema": wrapped} for kind in ("application/json", "multipart/form-data")
     }
     kinds["application/json"]["example"] = {root: EXAMPLES[model]}
+    return kinds
+
+
+def flat_body(model: type[BaseModel]) -> dict[str, dict[str, object]]:
+    """As `body_schema`, for a body whose fields are under no root."""
+    kinds: dict[str, dict[str, object]] = {
+        kind: {"schema": model.model_json_schema()} for kind in ("application/json", "multipart/form-data")
+    }
+    kinds["application/json"]["example"] = EXAMPLES[model]
     return kinds

@@ -7,6 +7,7 @@ import os
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.routing import Mount
 
 from trainer.contract.errors import NotFound
 from trainer.studio import answers, models, pack_verbs
@@ -17,6 +18,7 @@ from trainer.web import html, mcp, spool
 from trainer.web.endpoints import endpoints
 from trainer.web.form import PACK_FIELDS, Form
 from trainer.web.html import TuneDetails
+from trainer.web.paths import answer_as_rest
 from trainer.web.progress import WATCH_SECONDS, busy
 from trainer.web.prompt_form import PromptForm
 from trainer.web.templating import render
@@ -44,6 +46,9 @@ def mount(app: FastAPI, services: Services) -> FastAPI:
         ),
         css=html.CSS,
     )
+    for route in mounted.routes:
+        if isinstance(route, Mount) and route.path == "" and isinstance(route.app, FastAPI):
+            answer_as_rest(route.app)
     return mounted
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi import Path as UrlPath
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trainer import __version__
 from trainer.contract.photos import Check, no_progress
@@ -19,12 +18,17 @@ from trainer.studio import models, pack_verbs, prompts, settle, tunes
 from trainer.studio.pack_file import SLUG
 from trainer.studio.packs import PackRequest
 from trainer.studio.rows import Services
+from trainer.studio.store import Query as Wanted
+from trainer.web import service_routes
 from trainer.web.bodies import read_body, read_idempotency_key, sent, sent_tune
 from trainer.web.openapi import REFUSALS, Done, add_error_answers, body_schema
+from trainer.web.paths import AsRails, add_unrouted
+from trainer.web.query import BeforeId, Filter, Limit, Offset, OptionalLimit, check_query, page_of, row_id
 
 Slug = Annotated[str, UrlPath(pattern=f"^{SLUG.pattern}$")]
-SqlInteger = Annotated[int, Query(ge=0, lt=2**63)]
-CALLS = ("/tunes", "/prompts", "/photos/", "/gallery/", "/presets", "/packs", "/p/")  # the paths of the API
+CALLS = (  # the paths of the API
+    "/tunes", "/prompts", "/photos/", "/images/", "/gallery/", "/presets", "/packs", "/p/", "/users", "/themes",
+)  # fmt: skip
 
 
 PROMPT_BODY = {"requestBody": {"content": body_schema("prompt", PromptRequest)}}
@@ -32,13 +36,21 @@ PROMPT_BODY = {"requestBody": {"content": body_schema("prompt", PromptRequest)}}
 
 def create_app(services: Services) -> FastAPI:
     """The app with all REST routes."""
-    app = FastAPI(title="Tunebooth", version=__version__, redirect_slashes=False, responses=REFUSALS)
-    app.add_middleware(JsonSuffix)
+    app = FastAPI(
+        title="Tunebooth",
+        version=__version__,
+        redirect_slashes=False,
+        responses=REFUSALS,
+        dependencies=[Depends(check_query)],
+    )
+    app.add_middleware(AsRails, prefixes=CALLS)
     add_error_answers(app)
     for add_routes in (
-        tune_routes, change_routes, file_routes, prompt_routes, prompt_change_routes, pack_routes, list_routes
+        tune_routes, change_routes, file_routes, prompt_routes, prompt_change_routes, pack_routes, list_routes,
+        service_routes.add_routes,
     ):  # fmt: skip
         add_routes(app, services)
+    add_unrouted(app, CALLS)
     return app
 
 
@@ -62,17 +74,19 @@ def tune_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/tunes")
     def list_tunes(
-        limit: Annotated[int, Query(ge=1, le=120)] = 20,
-        offset: SqlInteger = 0,
-        before_id: SqlInteger | None = None,
-        title: str | None = None,
-        branch: str | None = None,
-        model_type: str | None = None,
+        limit: Limit = 20,
+        offset: Offset = 0,
+        before_id: BeforeId = None,
+        title: Filter = None,
+        name: Filter = None,
+        names: Annotated[list[str] | None, Query(alias="name[]")] = None,
+        branch: Filter = None,
+        model_type: Filter = None,
     ) -> list[Tune]:
-        """Tunes, newest first."""
-        return tunes.list_tunes(
-            services, limit=limit, offset=offset, before_id=before_id, title=title, branch=branch, model_type=model_type
-        )
+        """Tunes, newest first. `name`: of the class; several as `name[]`."""
+        page: Wanted = {"limit": limit, "offset": offset, "before_id": before_id}
+        columns: Wanted = {"title": title, "name": names or name, "branch": branch, "model_type": model_type}
+        return tunes.list_tunes(services, **page | columns)
 
     @app.get("/tunes/{tune_id}")
     def get_tune(tune_id: int) -> Tune:
@@ -103,10 +117,13 @@ def change_routes(app: FastAPI, services: Services) -> None:
         return tunes.resume_tune(services, tune_id)
 
     @app.get("/tunes/{tune_id}/callbacks")
-    def list_callbacks(tune_id: int) -> list[Callback]:
+    def list_callbacks(
+        tune_id: int, limit: OptionalLimit = None, offset: Offset = 0, before_id: BeforeId = None
+    ) -> list[Callback]:
         """The callbacks of a tune and its prompts, sent or waiting; newest first."""
         tunes.get_tune(services, tune_id)  # raises NotFound
-        return tunes.list_callbacks(services, tune_id)
+        found = tunes.list_callbacks(services, tune_id)
+        return page_of(found, lambda callback: callback.id, limit, offset, before_id)
 
     @app.post("/tunes/{tune_id}/callbacks")
     def send_callbacks_again(tune_id: int) -> list[Callback]:
@@ -156,13 +173,17 @@ def prompt_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/tunes/{tune_id}/prompts")
     def list_tune_prompts(
-        tune_id: int, limit: Annotated[int, Query(ge=1, le=120)] = 20, offset: SqlInteger = 0
+        tune_id: int, limit: Limit = 20, offset: Offset = 0, before_id: BeforeId = None, text: Filter = None
     ) -> list[Prompt]:
-        return prompts.list_prompts(services, tune_id, limit, offset)
+        """Prompts of a tune or base, newest first. `text`: only those that contain it."""
+        return prompts.list_prompts(services, tune_id, limit, offset, before_id, text)
 
     @app.get("/prompts")
-    def list_prompts(limit: Annotated[int, Query(ge=1, le=120)] = 20, offset: SqlInteger = 0) -> list[Prompt]:
-        return prompts.list_prompts(services, None, limit, offset)
+    def list_prompts(
+        limit: Limit = 20, offset: Offset = 0, before_id: BeforeId = None, text: Filter = None
+    ) -> list[Prompt]:
+        """Prompts, newest first. `text`: only those that contain it."""
+        return prompts.list_prompts(services, None, limit, offset, before_id, text)
 
     @app.get("/prompts/{prompt_id}")
     def get_prompt(prompt_id: int) -> Prompt:
@@ -204,9 +225,11 @@ def pack_routes(app: FastAPI, services: Services) -> None:
     """Packs."""
 
     @app.get("/packs")
-    def list_packs() -> list[dict[str, object]]:
+    def list_packs(
+        limit: OptionalLimit = None, offset: Offset = 0, before_id: BeforeId = None
+    ) -> list[dict[str, object]]:
         """Packs: settings and prompts for a purpose."""
-        return pack_verbs.list_packs(services)
+        return page_of(pack_verbs.list_packs(services), row_id, limit, offset, before_id)
 
     @app.get("/p/{slug}")
     def get_pack(slug: Slug) -> dict[str, object]:
@@ -236,27 +259,17 @@ def list_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/gallery/tunes")
     def list_base_tunes(
-        branch: str | None = None,
-        limit: Annotated[int, Query(ge=1, le=120)] | None = None,
-        title: str | None = None,
-        model_type: str | None = None,
+        branch: Filter = None,
+        limit: OptionalLimit = None,
+        title: Filter = None,
+        model_type: Filter = None,
+        offset: Offset = 0,
+        before_id: BeforeId = None,
     ) -> list[dict[str, object]]:
-        """Base models, to train tunes on and to post prompts to."""
-        return models.list_base_tunes(services, branch, limit, title, model_type)
+        """Base models, to train tunes on and to post prompts to. `before_id`: those listed after this one."""
+        found = models.list_base_tunes(services, branch, title=title, model_type=model_type)
+        return page_of(found, row_id, limit, offset, before_id)
 
     @app.get("/presets")
-    def list_presets() -> list[str]:
-        return settle.list_presets(services)
-
-
-class JsonSuffix:
-    """`/tunes/1.json` is `/tunes/1`; paths of files stay unchanged."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, prefix = scope.get("path", ""), scope.get("root_path", "")
-        if path.endswith(".json") and path.removeprefix(prefix).startswith(CALLS):
-            scope = {**scope, "path": path.removesuffix(".json")}
-        await self._app(scope, receive, send)
+    def list_presets(limit: OptionalLimit = None, offset: Offset = 0) -> list[str]:
+        return page_of(settle.list_presets(services), None, limit, offset)

@@ -16,7 +16,7 @@ from trainer.photos.analysis import PhotoAnalyzer
 from trainer.photos.intake import SAME_PICTURE
 from trainer.photos.unfinished import remove_unfinished
 from trainer.studio.store import Store
-from trainer.training.views import PUT_BACK
+from trainer.training.views import PUT_BACK, PUT_COPY
 from trainer.work.reporter import Reporter
 from trainer.work.run_files import (
     damage,
@@ -88,7 +88,7 @@ def analyze(
     photos = [as_uploaded(Photo.model_validate(photo)) for photo in tune["photos"]]
     if only := [photo for photo in photos if is_lost(photo, folder) and restored(photo, folder).exists()]:
         raise Unreadable(
-            f"the pictures in dataset/ are damaged, and they cannot be made again: {named(only)} missing. {PUT_BACK}"
+            f"the pictures in dataset/ are damaged, and they cannot be made again: {named(only)} missing. {PUT_COPY}"
         )
     leave_out_lost(photos, folder)
     remove_unfinished(folder / "dataset")
@@ -128,7 +128,7 @@ def leave_out_lost(photos: Sequence[Photo], folder: Path) -> None:
     """Drop the photos that are missing, unless their restored version is there. Raises Unreadable if none is left."""
     lost = [photo for photo in photos if is_lost(photo, folder) and not restored(photo, folder).exists()]
     if lost and all(photo.dropped for photo in photos if photo not in lost):
-        raise Unreadable(f"no photo of this tune is left: {named(lost)} missing. {PUT_BACK}")
+        raise Unreadable(f"no photo of this tune is left: {named(lost)} missing. {PUT_COPY}")
     for photo in lost:
         photo.dropped = f"{LOST}: there is no images/{photo.file} any more"
 
@@ -136,7 +136,7 @@ def leave_out_lost(photos: Sequence[Photo], folder: Path) -> None:
 def lost_or_changed(photos: Sequence[PreparedPhoto], folder: Path) -> list[str]:
     """Warnings about photos that were lost or changed after they were prepared. folder: of the tune."""
     lost = [photo for photo in photos if photo.dropped and photo.dropped.startswith(LOST)]
-    messages = [f"{named(lost)} missing: training goes on without. {PUT_BACK}"] if lost else []
+    messages = [f"{named(lost)} missing: training goes on without. {PUT_COPY}"] if lost else []
     for photo in photos:
         if not photo.dropped and restored(photo, folder).exists():
             state = "missing" if is_lost(photo, folder) else "changed" if is_changed(photo, folder) else ""

@@ -6,7 +6,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from trainer.config import kinds
+from trainer.config import branch_file, kinds
 from trainer.contract.errors import JobRefused
 from trainer.contract.rows import PromptRow, TuneRow
 from trainer.library import bases, weights
@@ -53,6 +53,11 @@ def find_models(
     rows = [tune, *(store.get("tunes", one.id) for one in named)]
     is_person = any(kinds.kind_of(row["name"]) == "person" for row in rows if row)
     title = tune["title"] if tune else base.title
+    if face and branch_file.is_placeholder(settings.presets, base.branch):
+        if store.get("tunes", face.id) is None:
+            raise _no_face(face)
+        reporter.warn(f"<faceid:{face.id}> is not drawn: a face on branch {base.branch} is a mock")
+        face = None
     return Models(title, base, loras, _face(settings, face, base, reporter) if face else None, is_person)
 
 
@@ -105,7 +110,11 @@ def _face(settings: Settings, named: Named, base: Base, reporter: Reporter) -> F
     """The face with this id, and the adapter that puts it into pictures of this base."""
     folder = settings.outputs / "tunes" / str(named.id) / "model"
     if not (folder / IDENTITY_FILE).exists():
-        raise JobRefused(f"<faceid:{named.id}>: that tune was deleted, and its face with it")
+        raise _no_face(named)
     wanted = weights.face_adapter(settings, base.branch)
     adapter = weights.obtain(settings, wanted, progress=lambda what, *_: reporter.stage(what))
     return FaceID(folder, adapter, named.weight)
+
+
+def _no_face(named: Named) -> JobRefused:
+    return JobRefused(f"<faceid:{named.id}>: that tune was deleted, and its face with it")

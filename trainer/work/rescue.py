@@ -156,7 +156,7 @@ def set_aside(store: Store, outputs: Path) -> list[tuple[Path, str]]:
 
 def why(problem: Exception) -> str:
     """An error in one line."""
-    return " ".join(str(problem).split()) or type(problem).__name__
+    return " ".join(str(problem).split()) or "it gave no reason"
 
 
 def plural(count: int, name: str) -> str:

@@ -16,6 +16,8 @@ from trainer.config.train_config import TrainConfig, as_args, parse_args
 from trainer.contract import parsed_text
 from trainer.contract.errors import InvalidRequest
 from trainer.contract.fields import parse_request
+from trainer.contract.flags import Flags
+from trainer.contract.parsed_text import ParsedText
 from trainer.contract.photos import Photo
 from trainer.contract.prompts import COLUMNS, PICTURES, PromptRequest, attributes_of
 from trainer.contract.rows import TuneValues
@@ -243,10 +245,18 @@ def prompt_values(request: PromptRequest, of_inputs: Path) -> dict[str, object]:
         **{name: getattr(request, name) for name in COLUMNS},
         "num_images": request.num_images or API_NUM_IMAGES,
         "attributes": attributes_of(request) | {name: path.name for name, path in found.items() if path},
-        "parsed": parsed_text.as_row(request.parsed),
+        "parsed": parsed_text.as_row(parsed_or_plain(request)),
         "named": None,
         "updated_at": now(),
     }
+
+
+def parsed_or_plain(request: PromptRequest) -> ParsedText:
+    """Its text, parsed; all of it as words if it has a tag that older versions drew and that is refused now."""
+    try:
+        return request.parsed
+    except InvalidRequest:
+        return ParsedText(request.text, (), Flags())
 
 
 def is_of(request: PromptRequest, facts: Mapping[str, object], count: int) -> bool:
@@ -254,7 +264,7 @@ def is_of(request: PromptRequest, facts: Mapping[str, object], count: int) -> bo
     if (request.num_images or API_NUM_IMAGES) != count or request.seed not in (None, facts.get("seed")):
         return False
     at, text = 0, str(facts["prompt"])
-    for part in FIELD.split(request.parsed.text):
+    for part in FIELD.split(parsed_or_plain(request).text):
         at = text.find(part, at)
         if at < 0:
             return False
