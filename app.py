@@ -35,7 +35,8 @@ def main() -> None:
     guard = Guard(settings, studio.load, studio.begin, studio.close, missing=store.missing, hold=lambda: store.hold)
     # An open page holds a connection; at the end the server does not wait for it.
     config = uvicorn.Config(guard, log_level="warning", ws="none", timeout_graceful_shutdown=2)
-    print(f"Tunebooth is at {settings.base_url}", flush=True)
+    behind = f" (here: {settings.local_url})" if settings.local_url != settings.base_url else ""
+    print(f"Tunebooth is at {settings.base_url}{behind}", flush=True)
     server = uvicorn.Server(config)
     server.run(sockets=[listening])
     if lost:

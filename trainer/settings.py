@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -55,7 +56,7 @@ class Settings(BaseSettings):
     demo: bool = Field(False, description="Queue a tune of the bundled sample photos at the start.")
     open: bool = Field(False, description="Open the page in the browser once it is up.")
     key: SecretStr | None = Field(None, description="API key. Made at first start where one is needed.")
-    public_url: str | None = Field(None, description="Address that links in answers begin with.")
+    public_url: str | None = Field(None, description="Address that links in answers begin with; it may have a path.")
     idempotency: Literal["off", "tunes", "all"] = Field(
         "tunes", description="Which repeated requests (title included) answer with what the first one created."
     )
@@ -99,8 +100,18 @@ class Settings(BaseSettings):
             return self.public_url.rstrip("/")
         if space := os.environ.get("SPACE_HOST"):
             return f"https://{space}"
+        return self.local_url
+
+    @cached_property
+    def local_url(self) -> str:
+        """The address of the port itself, for programs on this machine."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @cached_property
+    def prefix(self) -> str:
+        """The path of `base_url`, as in `/tb`; empty if there is none."""
+        return urlsplit(self.base_url).path
 
     @cached_property
     def link_secret(self) -> bytes:

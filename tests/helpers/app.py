@@ -34,10 +34,10 @@ class App:
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        match = re.search(r"http://\S+", line)
-        if match is None:
+        found = re.findall(r"http://[^\s)]+", line)
+        if not found:
             raise RuntimeError(f"the app ended: {self.errors.read_text()}")
-        self.url = match[0]
+        self.url = found[-1]  # of the port itself, behind a public address
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def ready(self) -> App:

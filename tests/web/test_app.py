@@ -24,15 +24,14 @@ from gradio_client.exceptions import AppError
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
 from tests.helpers.app import PATIENCE, ROOT, App, post, running, wait_for
 from tests.helpers.fast import FAST_FOLDER
 from tests.helpers.shared import SHARED
 from trainer.contract.tunes import TuneRequest
 
-CHROMIUM = "/usr/bin/chromium"
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-quic", "--disable-background-networking", "--no-first-run"]
+pytest_plugins = ("tests.helpers.chromium",)
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +45,6 @@ def app(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path, tiny_sd15_fil
     options = ["--models", str(models), "--weights", str(SHARED / "weights")]
     with running(tmp_path_factory.mktemp("outputs"), *options) as app:
         yield app.ready()
-
-
-@pytest.fixture(scope="module")
-def browser_page() -> Iterator[Page]:
-    if not Path(CHROMIUM).exists():
-        pytest.skip(f"there is no {CHROMIUM} (apt-get install chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.set_default_timeout(1000 * PATIENCE)
-        yield page
-        browser.close()
 
 
 def statuses(app: App, tune_id: int) -> list[str]:

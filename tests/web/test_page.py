@@ -62,7 +62,8 @@ def tune(**values: Any) -> Tune:
     given: dict[str, Any] = dict.fromkeys(Tune.model_fields)
     given |= {
         "id": 1, "title": "Rex", "name": "dog", "training_face_correct": False, "ckpt_urls": [], "branch": "fast",
-        "created_at": MOMENT, "updated_at": MOMENT, "url": "", "orig_images": [], "characteristics": {}, "photos": [],
+        "created_at": MOMENT, "updated_at": MOMENT, "url": "http://127.0.0.1:7860/tunes/1.json", "orig_images": [],
+        "characteristics": {}, "photos": [],
         "auto_extend": False, "status": "training", "progress": Progress(), "warnings": [], "prompts": [],
     }  # fmt: skip
     return Tune(**given | values)
@@ -165,7 +166,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     "verdicts": lambda text: verdicts(Check(photos=[judged(text)], warnings=[text])),
     "packs": lambda text: cards(packs(text)),
     "notes": lambda text: note([text, "second"]),
-    "sign-in": lambda text: render("login.html", problem=text),
+    "sign-in": lambda text: render("login.html", problem=text, prefix=""),
 }
 
 

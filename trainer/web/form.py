@@ -196,7 +196,7 @@ class Form:
         if paths:
             self._services.analyzer.warm()
         found = chosen(self._services, paths)
-        return thumbnails(found.single, found.notes)
+        return thumbnails(found.single, found.notes, self._services.settings.prefix)
 
     def check(self, *values: Any) -> list[object]:
         """Show a verdict for each photo; then the errors, as in `submit`."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from trainer.settings import LOOPBACK, Settings, digest_of
+from trainer.web.prefix import as_reached, strip_prefix
 from trainer.web.templating import render
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Guard:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        path, method = scope["path"], scope["method"]
+        path, method = strip_prefix(self._settings, scope["path"]), scope["method"]
         address = (scope.get("client") or ("", 0))[0]
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
             await _json(send, 431, {"error": f"the headers are larger than {MOST_HEADER_BYTES} bytes"})
@@ -170,13 +171,13 @@ class Guard:
             if seconds := self._rate_limiter.retry_after(address):
                 await _too_many(send, seconds)
             elif method == "GET" and "text/html" in headers.get("accept", ""):
-                await _html(send, 401, render("login.html", problem=None))
+                await _html(send, 401, self._login_page())
             else:
                 await _json(send, 401, {"error": "a key is needed: send Authorization: Bearer KEY"})
         elif problem := self._missing():
             await _missing(send, problem, headers)
         elif self._inner is None and path == "/" and not self.failed:
-            await _html(send, 200, render("waiting.html"))
+            await _html(send, 200, render("waiting.html", prefix=self._settings.prefix))
         else:
             await self._pass_on(scope, headers, receive, send)
 
@@ -215,7 +216,7 @@ class Guard:
                 await send(message)
 
         try:
-            await self._inner(scope, body.receive, watched_send)
+            await self._inner(as_reached(self._settings, scope, headers), body.receive, watched_send)
         except TooLarge:
             if started:
                 raise
@@ -251,6 +252,9 @@ class Guard:
     def _is_key(self, sent: str) -> bool:
         return self._key is None or hmac.compare_digest(digest_of(sent), self._key)
 
+    def _login_page(self, problem: str | None = None) -> str:
+        return render("login.html", problem=problem, prefix=self._settings.prefix)
+
     async def _login(self, address: str, receive: Receive, send: Send) -> None:
         """Check the key from the sign-in page and set a cookie with it."""
         body, more = b"", True
@@ -262,7 +266,7 @@ class Guard:
             if seconds := self._rate_limiter.retry_after(address):
                 await _too_many(send, seconds)
                 return
-            await _html(send, 401, render("login.html", problem="That is not the key."))
+            await _html(send, 401, self._login_page("That is not the key."))
             return
         # A Space shows the app in a frame of another site, where browsers accept only a cookie marked for that.
         framed = "SameSite=None; Secure; Partitioned" if self._settings.base_url.startswith("https") else "SameSite=Lax"
@@ -271,7 +275,7 @@ class Guard:
             {
                 "type": "http.response.start",
                 "status": 303,
-                "headers": [(b"location", b"/"), (b"set-cookie", cookie.encode())],
+                "headers": [(b"location", f"{self._settings.prefix}/".encode()), (b"set-cookie", cookie.encode())],
             }
         )
         await send({"type": "http.response.body", "body": b""})

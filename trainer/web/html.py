@@ -100,10 +100,13 @@ def note(messages: Sequence[str]) -> str:
     return render("note.html", messages=messages).strip()
 
 
-def thumbnails(paths: Sequence[str] | None, notes: Sequence[str] = ()) -> str:
-    """Thumbnails of the chosen photos, in the order of the list. notes: about zips, and what is left out."""
+def thumbnails(paths: Sequence[str] | None, notes: Sequence[str] = (), prefix: str = "") -> str:
+    """Thumbnails of the chosen photos, in the order of the list.
+
+    notes: about zips, and what is left out. prefix: of the public address.
+    """
     pictures = [(path, Path(path).name) for path in paths or [] if not path.lower().endswith(".txt")]
-    return render("thumbnails.html", pictures=pictures, notes=notes).strip()
+    return render("thumbnails.html", pictures=pictures, notes=notes, prefix=prefix).strip()
 
 
 def progress_bar(tune: Tune, readings: Lines = ()) -> Bar:
@@ -196,6 +199,16 @@ def relative(url: str) -> str:
     return f"{parts.path}?{parts.query}"
 
 
+def path(tune: Tune) -> str:
+    """The path of a tune's calls, with the prefix of the public address."""
+    return urlsplit(tune.url).path.removesuffix(".json")
+
+
+def likes_path(prompt: Prompt) -> str:
+    """The path of the call for likes, with the prefix of the public address."""
+    return f"{urlsplit(prompt.url).path.rpartition('/tunes/')[0]}/prompts/{prompt.id}/likes"
+
+
 def small(tune: Tune) -> str:
     """The CSS class of small pictures, which are enlarged without blur."""
     return " tb-small" if tune.branch == DEMO_BRANCH else ""
@@ -245,6 +258,7 @@ def duration(seconds: float) -> str:
 
 ENVIRONMENT.globals |= {"ENDED": ENDED, "ANY": ANY}
 ENVIRONMENT.filters |= {
-    "relative": relative, "small": small, "badges": badges, "outcome": outcome, "when": when, "where": where,
-    "first_picture": first_picture, "prompt_counts": prompt_counts, "setting_rows": setting_rows,
+    "relative": relative, "path": path, "likes_path": likes_path, "small": small, "badges": badges,
+    "outcome": outcome, "when": when, "where": where, "first_picture": first_picture, "prompt_counts": prompt_counts,
+    "setting_rows": setting_rows,
 }  # fmt: skip

@@ -21,10 +21,11 @@ class AsRails:
         self._prefixes = prefixes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, method = scope.get("path", ""), scope.get("method")
+        root, method = scope.get("root_path", ""), scope.get("method")  # root: the prefix behind a reverse proxy
+        path = scope.get("path", "").removeprefix(root)
         if path.startswith(self._prefixes):
             path = path.rstrip("/").removesuffix(".json") or "/"
-            scope = {**scope, "path": path, "method": "PATCH" if method == "PUT" else method}
+            scope = {**scope, "path": root + path, "method": "PATCH" if method == "PUT" else method}
         if method == "HEAD" and path.startswith((FILES, *self._prefixes)):
             scope, send = {**scope, "method": "GET"}, _without_body(send)
         await self._app(scope, receive, send)
