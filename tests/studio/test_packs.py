@@ -190,10 +190,10 @@ def test_what_attributes_of_the_request_cannot_be(pack: Pack) -> None:
     assert refusal(packs.prompts_for, pack, "dog", "ohwx", {"text": "mine"}) == {
         "prompt_attributes": ["text is each prompt's own; send prompts of yours as prompts_attributes"]
     }
-    problems = refusal(packs.prompts_for, pack, "horse", "ohwx", {"num_image": 2, "seed": -1})
+    problems = refusal(packs.prompts_for, pack, "horse", "ohwx", {"num_image": 2, "seed": -2})
     assert problems.keys() == {"name", "prompt_attributes"}  # all at once
     assert problems["prompt_attributes"] == [
-        "seed must be at least 0, got -1",
+        "seed must be at least -1, got -2",
         "num_image unknown parameter (did you mean 'num_images'?)",
     ]
 

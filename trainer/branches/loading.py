@@ -187,7 +187,7 @@ def task_pipeline(stock: Any, task: Task) -> tuple[Any, frozenset[str]]:
     return pipeline, arguments_of(pipeline)
 
 
-def arguments_of(pipeline: Any) -> frozenset[str]:
+def arguments_of(pipeline: Callable[..., object]) -> frozenset[str]:
     """The names of the arguments of a pipeline's call."""
     return frozenset(inspect.signature(pipeline.__call__).parameters)
 

@@ -1,4 +1,4 @@
-"""The identity of a faceid tune's person, or its mock on a branch that stands for others."""
+"""The identity of a faceid tune's person, or its mock on a placeholder branch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def find_identity(
 ) -> tuple[list[Photo], list[str]]:
     """Write the identity of the person in `work/images`; returns verdicts and warnings, as `PhotoAnalyzer.identify`.
 
-    A branch that stands for others writes none: it only looks for faces, and refuses no photo.
+    A placeholder branch writes none: it only looks for faces, and refuses no photo.
     """
     if branch_file.is_placeholder(services.settings.presets, branch):
         return find_mock_identity(services, branch, name, work / "images", photos, progress)

@@ -43,7 +43,7 @@ def with_captions(uploads: Sequence[Upload], rows: Rows, automatic: str, folder:
     """The uploads with a text file for each edited caption; it replaces an uploaded text file.
 
     automatic: the default caption, which needs no file. folder: for the text files. An edited caption that is empty
-    is sent too: it stands for the default.
+    is sent too: it means the default.
     """
     photos = [photo for photo, _ in found]
     texts = in_order(rows, photos)

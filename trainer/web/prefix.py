@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from trainer.settings import Settings
 
 Scope = MutableMapping[str, Any]
-OF_PROXIES = ("forwarded", "via", "x-real-ip")  # headers of proxies, besides X-Forwarded-*
+OF_PROXIES = ("forwarded", "via", "x-real-ip")  # headers of proxies, in addition to X-Forwarded-*
 
 
 def strip_prefix(settings: Settings, path: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, TypeVar
 
 from fastapi import Query, Request
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from trainer.contract.errors import InvalidRequest, nearest
 
@@ -20,9 +20,9 @@ def blank_is_none(value: object) -> object:
 
 SQL_INTEGERS = Query(ge=0, lt=2**63)
 Limit = Annotated[int, Query(ge=1, le=MOST)]
-OptionalLimit = Annotated[int | None, BeforeValidator(blank_is_none), Query(ge=1, le=MOST)]
+OptionalLimit = Annotated[Annotated[int, Field(ge=1, le=MOST)] | None, BeforeValidator(blank_is_none)]
 Offset = Annotated[int, SQL_INTEGERS]
-BeforeId = Annotated[int | None, BeforeValidator(blank_is_none), SQL_INTEGERS]
+BeforeId = Annotated[Annotated[int, Field(ge=0, lt=2**63)] | None, BeforeValidator(blank_is_none)]
 Filter = Annotated[str | None, BeforeValidator(blank_is_none)]  # an empty value filters nothing
 
 

@@ -1,4 +1,4 @@
-"""REST: the calls that clients of the hosted service make beside those on tunes and prompts. No rules."""
+"""REST: the calls that clients of the hosted service make in addition to those on tunes and prompts. No rules."""
 
 from __future__ import annotations
 

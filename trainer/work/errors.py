@@ -27,6 +27,6 @@ def explain(error: Exception, remedy: str = OF_TRAINING) -> str:
 
 
 def in_words(error: Exception) -> str:
-    """The message of a library's error without the names of exception classes, which tell a user nothing."""
+    """The message of a library's error without the names of exception classes, which mean nothing to a user."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return CLASS_NAMES.sub("", " ".join(text.split())) or "it gave no reason"
