@@ -26,6 +26,7 @@ from trainer.library.hub import WrongConfig
 from trainer.library.models_folder import sidecar
 from trainer.library.weight_format import scales_of
 
+Configs = dict[str, dict[str, Any]]  # JSON file of a diffusers folder -> its content
 CONFIGS = Path(__file__).parent / "configs"
 WEIGHTS_NAME = r"(model|diffusion_pytorch_model){variant}(-\d+-of-\d+)?{variant}\.safetensors"
 SINGLE_FILE_JUNK = ("*.safetensors", "*.bin", "*.py")  # not copied from a sidecar folder with its configuration
@@ -187,18 +188,18 @@ def task_pipeline(stock: Any, task: Task) -> tuple[Any, frozenset[str]]:
     return pipeline, arguments_of(pipeline)
 
 
-def arguments_of(pipeline: Callable[..., object]) -> frozenset[str]:
+def arguments_of(pipeline: Any) -> frozenset[str]:
     """The names of the arguments of a pipeline's call."""
     return frozenset(inspect.signature(pipeline.__call__).parameters)
 
 
-def published_config(branch: str) -> dict[str, dict[str, Any]]:
+def published_config(branch: str) -> Configs:
     """The published configuration of a family: JSON file of a diffusers folder -> its content."""
-    content: dict[str, dict[str, Any]] = json.loads((CONFIGS / f"{branch}.json").read_text("utf-8"))
+    content: Configs = json.loads((CONFIGS / f"{branch}.json").read_text("utf-8"))
     return content
 
 
-def single_file_config(file: Path, cache: Path, family: Mapping[str, Mapping[str, Any]]) -> Path:
+def single_file_config(file: Path, cache: Path, family: Configs) -> Path:
     """The diffusers configuration for a single file: the family's, overridden by the file's sidecar.
 
     Without it diffusers would ask the hub, and assume full-size shapes. `family`: JSON file -> its content.

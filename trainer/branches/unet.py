@@ -17,7 +17,6 @@ from trainer.branches.single_file_keys import unet_weights, vae_weights
 from trainer.library.models_folder import sidecar
 from trainer.library.prediction import check_scheduler, read_prediction
 
-Config = Mapping[str, Mapping[str, object]]  # JSON file of a diffusers folder -> its content
 SCHEDULER = "scheduler/scheduler_config.json"
 ZERO_SNR_SCHEDULER = "EulerDiscreteScheduler"  # PNDM knows no schedule that ends in pure noise
 
@@ -67,7 +66,7 @@ def original_weights(denoiser: nn.Module, vae: nn.Module) -> dict[str, dict[str,
     return {"model.diffusion_model.": unet_weights(denoiser), "first_stage_model.": vae_weights(vae)}
 
 
-def single_file_config(file: Path, cache: Path, family: Config) -> Path:
+def single_file_config(file: Path, cache: Path, family: loading.Configs) -> Path:
     """`loading.single_file_config`, with the scheduler that fits what the file's UNet predicts.
 
     A scheduler in the sidecar comes first.

@@ -63,7 +63,7 @@ def pack_answer(services: Services, pack: Pack) -> dict[str, object]:
 
 
 def written_at(file: Path) -> str:
-    """When a file was written; now, if it was deleted a moment ago."""
+    """When a file was written; now, if it has just been deleted."""
     try:
         return stamp(datetime.fromtimestamp(file.stat().st_mtime, UTC))
     except FileNotFoundError:
