@@ -127,6 +127,8 @@ def config_of(model_type: str = "lora", **changes: object) -> TrainConfig:
     }  # fmt: skip
     if model_type == "checkpoint":
         words |= {"rank": 0, "alpha": 0, "prior_weight": 0}
+    if changes.get("steps") == 1:
+        words["warmup_steps"] = 1  # no longer than the run
     args = " ".join(f"{key}={value}" for key, value in (words | changes).items())
     return resolve.resolve(
         PRESETS, branch="sd15", model_type=model_type, preset=None, name="dog", photos=3, steps=None, args=args

@@ -730,7 +730,7 @@ def test_a_restarted_preparation_removes_what_the_one_before_made(tmp_path: Path
 
 def test_what_goes_wrong_with_a_photo_names_it() -> None:
     photo = Photo(name="rex.jpg", file="000.jpg", width=64, height=64, format="JPEG")
-    for problem, told in [(ValueError("odd pixels"), "odd pixels"), (MemoryError(), "MemoryError")]:
+    for problem, told in [(ValueError("odd pixels"), "odd pixels"), (MemoryError(), "there is not enough memory")]:
         with pytest.raises(AnalysisUnavailable, match=f"rex.jpg could not be analyzed: {told}"), naming(photo):
             raise problem
     with pytest.raises(Closed), naming(photo):  # the app ends; that is nobody's fault

@@ -248,7 +248,7 @@ def test_captions_are_paired_by_name(services: Services, file: Callable[[str, by
     ("name", "content", "told"),
     [
         ("max.txt", b"a dog", "max.txt is a caption without an image of the same name"),
-        ("rex.txt", b"\xff\xfea", "rex.png has a caption that is not UTF-8 text"),
+        ("rex.txt", b"\xff\xfea", "rex.png has a caption that is not UTF-16 text; save rex.txt as UTF-8"),
         ("rex.txt", b"x" * 10_001, "rex.png has a caption of more than 10000 bytes"),
     ],
 )

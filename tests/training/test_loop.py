@@ -540,7 +540,8 @@ def test_each_group_is_trained_at_its_own_rate_and_on_schedule(
     bench: TrainingSetup, states: Path, warmup_steps: int
 ) -> None:
     # AdamW's first step moves each weight that has a gradient by the learning rate.
-    bench.config = config_of(steps=1, lr=3e-3, text_encoder_lr=1e-3, warmup_steps=warmup_steps, weight_decay=0)
+    config = config_of(steps=1, lr=3e-3, text_encoder_lr=1e-3, weight_decay=0)
+    bench.config = config.model_copy(update={"warmup_steps": warmup_steps})
     run = bench.start()
     before = run.weights()
     run.train(states, RecordedReport())

@@ -247,7 +247,7 @@ def test_a_set_key_is_needed_on_loopback_too(settings: Settings) -> None:
 def test_a_browser_signs_in_once(open_settings: Settings) -> None:
     with guarded(open_settings) as client:
         page = client.get("/", headers={"Accept": "text/html"})
-        assert page.status_code == 401 and "<form method=post action=/login>" in page.text
+        assert page.status_code == 401 and '<form method=post action="/login">' in page.text
         wrong = client.post("/login", data={"key": "wrong"})
         assert wrong.status_code == 401 and "That is not the key." in wrong.text
         assert client.get("/", headers={"Accept": "text/html"}).status_code == 401

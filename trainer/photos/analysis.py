@@ -131,7 +131,7 @@ class PhotoAnalyzer:
         try:
             self._worker_process.run(FIND_SECONDS, "save_identity", identity, folder / "model" / IDENTITY_FILE, facts)
         except (TimeoutError, WorkerCrashed, NotStarted, OSError, ValueError) as problem:
-            message = str(problem) or "the process gave no reason"
+            message = why_of(problem)
             raise AnalysisUnavailable(f"the identity could not be written: {message}") from problem
         return photos, warnings
 
@@ -306,6 +306,12 @@ class PhotoAnalyzer:
             photo.notes.append(f"no mask of the {kind}: the whole picture is trained")
 
 
+def why_of(problem: Exception) -> str:
+    """The reason of an error of the child process."""
+    missing = "there is not enough memory" if isinstance(problem, MemoryError) else "the process gave no reason"
+    return str(problem) or missing
+
+
 @contextmanager
 def naming(photo: Photo) -> Iterator[None]:
     """Raise what the child process raises as AnalysisUnavailable, with the photo's name in the message."""
@@ -320,6 +326,4 @@ def naming(photo: Photo) -> Iterator[None]:
     except Closed:
         raise
     except Exception as problem:  # the edge of a process: the child may raise anything
-        raise AnalysisUnavailable(
-            f"{photo.name} could not be analyzed: {str(problem) or 'the process gave no reason'}"
-        ) from problem
+        raise AnalysisUnavailable(f"{photo.name} could not be analyzed: {why_of(problem)}") from problem
