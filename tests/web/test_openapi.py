@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import socket
 import uuid
@@ -46,7 +47,7 @@ def send_everywhere(services: Services, requests: int) -> int:
     schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(services))
     operations = [result.ok() for result in schema.get_all_operations()]
     client, sent = client_of(services), 0
-    each = max(1, requests // (2 * len(operations)))
+    each = math.ceil(requests / (2 * len(operations)))
     for operation in operations:
         for mode in GenerationMode.POSITIVE, GenerationMode.NEGATIVE:
             if mode is GenerationMode.POSITIVE or operation.body or list(operation.iter_parameters()):

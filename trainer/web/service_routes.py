@@ -63,7 +63,7 @@ def account_routes(app: FastAPI, services: Services) -> None:
         """Always empty: the hosted service lets a language model write prompts for a theme."""
         return []
 
-    @app.post("/themes", status_code=201)
+    @app.post("/themes", status_code=201, response_class=Response)
     def create_theme() -> Response:
         """Always refused, with 422."""
         raise InvalidRequest({"theme": [NO_THEMES]})
@@ -87,14 +87,14 @@ def gallery_routes(app: FastAPI, services: Services) -> None:
 def like_routes(app: FastAPI, services: Services) -> None:
     """Likes of prompts. The hosted service documents both paths, and 201 without a body for both methods."""
 
-    @app.post("/prompts/{prompt_id}/likes", status_code=201)
+    @app.post("/prompts/{prompt_id}/likes", status_code=201, response_class=Response)
     @app.post("/prompts/{prompt_id}/like", status_code=201, include_in_schema=False)
     def like_prompt(prompt_id: int) -> Response:
         """Like a prompt's pictures. A second like changes nothing."""
         likes.like(services, prompt_id)
         return Response(status_code=201)
 
-    @app.delete("/prompts/{prompt_id}/likes", status_code=201)
+    @app.delete("/prompts/{prompt_id}/likes", status_code=201, response_class=Response)
     @app.delete("/prompts/{prompt_id}/like", status_code=201, include_in_schema=False)
     def unlike_prompt(prompt_id: int) -> Response:
         """Take a like back."""
